@@ -1,0 +1,166 @@
+// The only file that knows Python: tuples of integers become the structures of fastkd.h.
+//
+// Tensors arrive as addresses. A matrix is (address, rows, cols, stride, dtype), a graph
+// (rowptr, col, rows, cols, edges, wide), a kernel (metric, shape, root, degree, scale, param); an
+// absent tensor is 0.
+#include <pybind11/pybind11.h>
+
+#include "fastkd.h"
+
+namespace py = pybind11;
+using std::int64_t;
+
+namespace fastkd {
+namespace {
+
+template <class T = void> T* pointer(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+int64_t integer(const py::tuple& t, int k) {
+    const int64_t value = PyLong_AsLongLong(PyTuple_GET_ITEM(t.ptr(), k));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+double number(const py::tuple& t, int k) {
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(t.ptr(), k));
+    if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+}
+void expect(const py::tuple& t, std::size_t size, const char* what) {
+    if (t.size() != size)
+        throw py::value_error(std::string(what) + ": expected a tuple of " + std::to_string(size) +
+                              ", got " + std::to_string(t.size()));
+}
+const void* address(const py::tuple& t, int k) {
+    return pointer<const void>(static_cast<std::uintptr_t>(integer(t, k)));
+}
+
+Features features(const py::tuple& t) {
+    expect(t, 5, "matrix");
+    return {address(t, 0), integer(t, 1), integer(t, 2), integer(t, 3), DType(integer(t, 4))};
+}
+Csr csr(const py::tuple& t) {
+    expect(t, 6, "graph");
+    return {address(t, 0), address(t, 1), integer(t, 2), integer(t, 3), integer(t, 4), integer(t, 5) != 0};
+}
+Kernel kernel(const py::tuple& t) {
+    expect(t, 6, "kernel");
+    return {Metric(integer(t, 0)), Shape(integer(t, 1)), integer(t, 2) != 0, int(integer(t, 3)),
+            number(t, 4), number(t, 5)};
+}
+
+// Both back ends take the same arguments; `where` is the thread count or the stream.
+struct Cpu {
+    using Where = int;
+    static constexpr auto inverse_norm = cpu::inverse_norm;
+    static constexpr auto similarity = cpu::similarity;
+    static constexpr auto kernel_values = cpu::kernel_values;
+    static constexpr auto divergences = cpu::divergences;
+    static constexpr auto gradient = cpu::gradient;
+    template <class Op> static int64_t workspace_bytes(const Op&) { return 0; }
+};
+#ifdef FASTKD_CUDA
+struct Cuda {
+    using Where = std::uintptr_t;
+    static void inverse_norm(const InverseNorm& op, Where s) { cuda::inverse_norm(op, pointer(s)); }
+    static void similarity(const Similarity& op, Where s) { cuda::similarity(op, pointer(s)); }
+    static void kernel_values(const KernelValues& op, Where s) { cuda::kernel_values(op, pointer(s)); }
+    static void divergences(const Divergences& op, Where s) { cuda::divergences(op, pointer(s)); }
+    static void gradient(const Gradient& op, Where s) { cuda::gradient(op, pointer(s)); }
+    template <class Op> static int64_t workspace_bytes(const Op& op) { return cuda::workspace_bytes(op); }
+};
+#endif
+
+template <class Backend> void bind(py::module_ m, bool uses_workspace) {
+    m.attr("uses_workspace") = uses_workspace;
+    using Where = typename Backend::Where;
+    using Address = std::uintptr_t;
+    m.def("inverse_norm", [](const py::tuple& x, Address out, Where where) {
+        const InverseNorm op{features(x), pointer(out)};
+        py::gil_scoped_release release;
+        Backend::inverse_norm(op, where);
+    });
+    m.def("similarity", [](const py::tuple& graph, const py::tuple& src, const py::tuple& dst,
+                           Address src_inv_norm, Address dst_inv_norm, int metric, bool lower_only,
+                           Address r, Where where) {
+        const Similarity op{csr(graph), features(src), features(dst), pointer(src_inv_norm),
+                            pointer(dst_inv_norm), Metric(metric), lower_only, pointer(r)};
+        py::gil_scoped_release release;
+        Backend::similarity(op, where);
+    });
+    m.def("kernel_values", [](const py::tuple& graph, Address reverse, const py::tuple& k, int acc,
+                              Address r, Address values, Where where) {
+        const KernelValues op{csr(graph), pointer(reverse), kernel(k), DType(acc), pointer(r), pointer(values)};
+        py::gil_scoped_release release;
+        Backend::kernel_values(op, where);
+    });
+    // With workspace 0, returns the bytes that it needs and does nothing else.
+    m.def("divergences", [](const py::tuple& graph, Address reverse, const py::tuple& student,
+                            const py::tuple& teacher, int divergence, int reduction,
+                            bool teacher_is_values, bool fold, bool want_coef, int acc, Address r_s,
+                            Address r_t, Address weight, Address src_inv_norm, Address dst_inv_norm,
+                            Address stats, Address loss, Address diagnostics, Address workspace,
+                            bool run, Where where) -> int64_t {
+        const Divergences op{csr(graph), pointer(reverse), kernel(student), kernel(teacher),
+                             Divergence(divergence), Reduction(reduction), teacher_is_values, fold,
+                             want_coef, DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
+                             pointer(src_inv_norm), pointer(dst_inv_norm), pointer(stats),
+                             pointer(loss), pointer<int64_t>(diagnostics), pointer(workspace)};
+        if (!run) return Backend::workspace_bytes(op);
+        py::gil_scoped_release release;
+        Backend::divergences(op, where);
+        return 0;
+    });
+    // lists: one or two tuples (graph, perm, other, grad_by_other).
+    m.def("gradient", [](const py::tuple& self, const py::tuple& lists, int metric, Address coef,
+                         Address grad, bool grad_per_row, Address inv_norm, Address out,
+                         Address workspace, bool run, Where where) -> int64_t {
+        Gradient op{features(self), {}, int(lists.size()), Metric(metric), pointer(coef), pointer(grad),
+                    grad_per_row, pointer(inv_norm), pointer(out), pointer(workspace)};
+        if (op.num_lists < 1 || op.num_lists > 2) throw py::value_error("gradient takes one or two lists");
+        for (int k = 0; k < op.num_lists; ++k) {
+            const py::tuple list = lists[std::size_t(k)];
+            expect(list, 4, "incidence");
+            op.lists[k] = {csr(list[0]), address(list, 1), features(list[2]), integer(list, 3) != 0};
+        }
+        if (!run) return Backend::workspace_bytes(op);
+        py::gil_scoped_release release;
+        Backend::gradient(op, where);
+        return 0;
+    });
+}
+
+}  // namespace
+}  // namespace fastkd
+
+PYBIND11_MODULE(FASTKD_MODULE, m) {
+    using namespace fastkd;
+    using Address = std::uintptr_t;
+    m.doc() = "Native core of fastkd. Not a public interface: arguments are not checked here.";
+    m.attr("__version__") = FASTKD_VERSION;
+    m.attr("compiler") = FASTKD_COMPILER;
+    m.attr("cuda_version") = FASTKD_CUDA_VERSION;              // "" without CUDA
+    m.attr("cuda_architectures") = FASTKD_CUDA_ARCHITECTURES;  // "75;80;..."
+    m.def("isa", &cpu::isa);
+    auto host = m.def_submodule("cpu");
+    bind<Cpu>(host, false);
+#ifdef FASTKD_CUDA
+    bind<Cuda>(m.def_submodule("cuda"), true);
+#endif
+    host.def("csr_from_coo", [](Address src, Address dst, bool wide_in, int64_t edges, int64_t num_src,
+                                int64_t num_dst, bool wide_out, Address rowptr, Address col, Address perm,
+                                int threads) {
+        py::gil_scoped_release release;
+        return cpu::csr_from_coo(pointer(src), pointer(dst), wide_in, edges, num_src, num_dst, wide_out,
+                                 pointer(rowptr), pointer(col), pointer(perm), threads);
+    });
+    host.def("csr_transpose", [](const py::tuple& graph, Address rowptr, Address col, Address perm, int threads) {
+        const Csr in = csr(graph);
+        py::gil_scoped_release release;
+        cpu::csr_transpose(in, pointer(rowptr), pointer(col), pointer(perm), threads);
+    });
+    host.def("csr_union", [](const py::tuple& a, const py::tuple& b, Address rowptr, Address col, int threads) {
+        const Csr left = csr(a), right = csr(b);
+        py::gil_scoped_release release;
+        cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
+    });
+}

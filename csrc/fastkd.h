@@ -1,0 +1,177 @@
+// The contract of the native core: what every operation takes, its shapes and its meaning.
+//
+// Nothing here knows a framework. Memory belongs to the caller; every operation writes every element
+// of its outputs. `cpu::` takes a thread count, `cuda::` a stream, otherwise both are the same.
+// Arguments are checked by the caller; results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkd {
+
+enum class DType : int { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
+
+// What is reduced over the feature axis for an edge (j -> i): the raw reduction r.
+enum class Metric : int {
+    dot = 0,     // sum_k a_k b_k
+    cosine = 1,  // dot / (|a| |b|); 0 where a norm is 0
+    sqdist = 2,  // sum_k (a_k - b_k)^2
+    l1 = 3,      // sum_k |a_k - b_k|
+};
+
+// How r becomes the similarity, with u = scale * r, or sqrt(scale * r) if root.
+enum class Shape : int {
+    linear = 0,       // param * u
+    power = 1,        // (u + param)^degree
+    exponential = 2,  // exp(-param * u)
+};
+
+struct Kernel {
+    Metric metric;
+    Shape shape;
+    bool root;
+    int degree;
+    double scale;
+    double param;
+};
+
+enum class Divergence : int { student_teacher = 0, teacher_student = 1 };
+
+// mean divides by num_dst, mean_active by the rows that have an edge, mean_edges by the edges.
+// Edges of weight 0 count as absent. A division by 0 gives 0.
+enum class Reduction : int { none = 0, sum = 1, mean = 2, mean_active = 3, mean_edges = 4 };
+
+// A row-major matrix [rows, cols] whose rows are `stride` elements apart.
+struct Features {
+    const void* data;
+    std::int64_t rows, cols, stride;
+    DType dtype;
+};
+
+// Compressed rows: row i owns the slots rowptr[i] .. rowptr[i+1], ascending in col. Indices are int64
+// if `wide`, int32 otherwise.
+struct Csr {
+    const void* rowptr;   // [rows + 1]
+    const void* col;      // [edges], values in [0, cols)
+    std::int64_t rows, cols, edges;
+    bool wide;
+};
+
+// "acc" below is float, or double where the features are f64.
+
+// r[e] for every slot e of graph (rows are destinations, cols are sources). With lower_only, only the
+// slots with col <= row are written: for a symmetric pattern the others hold the same numbers.
+struct Similarity {
+    Csr graph;
+    Features src, dst;         // [cols, D], [rows, D]
+    const void* src_inv_norm;  // acc [cols], cosine only
+    const void* dst_inv_norm;  // acc [rows], cosine only
+    Metric metric;
+    bool lower_only;
+    void* r;                   // acc [edges], out
+};
+
+// inv_norm[i] = 1 / |x_i|, or 0 for a zero row.
+struct InverseNorm {
+    Features x;
+    void* inv_norm;  // acc [rows], out
+};
+
+// Turns r into kernel values in place; with reverse, the slots with col > row are filled from their
+// mirror images first.
+struct KernelValues {
+    Csr graph;
+    const void* reverse;  // index [edges] or null
+    Kernel kernel;
+    DType acc;            // f32 or f64
+    const void* r;        // acc [edges]
+    void* values;         // acc [edges], out
+};
+
+// Softmax over each row, divergence per row, reduction, and the coefficient of each edge.
+//
+// With p = softmax_row(SIM + log w), d = log p_s - log p_t and S_i the divergence of row i:
+//   dS_i/dSIM_s = p_s (d - S_i)  for student||teacher,  p_s - p_t  for teacher||student,
+// and coef = dloss/dr times the metric's own factor, so that the gradient is a sparse product
+// (see Gradient). With fold, coef holds the sum over both directions of an edge.
+struct Divergences {
+    Csr graph;
+    const void* reverse;       // index [edges], or null; where given, r_s and r_t hold the slots with
+                               // col <= row only
+    Kernel student, teacher;
+    Divergence divergence;
+    Reduction reduction;
+    bool teacher_is_values;    // r_t holds all kernel values of the teacher, not r
+    bool fold;                 // reverse given, no weight, reduction other than none
+    bool want_coef;
+    DType acc;
+    void* r_s;                 // acc [edges], in; coef, out
+    void* r_t;                 // acc [edges], in; overwritten unless teacher_is_values
+    const void* weight;        // acc [edges] >= 0, or null
+    const void* src_inv_norm;  // acc [cols], student's, cosine only
+    const void* dst_inv_norm;  // acc [rows]
+    void* stats;               // acc [rows, 3], out: log-sum-exp of student and teacher, S_i
+    void* loss;                // acc [1], or [rows] for Reduction::none, out
+    // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by
+    // more than rounding: 0 of many means that the kernel is saturated
+    std::int64_t* diagnostics; // [3], out
+    void* workspace;           // CUDA only: workspace_bytes(*this) bytes
+};
+
+// One list of incident edges of every output row: their other ends, and coef through perm.
+struct Incidence {
+    Csr graph;            // rows are the output's rows
+    const void* perm;     // index [edges]: the slot of coef, or null for the identity
+    Features other;       // [cols, D]
+    bool grad_by_other;   // grad is per destination: of this row (false) or of the other end (true)
+};
+
+// out_i = sum over incident edges of  grad * coef * B(x_i, x_j), with
+//   B = x_j (dot, cosine),  x_i - x_j (sqdist),  sign(x_i - x_j) (l1);
+// for cosine the part along x_i is then projected out.
+struct Gradient {
+    Features self;          // [rows, D]
+    Incidence lists[2];
+    int num_lists;
+    Metric metric;
+    const void* coef;       // acc [edges]
+    const void* grad;       // acc [1], or [number of destinations] if grad_per_row
+    bool grad_per_row;
+    const void* inv_norm;   // acc [rows], of self, cosine only
+    void* out;              // dtype of self, [rows, D], contiguous
+    void* workspace;        // CUDA only: workspace_bytes(*this) bytes
+};
+
+namespace cpu {
+void inverse_norm(const InverseNorm&, int threads);
+void similarity(const Similarity&, int threads);
+void kernel_values(const KernelValues&, int threads);
+void divergences(const Divergences&, int threads);
+void gradient(const Gradient&, int threads);
+const char* isa();  // the instruction set in use: "generic", "avx2", "avx512"
+
+// Sorts the edges (src[e] -> dst[e]) by (dst, src), stably: rowptr [num_dst + 1], col [edges] and
+// perm [edges] with slot -> e. Returns the position of the first edge out of range, or -1.
+std::int64_t csr_from_coo(const void* src, const void* dst, bool wide_in, std::int64_t edges,
+                          std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr,
+                          void* col, void* perm, int threads);
+// The same edges by (src, dst): rowptr [cols + 1], col [edges], perm [edges] with slot -> slot of in.
+void csr_transpose(const Csr& in, void* rowptr, void* col, void* perm, int threads);
+// Rows of a and b merged without duplicates. First with col = null to get rowptr [rows + 1], then
+// with col [rowptr[rows]].
+void csr_union(const Csr& a, const Csr& b, void* rowptr, void* col, int threads);
+}  // namespace cpu
+
+#ifdef FASTKD_CUDA
+namespace cuda {
+void inverse_norm(const InverseNorm&, void* stream);
+void similarity(const Similarity&, void* stream);
+void kernel_values(const KernelValues&, void* stream);
+void divergences(const Divergences&, void* stream);
+void gradient(const Gradient&, void* stream);
+std::int64_t workspace_bytes(const Divergences&);
+std::int64_t workspace_bytes(const Gradient&);
+}  // namespace cuda
+#endif
+
+}  // namespace fastkd

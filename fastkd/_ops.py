@@ -1,0 +1,474 @@
+"""The operators: schemas, checks, fakes, implementations. The only file that touches addresses.
+
+Each operator's real and fake implementation call the same check, so that a shape error is the same
+in eager mode and under ``torch.compile``. Implementations allocate; the native core writes every
+element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch  # before _C: both then share one OpenMP runtime
+from torch import Tensor
+
+from . import _C
+
+_lib = torch.library.Library("fastkd", "DEF")
+
+# Device type -> native functions. The tests put the host build of the CUDA sources in place of "cpu".
+backends: dict[str, Any] = {"cpu": _C.cpu, "cuda": getattr(_C, "cuda", None)}
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+_NONE, _COSINE = 0, 1  # Reduction.none, Metric.cosine
+
+
+def _backend(device: torch.device) -> Any:
+    backend = backends.get(device.type)
+    if backend is None:
+        built = "this build of fastkd has no CUDA kernels (see fastkd.show_config())"
+        reason = built if device.type == "cuda" else "supported devices are cpu and cuda"
+        raise RuntimeError(f"no fastkd kernels for device {device}: {reason}")
+    return backend
+
+
+class _Launch:
+    """The native functions for a device, and where they run: a thread count or a stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.native = _backend(device)
+        self.device = device
+        self.where = torch.get_num_threads()
+        self.guard = None
+        if device.type == "cuda":
+            self.guard = torch.cuda.device(device)
+            self.where = torch.cuda.current_stream(device).cuda_stream
+
+    def __enter__(self) -> _Launch:
+        if self.guard is not None:
+            self.guard.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.guard is not None:
+            self.guard.__exit__(*exc)
+
+    def run(self, function: Any, *args: Any) -> None:
+        """Calls a native function that may want scratch memory."""
+        if self.native.uses_workspace:
+            size = function(*args, 0, False, self.where)
+            workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+            function(*args, workspace.data_ptr(), True, self.where)
+        else:
+            function(*args, 0, True, self.where)
+
+
+def _ptr(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _features(x: Tensor) -> tuple[int, int, int, int, int]:
+    return x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), DTYPES[x.dtype]
+
+
+def _csr(rowptr: Tensor, col: Tensor, num_src: int) -> tuple[int, int, int, int, int, bool]:
+    return (rowptr.data_ptr(), col.data_ptr(), rowptr.shape[0] - 1, num_src, col.shape[0],
+            col.dtype == torch.int64)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with unit column stride; other layouts are copied."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def acc_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums, coefficients and the loss: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_features(name: str, x: Tensor, rows: int, what: str, like: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have shape [{what}, D], got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, but the graph is on {like.device}")
+    if x.shape[0] != rows:
+        raise ValueError(f"{name} has {x.shape[0]} rows, but the graph has {what} = {rows}")
+
+
+def _check_side(name: str, src: Tensor, dst: Tensor | None, rowptr: Tensor, num_src: int) -> None:
+    num_dst = rowptr.shape[0] - 1
+    if dst is None:
+        if num_src != num_dst:
+            raise ValueError(
+                f"{name} is one tensor, but the graph is bipartite with num_src = {num_src} and "
+                f"num_dst = {num_dst}: pass a pair ({name}_src, {name}_dst)"
+            )
+        _check_features(name, src, num_src, "num_src", rowptr)
+        return
+    _check_features(f"{name}[0]", src, num_src, "num_src", rowptr)
+    _check_features(f"{name}[1]", dst, num_dst, "num_dst", rowptr)
+    if src.dtype != dst.dtype:
+        raise TypeError(f"{name}[0] is {src.dtype}, but {name}[1] is {dst.dtype}")
+    if src.shape[1] != dst.shape[1]:
+        raise ValueError(f"{name}[0] has {src.shape[1]} columns, but {name}[1] has {dst.shape[1]}")
+
+
+def _check_edges(name: str, x: Tensor, col: Tensor, dtype: torch.dtype) -> None:
+    if x.shape != col.shape:
+        raise ValueError(f"{name} must have shape [{col.shape[0]}] (one per edge), got {tuple(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.device != col.device:
+        raise ValueError(f"{name} is on {x.device}, but the graph is on {col.device}")
+
+
+def _check_graph(rowptr: Tensor, col: Tensor, reverse: Tensor | None) -> None:
+    for name, x in (("rowptr", rowptr), ("col", col), ("reverse", reverse)):
+        if x is None:
+            continue
+        if x.dim() != 1 or x.dtype != rowptr.dtype or x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be a vector of int32 or int64 like rowptr, got {x.dtype}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if rowptr.shape[0] < 1:
+        raise ValueError("rowptr must have num_dst + 1 >= 1 elements")
+
+
+# --- graph construction ---------------------------------------------------------------------------
+
+_lib.define("csr_from_coo(Tensor src, Tensor dst, int num_src, int num_dst, bool wide)"
+            " -> (Tensor, Tensor, Tensor)")
+_lib.define("csr_transpose(Tensor rowptr, Tensor col, int num_src) -> (Tensor, Tensor, Tensor)")
+_lib.define("csr_union(Tensor rowptr, Tensor col, Tensor rowptr2, Tensor col2, int num_src)"
+            " -> (Tensor, Tensor)")
+
+
+def _check_coo(src: Tensor, dst: Tensor) -> None:
+    for name, x in (("edge_index[0]", src), ("edge_index[1]", dst)):
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+    if src.dim() != 1 or src.shape != dst.shape:
+        raise ValueError(f"edge_index must have shape [2, E], got {tuple(src.shape)} and {tuple(dst.shape)}")
+    if src.dtype != dst.dtype or src.device != dst.device:
+        raise ValueError("both rows of edge_index must have one dtype and device")
+
+
+def _out_of_range(src: int, dst: int, edge: int, num_src: int, num_dst: int) -> IndexError:
+    row, value, size = (0, src, num_src) if not 0 <= src < num_src else (1, dst, num_dst)
+    end = "source" if row == 0 else "destination"
+    return IndexError(
+        f"edge_index[{row}, {edge}] = {value} ({end} of edge {edge}) is out of range: "
+        f"valid indices are in [0, {size})"
+    )
+
+
+def _csr_from_coo_cpu(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wide: bool):
+    _check_coo(src, dst)
+    src, dst = src.contiguous(), dst.contiguous()
+    dtype = torch.int64 if wide else torch.int32
+    edges = src.shape[0]
+    rowptr = torch.empty(num_dst + 1, dtype=dtype)
+    col, perm = torch.empty(edges, dtype=dtype), torch.empty(edges, dtype=dtype)
+    bad = _C.cpu.csr_from_coo(src.data_ptr(), dst.data_ptr(), src.dtype == torch.int64, edges, num_src,
+                              num_dst, wide, rowptr.data_ptr(), col.data_ptr(), perm.data_ptr(),
+                              torch.get_num_threads())
+    if bad >= 0:
+        raise _out_of_range(int(src[bad]), int(dst[bad]), bad, num_src, num_dst)
+    return rowptr, col, perm
+
+
+def _rowptr(sorted_rows: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    bounds = torch.arange(rows + 1, device=sorted_rows.device, dtype=sorted_rows.dtype)
+    return torch.searchsorted(sorted_rows, bounds).to(dtype)
+
+
+def _csr_from_coo_cuda(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wide: bool):
+    _check_coo(src, dst)
+    dtype = torch.int64 if wide else torch.int32
+    bad = (src < 0) | (src >= num_src) | (dst < 0) | (dst >= num_dst)
+    if bool(bad.any()):
+        edge = int(bad.nonzero()[0])
+        raise _out_of_range(int(src[edge]), int(dst[edge]), edge, num_src, num_dst)
+    key, perm = torch.sort(dst.long() * num_src + src.long(), stable=True)
+    row = torch.div(key, max(num_src, 1), rounding_mode="floor")
+    return _rowptr(row, num_dst, dtype), (key - row * num_src).to(dtype), perm.to(dtype)
+
+
+def _csr_from_coo_fake(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wide: bool):
+    _check_coo(src, dst)
+    dtype = torch.int64 if wide else torch.int32
+    return (src.new_empty(num_dst + 1, dtype=dtype), src.new_empty(src.shape[0], dtype=dtype),
+            src.new_empty(src.shape[0], dtype=dtype))
+
+
+def _csr_transpose_cpu(rowptr: Tensor, col: Tensor, num_src: int):
+    _check_graph(rowptr, col, None)
+    t_rowptr = rowptr.new_empty(num_src + 1)
+    t_col, t_perm = torch.empty_like(col), torch.empty_like(col)
+    _C.cpu.csr_transpose(_csr(rowptr, col, num_src), t_rowptr.data_ptr(), t_col.data_ptr(),
+                         t_perm.data_ptr(), torch.get_num_threads())
+    return t_rowptr, t_col, t_perm
+
+
+def expand_rows(rowptr: Tensor, edges: int) -> Tensor:
+    """The row of every slot [E], int64."""
+    rows = torch.arange(rowptr.shape[0] - 1, device=rowptr.device)
+    return torch.repeat_interleave(rows, (rowptr[1:] - rowptr[:-1]).long(), output_size=edges)
+
+
+def _csr_transpose_cuda(rowptr: Tensor, col: Tensor, num_src: int):
+    _check_graph(rowptr, col, None)
+    sorted_col, perm = torch.sort(col, stable=True)
+    row = expand_rows(rowptr, col.shape[0]).to(col.dtype)
+    return _rowptr(sorted_col, num_src, col.dtype), row[perm], perm.to(col.dtype)
+
+
+def _csr_transpose_fake(rowptr: Tensor, col: Tensor, num_src: int):
+    _check_graph(rowptr, col, None)
+    return rowptr.new_empty(num_src + 1), torch.empty_like(col), torch.empty_like(col)
+
+
+def _check_union(rowptr: Tensor, col: Tensor, rowptr2: Tensor, col2: Tensor) -> None:
+    _check_graph(rowptr, col, None)
+    _check_graph(rowptr2, col2, None)
+    if rowptr.shape != rowptr2.shape:
+        raise ValueError(f"a union needs equal num_dst, got {rowptr.shape[0] - 1} and {rowptr2.shape[0] - 1}")
+    if rowptr.dtype != rowptr2.dtype:
+        raise TypeError(f"a union needs equal index dtypes, got {rowptr.dtype} and {rowptr2.dtype}")
+
+
+def _csr_union_cpu(rowptr: Tensor, col: Tensor, rowptr2: Tensor, col2: Tensor, num_src: int):
+    _check_union(rowptr, col, rowptr2, col2)
+    a, b = _csr(rowptr, col, num_src), _csr(rowptr2, col2, num_src)
+    out = torch.empty_like(rowptr)
+    _C.cpu.csr_union(a, b, out.data_ptr(), 0, torch.get_num_threads())
+    out_col = col.new_empty(int(out[-1]))
+    if out_col.numel():
+        _C.cpu.csr_union(a, b, out.data_ptr(), out_col.data_ptr(), torch.get_num_threads())
+    return out, out_col
+
+
+def _csr_union_cuda(rowptr: Tensor, col: Tensor, rowptr2: Tensor, col2: Tensor, num_src: int):
+    _check_union(rowptr, col, rowptr2, col2)
+    keys = [expand_rows(p, c.shape[0]) * num_src + c.long() for p, c in ((rowptr, col), (rowptr2, col2))]
+    key = torch.unique_consecutive(torch.sort(torch.cat(keys)).values)
+    row = torch.div(key, max(num_src, 1), rounding_mode="floor")
+    return _rowptr(row, rowptr.shape[0] - 1, rowptr.dtype), (key - row * num_src).to(col.dtype)
+
+
+def _csr_union_fake(rowptr: Tensor, col: Tensor, rowptr2: Tensor, col2: Tensor, num_src: int):
+    _check_union(rowptr, col, rowptr2, col2)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty_like(rowptr), col.new_empty(size)
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+_lib.define(
+    "kernel_values(Tensor src, Tensor? dst, Tensor rowptr, Tensor col, Tensor? reverse, int num_src,"
+    " int[] kernel, float[] kernel_param) -> Tensor"
+)
+_lib.define(
+    "lsp_forward(Tensor student, Tensor? student_dst, Tensor? teacher, Tensor? teacher_dst,"
+    " Tensor? teacher_values, Tensor? weight, Tensor rowptr, Tensor col, Tensor? reverse, int num_src,"
+    " int[] student_kernel, float[] student_param, int[] teacher_kernel, float[] teacher_param,"
+    " int divergence, int reduction, bool want_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "lsp_backward(Tensor grad, Tensor student, Tensor? student_dst, Tensor coef, Tensor src_inv_norm,"
+    " Tensor dst_inv_norm, Tensor rowptr, Tensor col, Tensor? t_rowptr, Tensor? t_col, Tensor? t_perm,"
+    " int num_src, int metric, bool folded) -> (Tensor, Tensor)"
+)
+
+
+def is_folded(reverse: Tensor | None, weight: Tensor | None, reduction: int) -> bool:
+    """Whether coef holds both directions of an edge, which makes backward a single product."""
+    return reverse is not None and weight is None and reduction != _NONE
+
+
+def _inverse_norms(launch: _Launch, src: Tensor, dst: Tensor | None, metric: int) -> tuple[Tensor, Tensor]:
+    """Of both ends; empty unless the metric needs them, and for dst None those of src serve both."""
+    def of(x: Tensor | None) -> Tensor:
+        if x is None or metric != _COSINE:
+            return src.new_empty(0, dtype=acc_dtype(src))
+        out = x.new_empty(x.shape[0], dtype=acc_dtype(x))
+        launch.native.inverse_norm(_features(x), out.data_ptr(), launch.where)
+        return out
+    return of(src), of(dst)
+
+
+def _similarity(launch: _Launch, src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor,
+                reverse: Tensor | None, num_src: int, metric: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw reduction r [E], and the inverse norms that went into it."""
+    src_norm, dst_norm = _inverse_norms(launch, src, dst, metric)
+    r = src.new_empty(col.shape[0], dtype=acc_dtype(src))
+    ends = src if dst is None else dst
+    norm = src_norm if dst is None else dst_norm
+    launch.native.similarity(_csr(rowptr, col, num_src), _features(src), _features(ends),
+                             src_norm.data_ptr(), norm.data_ptr(), metric, reverse is not None,
+                             r.data_ptr(), launch.where)
+    return r, src_norm, dst_norm
+
+
+def _kernel_values(src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor, reverse: Tensor | None,
+                   num_src: int, kernel: list[int], param: list[float]) -> Tensor:
+    _check_graph(rowptr, col, reverse)
+    _check_side("teacher", src, dst, rowptr, num_src)
+    src = _rows(src)
+    dst = None if dst is None else _rows(dst)
+    with _Launch(src.device) as launch:
+        r, _, _ = _similarity(launch, src, dst, rowptr, col, reverse, num_src, kernel[0])
+        values = torch.empty_like(r)
+        launch.native.kernel_values(_csr(rowptr, col, num_src), _ptr(reverse), (*kernel, *param),
+                                    DTYPES[r.dtype], r.data_ptr(), values.data_ptr(), launch.where)
+    return values
+
+
+def _kernel_values_fake(src, dst, rowptr, col, reverse, num_src, kernel, param):
+    _check_graph(rowptr, col, reverse)
+    _check_side("teacher", src, dst, rowptr, num_src)
+    return src.new_empty(col.shape[0], dtype=acc_dtype(src))
+
+
+def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
+                   reverse, num_src) -> torch.dtype:
+    """The dtype of all sums: float64 if the student is, else float32."""
+    _check_graph(rowptr, col, reverse)
+    _check_side("student", student, student_dst, rowptr, num_src)
+    acc = acc_dtype(student)
+    if teacher is not None:
+        _check_side("teacher", teacher, teacher_dst, rowptr, num_src)
+        if acc_dtype(teacher) != acc:
+            raise TypeError(
+                f"teacher is {teacher.dtype}, but student is {student.dtype}: float64 goes with "
+                "float64 only"
+            )
+    elif teacher_values is not None:
+        _check_edges("teacher structure", teacher_values, col, acc)
+    else:
+        raise ValueError("lsp_forward needs teacher or teacher_values")
+    if weight is not None:
+        _check_edges("edge_weight", weight, col, acc)
+    return acc
+
+
+def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse,
+                 num_src, student_kernel, student_param, teacher_kernel, teacher_param, divergence,
+                 reduction, want_coef):
+    acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
+                         reverse, num_src)
+    num_dst, metric = rowptr.shape[0] - 1, student_kernel[0]
+    student = _rows(student)
+    student_dst = None if student_dst is None else _rows(student_dst)
+    weight = None if weight is None else weight.contiguous()
+    with _Launch(student.device) as launch:
+        coef, src_norm, dst_norm = _similarity(launch, student, student_dst, rowptr, col, reverse, num_src,
+                                               metric)
+        if teacher is not None:
+            teacher = _rows(teacher)
+            teacher_dst = None if teacher_dst is None else _rows(teacher_dst)
+            r_t, _, _ = _similarity(launch, teacher, teacher_dst, rowptr, col, reverse, num_src,
+                                    teacher_kernel[0])
+        else:
+            r_t = teacher_values.contiguous()
+        stats = student.new_empty((num_dst, 3), dtype=acc)
+        loss = student.new_empty(num_dst if reduction == _NONE else (), dtype=acc)
+        diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
+        dst = src_norm if student_dst is None else dst_norm
+        cosine = metric == _COSINE
+        launch.run(launch.native.divergences, _csr(rowptr, col, num_src), _ptr(reverse),
+                   (*student_kernel, *student_param), (*teacher_kernel, *teacher_param), divergence,
+                   reduction, teacher is None, is_folded(reverse, weight, reduction), want_coef,
+                   DTYPES[acc], coef.data_ptr(), r_t.data_ptr(), _ptr(weight),
+                   src_norm.data_ptr() if cosine else 0, dst.data_ptr() if cosine else 0,
+                   stats.data_ptr(), loss.data_ptr(), diagnostics.data_ptr())
+    return loss, coef, src_norm, dst_norm, diagnostics
+
+
+def _lsp_forward_fake(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
+                      reverse, num_src, student_kernel, student_param, teacher_kernel, teacher_param,
+                      divergence, reduction, want_coef):
+    acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
+                         reverse, num_src)
+    num_dst = rowptr.shape[0] - 1
+    cosine = student_kernel[0] == _COSINE
+    return (
+        student.new_empty([num_dst] if reduction == _NONE else [], dtype=acc),
+        student.new_empty(col.shape[0], dtype=acc),
+        student.new_empty(num_src if cosine else 0, dtype=acc),
+        student.new_empty(num_dst if cosine and student_dst is not None else 0, dtype=acc),
+        student.new_empty(3, dtype=torch.int64),
+    )
+
+
+def _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded) -> None:
+    _check_graph(rowptr, col, None)
+    _check_side("student", student, student_dst, rowptr, num_src)
+    _check_edges("coef", coef, col, acc_dtype(student))
+    if not folded and t_rowptr is None:
+        raise ValueError("lsp_backward needs the transposed graph unless the coefficients are folded")
+
+
+def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
+                  t_col, t_perm, num_src, metric, folded):
+    _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
+    student = _rows(student)
+    grad = grad.to(coef.dtype).contiguous()
+    per_row = grad.dim() == 1
+    num_dst = rowptr.shape[0] - 1
+    arriving = _csr(rowptr, col, num_src)
+
+    def product(launch: _Launch, x: Tensor, lists: tuple, inv_norm: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        launch.run(launch.native.gradient, _features(x), lists, metric, coef.data_ptr(), grad.data_ptr(),
+                   per_row, inv_norm.data_ptr(), out.data_ptr())
+        return out
+
+    with _Launch(student.device) as launch:
+        if student_dst is None:
+            lists = [(arriving, 0, _features(student), False)]
+            if not folded:
+                leaving = _csr(t_rowptr, t_col, num_dst)
+                lists.append((leaving, t_perm.data_ptr(), _features(student), True))
+            return product(launch, student, tuple(lists), src_inv_norm), student.new_empty(0)
+        student_dst = _rows(student_dst)
+        leaving = (_csr(t_rowptr, t_col, num_dst), t_perm.data_ptr(), _features(student_dst), True)
+        return (product(launch, student, (leaving,), src_inv_norm),
+                product(launch, student_dst, ((arriving, 0, _features(student), False),), dst_inv_norm))
+
+
+def _lsp_backward_fake(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
+                       t_col, t_perm, num_src, metric, folded):
+    _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
+    return (student.new_empty(student.shape),
+            student.new_empty(0) if student_dst is None else student_dst.new_empty(student_dst.shape))
+
+
+_lib.impl("csr_from_coo", _csr_from_coo_cpu, "CPU")
+_lib.impl("csr_from_coo", _csr_from_coo_cuda, "CUDA")
+_lib.impl("csr_transpose", _csr_transpose_cpu, "CPU")
+_lib.impl("csr_transpose", _csr_transpose_cuda, "CUDA")
+_lib.impl("csr_union", _csr_union_cpu, "CPU")
+_lib.impl("csr_union", _csr_union_cuda, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("kernel_values", _kernel_values, _device)
+    _lib.impl("lsp_forward", _lsp_forward, _device)
+    _lib.impl("lsp_backward", _lsp_backward, _device)
+for _name, _fake in {
+    "csr_from_coo": _csr_from_coo_fake,
+    "csr_transpose": _csr_transpose_fake,
+    "csr_union": _csr_union_fake,
+    "kernel_values": _kernel_values_fake,
+    "lsp_forward": _lsp_forward_fake,
+    "lsp_backward": _lsp_backward_fake,
+}.items():
+    torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_lib)
+
+csr_from_coo = torch.ops.fastkd.csr_from_coo.default
+csr_transpose = torch.ops.fastkd.csr_transpose.default
+csr_union = torch.ops.fastkd.csr_union.default
+kernel_values = torch.ops.fastkd.kernel_values.default
+lsp_forward = torch.ops.fastkd.lsp_forward.default
+lsp_backward = torch.ops.fastkd.lsp_backward.default
