@@ -1,0 +1,34 @@
+"""What this installation is: versions, CUDA, instruction set, threads."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from . import _C
+
+__all__ = ["show_config"]
+
+
+def show_config() -> dict[str, Any]:
+    """The configuration as a dictionary; ``fastkd info`` prints it.
+
+    ``cuda_built`` says whether the native core has CUDA kernels, ``cuda_available`` whether torch
+    sees a device to run them on. ``isa`` is the CPU instruction set in use (chosen at run time, or
+    by the environment variable FASTKD_ISA).
+    """
+    return {
+        "fastkd": _C.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiler": _C.compiler,
+        "cuda_built": bool(_C.cuda_version),
+        "cuda_toolkit": _C.cuda_version or None,
+        "cuda_architectures": _C.cuda_architectures.split() if _C.cuda_version else [],
+        "cuda_available": torch.cuda.is_available(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "isa": _C.isa(),
+        "threads": torch.get_num_threads(),
+    }

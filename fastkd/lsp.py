@@ -1,0 +1,373 @@
+"""The local structure preserving loss (arXiv:2003.10477), fused over sparse graphs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _ops, kernels
+from .graph import Graph, as_graph
+from .kernels import Kernel
+
+__all__ = ["lsp_loss", "LSPLoss", "TeacherStructure", "teacher_structure"]
+
+Features = Tensor | tuple[Tensor, Tensor]
+Divergence = Literal["student||teacher", "teacher||student"]
+Reduction = Literal["none", "sum", "mean", "mean_active", "mean_edges"]
+
+_DIVERGENCES = {"student||teacher": 0, "teacher||student": 1}
+_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "mean_active": 3, "mean_edges": 4}
+_warned: set[str] = set()
+
+
+class TeacherStructure:
+    """A teacher's local structure on one graph, computed once by :func:`teacher_structure`.
+
+    Holds the teacher's kernel values, one number per edge, from which the loss gets the
+    log-probabilities under whatever ``edge_weight`` it is given.
+
+    Attributes:
+        values: [E] float32 (float64 for a float64 teacher), in the order of the graph's slots.
+        graph: the :class:`~fastkd.Graph` it belongs to.
+        kernel: the kernel it was made with.
+    """
+
+    def __init__(self, values: Tensor, graph: Graph, kernel: Kernel) -> None:
+        self.values = values
+        self.graph = graph
+        self.kernel = kernel
+
+    @property
+    def log_prob(self) -> Tensor:
+        """[E] log-probability of every edge among the in-edges of its destination, in the order of
+        the graph's ``edge_index``."""
+        row = _ops.expand_rows(self.graph.rowptr, self.graph.num_edges)
+        high = self.values.new_full((self.graph.num_dst,), -torch.inf)
+        high.scatter_reduce_(0, row, self.values, "amax")
+        shifted = self.values - high[row]
+        total = torch.zeros_like(high).index_add_(0, row, shifted.exp())
+        slots = shifted - total.log()[row]
+        if self.graph.perm is None:
+            return slots
+        out = torch.empty_like(slots)
+        out[self.graph.perm.long()] = slots
+        return out
+
+    def to(self, device: torch.device | str) -> TeacherStructure:
+        return TeacherStructure(self.values.to(device), self.graph.to(device), self.kernel)
+
+    def __repr__(self) -> str:
+        return f"TeacherStructure({self.kernel}, {self.graph})"
+
+
+def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf") -> TeacherStructure:
+    """The teacher's side of :func:`lsp_loss`, for reuse while teacher and graph stay the same.
+
+    Args:
+        teacher: features [N, D], or ``(x_src, x_dst)`` for a bipartite graph. No gradient is kept.
+        graph: as in :func:`lsp_loss`. Pass a :class:`~fastkd.Graph` and reuse it in the loss.
+        kernel: name or :class:`fastkd.kernels.Kernel`.
+    """
+    kernel = kernels.resolve(kernel)
+    src, dst = _pair("teacher", teacher)
+    graph = as_graph(graph, *_sizes(src, dst))
+    with torch.no_grad():
+        values = _ops.kernel_values(src.detach(), None if dst is None else dst.detach(), graph.rowptr,
+                                    graph.col, graph.reverse, graph.num_src, *kernel.spec(src.shape[1]))
+    return TeacherStructure(values, graph, kernel)
+
+
+def lsp_loss(
+    student: Features,
+    teacher: Features | TeacherStructure,
+    graph: Any,
+    *,
+    kernel: str | Kernel = "rbf",
+    teacher_kernel: str | Kernel | None = None,
+    divergence: Divergence = "student||teacher",
+    reduction: Reduction = "mean",
+    edge_weight: Tensor | None = None,
+    teacher_graph: Any = None,
+    norm_by: Literal["dst", "src"] = "dst",
+    check_finite: bool = False,
+) -> Tensor:
+    """Local structure preserving loss: how far the student's neighbourhoods are from the teacher's.
+
+    For every destination i with in-edges j -> i, the similarities ``SIM(z_i, z_j)`` go through a
+    softmax over j, for student and teacher; ``S_i`` is the divergence of the two distributions:
+
+        KL(student||teacher)_i = sum_j p^s_ij (log p^s_ij - log p^t_ij)
+
+    Rows without edges or with a single one contribute exactly 0. Sums are in float32 (float64 for
+    float64 features), in log space, with each row's maximum subtracted. The result and the gradient
+    are bitwise the same from run to run and for any number of threads. No tensor of size E x D is
+    ever made: beyond inputs and gradient the memory is at most 16 bytes per edge and per node.
+
+    Args:
+        student: [N, D_s] float16, bfloat16, float32 or float64, or ``(x_src [num_src, D_s],
+            x_dst [num_dst, D_s])`` for a bipartite block. The gradient flows to it.
+        teacher: [N, D_t], or a pair; D_t and dtype may differ from the student's. Detached. Or a
+            :class:`TeacherStructure`, which saves its half of the work.
+        graph: a :class:`~fastkd.Graph` (build it once, reuse it), an ``edge_index`` [2, E] (source,
+            destination), PyG's ``EdgeIndex`` or ``SparseTensor`` (as ``adj_t``), or a torch sparse
+            matrix whose entry (i, j) is the edge j -> i.
+        kernel: a name ("rbf", "euclidean", "linear", "poly", "laplacian", "cosine") or a
+            :class:`fastkd.kernels.Kernel`.
+        teacher_kernel: the teacher's; None means ``kernel``.
+        divergence: "student||teacher" (the paper) or "teacher||student".
+        reduction: "mean" over destinations, "mean_active" over destinations with an edge,
+            "mean_edges" over edges, "sum", or "none" for S [num_dst].
+        edge_weight: [E] >= 0 in the order of ``edge_index``; ``log w`` is added to the similarity,
+            so that 0 removes the edge.
+        teacher_graph: the teacher's own graph where it differs (dynamic graphs): both
+            distributions are then taken over the union of the two neighbourhoods.
+        norm_by: "dst" for a softmax over the in-edges of a destination, "src" for one over the
+            out-edges of a source.
+        check_finite: raise ValueError on NaN or infinity in the features, and on CUDA look for a
+            saturated kernel. Waits for the device.
+
+    Returns:
+        A scalar, or [num_dst] for "none"; float32, or float64 for float64 features.
+
+    Raises:
+        IndexError, TypeError, ValueError: name the argument, its value and what is valid.
+    """
+    kernel = kernels.resolve(kernel)
+    structure = teacher if isinstance(teacher, TeacherStructure) else None
+    teacher_kernel = kernel if teacher_kernel is None else kernels.resolve(teacher_kernel, "teacher_kernel")
+    divergence_code = _choice("divergence", divergence, _DIVERGENCES)
+    reduction_code = _choice("reduction", reduction, _REDUCTIONS)
+    if norm_by not in ("dst", "src"):
+        raise ValueError(f"norm_by must be 'dst' or 'src', got {norm_by!r}")
+    student_src, student_dst = _pair("student", student)
+    sizes = _sizes(student_src, student_dst)
+    graph = as_graph(graph, *sizes)
+    if teacher_graph is not None:
+        if structure is not None:
+            raise ValueError("teacher_graph cannot go with a TeacherStructure, which has its own graph")
+        if edge_weight is not None:
+            raise ValueError("edge_weight cannot go with teacher_graph: the union has edges of its own")
+        graph = graph.union(as_graph(teacher_graph, *sizes))
+
+    teacher_src = teacher_dst = values = None
+    if structure is not None:
+        if structure.graph is not graph and (
+            structure.graph.num_edges != graph.num_edges
+            or structure.graph.fingerprint != graph.fingerprint
+        ):
+            raise ValueError(f"teacher is a TeacherStructure of another graph: {structure.graph}, but "
+                             f"graph is {graph}")
+        values, teacher_kernel = structure.values, structure.kernel
+        teacher_dim = 1
+    else:
+        teacher_src, teacher_dst = _pair("teacher", teacher)
+        teacher_src = teacher_src.detach()
+        teacher_dst = None if teacher_dst is None else teacher_dst.detach()
+        teacher_dim = teacher_src.shape[1]
+
+    if norm_by == "src":
+        if structure is not None:
+            raise ValueError("norm_by='src' cannot go with a TeacherStructure: pass graph.reversed() to both")
+        graph = graph.reversed()
+        if student_dst is not None:
+            student_src, student_dst = student_dst, student_src
+        if teacher_dst is not None:
+            teacher_src, teacher_dst = teacher_dst, teacher_src
+
+    weight = None if edge_weight is None else _weights(edge_weight, graph, _ops.acc_dtype(student_src))
+    if check_finite:
+        for name, x in (("student", student_src), ("student", student_dst), ("teacher", teacher_src),
+                        ("teacher", teacher_dst)):
+            if x is not None and not bool(torch.isfinite(x).all()):
+                i, d = (int(v) for v in (~torch.isfinite(x)).nonzero()[0])
+                raise ValueError(f"{name}[{i}, {d}] = {float(x[i, d])}: features must be finite")
+
+    needs_grad = torch.is_grad_enabled() and (
+        student_src.requires_grad or (student_dst is not None and student_dst.requires_grad))
+    args = (student_src, student_dst, teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col,
+            graph.reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
+            *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code)
+    if needs_grad:
+        loss, diagnostics = _LSP.apply(graph.t_rowptr, graph.t_col, graph.t_perm, *args)
+    else:
+        loss, _, _, _, diagnostics = _ops.lsp_forward(*args, False)
+    if (not torch.compiler.is_compiling() and len(_warned) < 2
+            and (diagnostics.device.type == "cpu" or check_finite)):
+        _warn_if_saturated(diagnostics, kernel, teacher_kernel)
+    return loss
+
+
+class _LSP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, t_rowptr, t_col, t_perm, *args):
+        loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(*args, True)
+        student, student_dst, weight, rowptr, col, reverse = *args[:2], args[5], *args[6:9]
+        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col,
+                              t_rowptr, t_col, t_perm)
+        ctx.rest = (args[9], args[10][0], _ops.is_folded(reverse, weight, args[15]))
+        ctx.mark_non_differentiable(diagnostics)
+        return loss, diagnostics
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        student, student_dst, *rest = ctx.saved_tensors
+        src, dst = _ops.lsp_backward(grad, student, student_dst, *rest, *ctx.rest)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            src = _NoSecondDerivative.apply(src, student)
+            dst = dst if student_dst is None else _NoSecondDerivative.apply(dst, student_dst)
+        return (None, None, None, src, None if student_dst is None else dst) + (None,) * 15
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Marks a gradient, so that differentiating it is an error and not a silent 0."""
+
+    @staticmethod
+    def forward(ctx, gradient, x):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError(
+            "lsp_loss has no second derivative: use fastkd.reference.lsp_loss, which has, or leave "
+            "the loss out of what is differentiated twice"
+        )
+
+
+class LSPLoss(nn.Module):
+    """:func:`lsp_loss` as a module; the arguments are its keyword arguments.
+
+    >>> criterion = LSPLoss(kernel="rbf")
+    >>> loss = criterion(student_features, teacher_features, graph)
+    """
+
+    def __init__(self, kernel: str | Kernel = "rbf", *, teacher_kernel: str | Kernel | None = None,
+                 divergence: Divergence = "student||teacher", reduction: Reduction = "mean",
+                 norm_by: Literal["dst", "src"] = "dst", check_finite: bool = False) -> None:
+        super().__init__()
+        self.kernel = kernels.resolve(kernel)
+        self.teacher_kernel = self.kernel if teacher_kernel is None else kernels.resolve(
+            teacher_kernel, "teacher_kernel")
+        _choice("divergence", divergence, _DIVERGENCES)
+        _choice("reduction", reduction, _REDUCTIONS)
+        self.divergence: Divergence = divergence
+        self.reduction: Reduction = reduction
+        self.norm_by: Literal["dst", "src"] = norm_by
+        self.check_finite = check_finite
+
+    @classmethod
+    def preset(cls, name: Literal["paper", "distillgcn", "efficient_gnns"],
+               kernel: str | None = None) -> LSPLoss:
+        """The three published variants.
+
+        * ``"paper"``: arXiv:2003.10477. RBF (sigma 100), KL(student||teacher), mean over nodes.
+          ``kernel`` may be any name.
+        * ``"distillgcn"``: the authors' code. Laplacian (sigma 100), KL(teacher||student), mean over
+          nodes.
+        * ``"efficient_gnns"``: the efficient-gnns repository. KL(teacher||student), mean over edges;
+          ``kernel`` is one of its "cosine" (default), "poly" (cos^2), "l2" (the distance itself,
+          with a plus sign) and "rbf" (exp(-distance / 2)).
+        """
+        if name == "paper":
+            return cls(kernel or "rbf")
+        if name == "distillgcn":
+            if kernel not in (None, "laplacian"):
+                raise ValueError(f"kernel must be 'laplacian' for preset 'distillgcn', got {kernel!r}")
+            return cls("laplacian", divergence="teacher||student")
+        if name == "efficient_gnns":
+            theirs: dict[str, Kernel] = {
+                "cosine": kernels.Cosine(),
+                "poly": kernels.Poly(normalize=True),
+                "l2": kernels.Euclidean(sign=1, squared=False),
+                "rbf": kernels.RBF(sigma=1.0, squared=False),
+            }
+            chosen = kernel or "cosine"
+            if chosen not in theirs:
+                raise ValueError(f"kernel must be one of {', '.join(theirs)} for preset "
+                                 f"'efficient_gnns', got {kernel!r}")
+            return cls(theirs[chosen], divergence="teacher||student", reduction="mean_edges")
+        raise ValueError(f"preset must be 'paper', 'distillgcn' or 'efficient_gnns', got {name!r}")
+
+    def forward(self, student: Features, teacher: Features | TeacherStructure, graph: Any,
+                edge_weight: Tensor | None = None, teacher_graph: Any = None) -> Tensor:
+        return lsp_loss(student, teacher, graph, kernel=self.kernel, teacher_kernel=self.teacher_kernel,
+                        divergence=self.divergence, reduction=self.reduction, edge_weight=edge_weight,
+                        teacher_graph=teacher_graph, norm_by=self.norm_by, check_finite=self.check_finite)
+
+    def extra_repr(self) -> str:
+        teacher = "" if self.teacher_kernel == self.kernel else f"teacher_kernel={self.teacher_kernel}, "
+        return (f"{self.kernel}, {teacher}divergence={self.divergence!r}, reduction={self.reduction!r}")
+
+
+def _choice(argument: str, value: Any, choices: dict[str, int]) -> int:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices[value]
+
+
+def _pair(name: str, features: Any) -> tuple[Tensor, Tensor | None]:
+    """(x_src, x_dst), with None for x_dst where one tensor serves both ends."""
+    if isinstance(features, (tuple, list)):
+        if len(features) != 2:
+            raise ValueError(f"{name} must be a tensor or a pair (x_src, x_dst), got {len(features)} items")
+        parts = tuple(features)
+    else:
+        parts = (features,)
+    for x in parts:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor or a pair (x_src, x_dst), got {type(x).__name__}")
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape [N, D], got {tuple(x.shape)}")
+    if len(parts) == 1 or parts[0] is parts[1]:
+        return parts[0], None
+    return parts[0], parts[1]
+
+
+def _sizes(src: Tensor, dst: Tensor | None) -> tuple[int, int]:
+    return src.shape[0], (src if dst is None else dst).shape[0]
+
+
+def _weights(weight: Any, graph: Graph, dtype: torch.dtype) -> Tensor:
+    """edge_weight in the order of the graph's slots."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"edge_weight must be a tensor, got {type(weight).__name__}")
+    if weight.shape != (graph.num_edges,):
+        raise ValueError(f"edge_weight must have shape [{graph.num_edges}] (one per edge), got "
+                         f"{tuple(weight.shape)}")
+    if weight.device != graph.device:
+        raise ValueError(f"edge_weight is on {weight.device}, but the graph is on {graph.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("edge_weight must not require grad: the loss has no gradient for it; "
+                         "pass edge_weight.detach()")
+    if weight.is_complex():
+        raise TypeError(f"edge_weight must be real, got {weight.dtype}")
+    # On a device this would wait for it; there a negative weight counts as 0, like log of it as -inf.
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~(weight >= 0) | ~torch.isfinite(weight)
+        if bool(bad.any()):
+            edge = int(bad.nonzero()[0])
+            raise ValueError(f"edge_weight[{edge}] = {float(weight[edge])}: weights must be finite "
+                             "and in [0, inf)")
+    weight = weight.detach().to(dtype)
+    return weight if graph.perm is None else weight[graph.perm.long()]
+
+
+def _warn_if_saturated(diagnostics: Tensor, kernel: Kernel, teacher_kernel: Kernel) -> None:
+    rows, *informative = diagnostics.tolist()
+    if rows == 0:
+        return
+    for name, count, used in zip(("student", "teacher"), informative, (kernel, teacher_kernel), strict=True):
+        if count == 0 and name not in _warned:
+            _warned.add(name)
+            remedy = {
+                "rbf": "take a larger sigma, or scale='mean'",
+                "laplacian": "take a larger sigma, or scale='mean'",
+            }.get(used.name, "check that the features differ between nodes")
+            warnings.warn(
+                f"the {name}'s similarities are equal to within rounding in every neighbourhood: "
+                f"{used} is saturated and the loss carries no information about its structure. "
+                f"Remedy: {remedy}.",
+                stacklevel=3,
+            )

@@ -1,0 +1,113 @@
+"""The specification of :func:`fastkd.lsp_loss` in plain torch, readable and differentiable twice.
+
+It keeps tensors of size E x D and is slow; tests compare the kernels with it in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .graph import as_graph
+from .kernels import Kernel
+from .lsp import TeacherStructure, _pair, _sizes
+
+__all__ = ["lsp_loss", "similarity", "edge_softmax"]
+
+
+def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
+    """SIM(a_e, b_e) of rows a, b [E, D] -> [E]."""
+    total = torch.mean if getattr(kernel, "scale", "sum") == "mean" else torch.sum
+
+    def distance(squared: bool) -> Tensor:
+        square = total((a - b) ** 2, -1)
+        if squared:
+            return square
+        # The distance with the subgradient 0 at 0, where sqrt would give infinity.
+        zero = square == 0
+        return torch.where(zero, torch.zeros_like(square), torch.where(zero, torch.ones_like(square), square).sqrt())
+
+    def cosine() -> Tensor:
+        norms = a.norm(dim=-1) * b.norm(dim=-1)
+        zero = norms == 0
+        return torch.where(zero, torch.zeros_like(norms), (a * b).sum(-1) / torch.where(zero, torch.ones_like(norms), norms))
+
+    match kernel:
+        case kernels.Linear():
+            return total(a * b, -1)
+        case kernels.Poly():
+            return ((cosine() if kernel.normalize else total(a * b, -1)) + kernel.c) ** kernel.degree
+        case kernels.Euclidean():
+            return kernel.sign * distance(kernel.squared)
+        case kernels.RBF():
+            return torch.exp(-distance(kernel.squared) / (2 * kernel.sigma))
+        case kernels.Laplacian():
+            return torch.exp(-total((a - b).abs(), -1) / kernel.sigma)
+        case kernels.Cosine():
+            return cosine()
+    raise TypeError(f"unknown kernel {kernel!r}")
+
+
+def edge_softmax(logits: Tensor, dst: Tensor, num_dst: int) -> Tensor:
+    """log_softmax of logits [E] over the edges of each destination."""
+    high = logits.new_full((num_dst,), -torch.inf).scatter_reduce(0, dst, logits.detach(), "amax")
+    high = torch.where(torch.isfinite(high), high, torch.zeros_like(high))
+    shifted = logits - high[dst]
+    total = logits.new_zeros(num_dst).index_add(0, dst, shifted.exp())
+    return shifted - torch.where(total > 0, total, torch.ones_like(total)).log()[dst]
+
+
+def lsp_loss(
+    student: Any, teacher: Any, graph: Any, *, kernel: str | Kernel = "rbf",
+    teacher_kernel: str | Kernel | None = None, divergence: str = "student||teacher",
+    reduction: str = "mean", edge_weight: Tensor | None = None, teacher_graph: Any = None,
+    norm_by: str = "dst", check_finite: bool = False,
+) -> Tensor:
+    """Same arguments and result as :func:`fastkd.lsp_loss`, computed in the features' own dtype."""
+    kernel = kernels.resolve(kernel)
+    teacher_kernel = kernel if teacher_kernel is None else kernels.resolve(teacher_kernel)
+    s_src, s_dst = _pair("student", student)
+    s_dst = s_src if s_dst is None else s_dst
+    sizes = _sizes(s_src, s_dst)
+    graph = as_graph(graph, *sizes)
+    if teacher_graph is not None:
+        graph = graph.union(as_graph(teacher_graph, *sizes))
+    src, dst = graph.edge_index
+    num_rows = graph.num_dst
+
+    student_sim = similarity(kernel, s_dst[dst], s_src[src])
+    if isinstance(teacher, TeacherStructure):
+        teacher_sim = torch.empty_like(teacher.values)
+        teacher_sim[slice(None) if graph.perm is None else graph.perm.long()] = teacher.values
+    else:
+        t_src, t_dst = (None if x is None else x.detach() for x in _pair("teacher", teacher))
+        t_dst = t_src if t_dst is None else t_dst
+        teacher_sim = similarity(teacher_kernel, t_dst[dst], t_src[src])
+    teacher_sim = teacher_sim.to(student_sim.dtype)
+
+    row = dst
+    if norm_by == "src":
+        row, num_rows = src, graph.num_src
+    if edge_weight is not None:
+        kept = edge_weight > 0
+        log_weight = edge_weight[kept].to(student_sim.dtype).log()
+        student_sim, teacher_sim, row = student_sim[kept] + log_weight, teacher_sim[kept] + log_weight, row[kept]
+
+    log_s, log_t = edge_softmax(student_sim, row, num_rows), edge_softmax(teacher_sim, row, num_rows)
+    if divergence == "student||teacher":
+        terms = log_s.exp() * (log_s - log_t)
+    else:
+        terms = log_t.exp() * (log_t - log_s)
+    rows = terms.new_zeros(num_rows).index_add(0, row, terms)
+    if reduction == "none":
+        return rows
+    count = {
+        "sum": 1,
+        "mean": num_rows,
+        "mean_active": int(row.unique().numel()),
+        "mean_edges": row.numel(),
+    }[reduction]
+    return rows.sum() / count if count else rows.sum() * 0
