@@ -98,13 +98,14 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
                             const py::tuple& teacher, int divergence, int reduction,
                             bool teacher_is_values, bool fold, bool want_coef, int acc, Address r_s,
                             Address r_t, Address weight, Address src_inv_norm, Address dst_inv_norm,
-                            Address stats, Address loss, Address diagnostics, Address workspace,
+                            Address stats, Address loss, Address diagnostics,
+                            int64_t max_degree, Address workspace,
                             bool run, Where where) -> int64_t {
         const Divergences op{csr(graph), pointer(reverse), kernel(student), kernel(teacher),
                              Divergence(divergence), Reduction(reduction), teacher_is_values, fold,
                              want_coef, DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
                              pointer(src_inv_norm), pointer(dst_inv_norm), pointer(stats),
-                             pointer(loss), pointer<int64_t>(diagnostics), pointer(workspace)};
+                             pointer(loss), pointer<int64_t>(diagnostics), max_degree, pointer(workspace)};
         if (!run) return Backend::workspace_bytes(op);
         py::gil_scoped_release release;
         Backend::divergences(op, where);
@@ -113,9 +114,9 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
     // lists: one or two tuples (graph, perm, other, grad_by_other).
     m.def("gradient", [](const py::tuple& self, const py::tuple& lists, int metric, Address coef,
                          Address grad, bool grad_per_row, Address inv_norm, Address out,
-                         Address workspace, bool run, Where where) -> int64_t {
+                         int64_t max_degree, Address workspace, bool run, Where where) -> int64_t {
         Gradient op{features(self), {}, int(lists.size()), Metric(metric), pointer(coef), pointer(grad),
-                    grad_per_row, pointer(inv_norm), pointer(out), pointer(workspace)};
+                    grad_per_row, pointer(inv_norm), pointer(out), max_degree, pointer(workspace)};
         if (op.num_lists < 1 || op.num_lists > 2) throw py::value_error("gradient takes one or two lists");
         for (int k = 0; k < op.num_lists; ++k) {
             const py::tuple list = lists[std::size_t(k)];

@@ -115,6 +115,7 @@ struct Divergences {
     // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by
     // more than rounding: 0 of many means that the kernel is saturated
     std::int64_t* diagnostics; // [3], out
+    std::int64_t max_degree;   // of a row, or -1 if unknown
     void* workspace;           // CUDA only: workspace_bytes(*this) bytes
 };
 
@@ -139,6 +140,7 @@ struct Gradient {
     bool grad_per_row;
     const void* inv_norm;   // acc [rows], of self, cosine only
     void* out;              // dtype of self, [rows, D], contiguous
+    std::int64_t max_degree;  // no row has more incident edges; -1 if unknown
     void* workspace;        // CUDA only: workspace_bytes(*this) bytes
 };
 

@@ -274,12 +274,12 @@ _lib.define(
     "lsp_forward(Tensor student, Tensor? student_dst, Tensor? teacher, Tensor? teacher_dst,"
     " Tensor? teacher_values, Tensor? weight, Tensor rowptr, Tensor col, Tensor? reverse, int num_src,"
     " int[] student_kernel, float[] student_param, int[] teacher_kernel, float[] teacher_param,"
-    " int divergence, int reduction, bool want_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " int divergence, int reduction, int max_degree, bool want_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "lsp_backward(Tensor grad, Tensor student, Tensor? student_dst, Tensor coef, Tensor src_inv_norm,"
     " Tensor dst_inv_norm, Tensor rowptr, Tensor col, Tensor? t_rowptr, Tensor? t_col, Tensor? t_perm,"
-    " int num_src, int metric, bool folded) -> (Tensor, Tensor)"
+    " int num_src, int metric, bool folded, int max_degree) -> (Tensor, Tensor)"
 )
 
 
@@ -356,7 +356,7 @@ def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, w
 
 def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse,
                  num_src, student_kernel, student_param, teacher_kernel, teacher_param, divergence,
-                 reduction, want_coef):
+                 reduction, max_degree, want_coef):
     acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
                          reverse, num_src)
     num_dst, metric = rowptr.shape[0] - 1, student_kernel[0]
@@ -383,13 +383,13 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
                    reduction, teacher is None, is_folded(reverse, weight, reduction), want_coef,
                    DTYPES[acc], coef.data_ptr(), r_t.data_ptr(), _ptr(weight),
                    src_norm.data_ptr() if cosine else 0, dst.data_ptr() if cosine else 0,
-                   stats.data_ptr(), loss.data_ptr(), diagnostics.data_ptr())
+                   stats.data_ptr(), loss.data_ptr(), diagnostics.data_ptr(), max_degree)
     return loss, coef, src_norm, dst_norm, diagnostics
 
 
 def _lsp_forward_fake(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
                       reverse, num_src, student_kernel, student_param, teacher_kernel, teacher_param,
-                      divergence, reduction, want_coef):
+                      divergence, reduction, max_degree, want_coef):
     acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
                          reverse, num_src)
     num_dst = rowptr.shape[0] - 1
@@ -412,7 +412,7 @@ def _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, 
 
 
 def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
-                  t_col, t_perm, num_src, metric, folded):
+                  t_col, t_perm, num_src, metric, folded, max_degree):
     _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
     student = _rows(student)
     grad = grad.to(coef.dtype).contiguous()
@@ -423,7 +423,7 @@ def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, 
     def product(launch: _Launch, x: Tensor, lists: tuple, inv_norm: Tensor) -> Tensor:
         out = x.new_empty(x.shape)
         launch.run(launch.native.gradient, _features(x), lists, metric, coef.data_ptr(), grad.data_ptr(),
-                   per_row, inv_norm.data_ptr(), out.data_ptr())
+                   per_row, inv_norm.data_ptr(), out.data_ptr(), max_degree)
         return out
 
     with _Launch(student.device) as launch:
@@ -440,7 +440,7 @@ def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, 
 
 
 def _lsp_backward_fake(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
-                       t_col, t_perm, num_src, metric, folded):
+                       t_col, t_perm, num_src, metric, folded, max_degree):
     _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
     return (student.new_empty(student.shape),
             student.new_empty(0) if student_dst is None else student_dst.new_empty(student_dst.shape))

@@ -28,7 +28,7 @@ class Graph:
             arguments such as ``edge_weight`` are in that order. None: the slots' own order.
         reverse: [E] or None. For a symmetric pattern, the slot of the reverse of every edge.
         num_src, num_dst, num_edges: int. ``num_src != num_dst`` makes the graph bipartite.
-        max_degree: int, the largest in-degree.
+        max_degree: int, the largest in-degree (-1 if the graph was made while compiling).
     """
 
     rowptr: Tensor
@@ -55,6 +55,13 @@ class Graph:
             if torch.equal(rowptr, self.t_rowptr) and torch.equal(col, self.t_col):
                 self.reverse = self.t_perm
                 self.t_rowptr, self.t_col = rowptr, col
+        # On a CUDA graph these wait for the device: here, and not in the loss.
+        self.max_degree = self.max_incident = -1
+        if not torch.compiler.is_compiling():
+            arriving, leaving = self.in_degree(), self.out_degree()
+            self.max_degree = int(arriving.max()) if arriving.numel() else 0
+            most = arriving + leaving if num_src == self.num_dst else torch.cat((arriving, leaving))
+            self.max_incident = int(most.max()) if most.numel() else 0
         self._fingerprint: int | None = None
 
     # --- construction ---------------------------------------------------------------------------
@@ -196,11 +203,6 @@ class Graph:
     def is_symmetric(self) -> bool:
         """Whether every edge has its reverse, equally often."""
         return self.reverse is not None
-
-    @property
-    def max_degree(self) -> int:
-        degree = self.in_degree()
-        return int(degree.max()) if degree.numel() else 0
 
     def in_degree(self) -> Tensor:
         """[num_dst], the number of in-edges of every destination."""

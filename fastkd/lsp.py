@@ -189,9 +189,9 @@ def lsp_loss(
         student_src.requires_grad or (student_dst is not None and student_dst.requires_grad))
     args = (student_src, student_dst, teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col,
             graph.reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
-            *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code)
+            *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code, graph.max_degree)
     if needs_grad:
-        loss, diagnostics = _LSP.apply(graph.t_rowptr, graph.t_col, graph.t_perm, *args)
+        loss, diagnostics = _LSP.apply(graph.t_rowptr, graph.t_col, graph.t_perm, graph.max_incident, *args)
     else:
         loss, _, _, _, diagnostics = _ops.lsp_forward(*args, False)
     if (not torch.compiler.is_compiling() and len(_warned) < 2
@@ -202,12 +202,12 @@ def lsp_loss(
 
 class _LSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t_rowptr, t_col, t_perm, *args):
+    def forward(ctx, t_rowptr, t_col, t_perm, max_incident, *args):
         loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(*args, True)
         student, student_dst, weight, rowptr, col, reverse = *args[:2], args[5], *args[6:9]
         ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col,
                               t_rowptr, t_col, t_perm)
-        ctx.rest = (args[9], args[10][0], _ops.is_folded(reverse, weight, args[15]))
+        ctx.rest = (args[9], args[10][0], _ops.is_folded(reverse, weight, args[15]), max_incident)
         ctx.mark_non_differentiable(diagnostics)
         return loss, diagnostics
 
@@ -218,7 +218,7 @@ class _LSP(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             src = _NoSecondDerivative.apply(src, student)
             dst = dst if student_dst is None else _NoSecondDerivative.apply(dst, student_dst)
-        return (None, None, None, src, None if student_dst is None else dst) + (None,) * 15
+        return (None,) * 4 + (src, None if student_dst is None else dst) + (None,) * 15
 
 
 class _NoSecondDerivative(torch.autograd.Function):
