@@ -91,7 +91,7 @@ struct KernelValues {
 // Softmax over each row, divergence per row, reduction, and the coefficient of each edge.
 //
 // With p = softmax_row(SIM + log w), d = log p_s - log p_t and S_i the divergence of row i:
-//   dS_i/dSIM_s = p_s (d - S_i)  for student||teacher,  p_s - p_t  for teacher||student,
+//   dS_i/dSIM_s = p_s (d - sum p_s d)  for student||teacher,  p_s - p_t  for teacher||student,
 // and coef = dloss/dr times the metric's own factor, so that the gradient is a sparse product
 // (see Gradient). With fold, coef holds the sum over both directions of an edge.
 struct Divergences {
@@ -110,7 +110,7 @@ struct Divergences {
     const void* weight;        // acc [edges] >= 0, or null
     const void* src_inv_norm;  // acc [cols], student's, cosine only
     const void* dst_inv_norm;  // acc [rows]
-    void* stats;               // acc [rows, 3], out: log-sum-exp of student and teacher, S_i
+    void* stats;               // acc [rows, 6], out: RowStats of math.h
     void* loss;                // acc [1], or [rows] for Reduction::none, out
     // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by
     // more than rounding: 0 of many means that the kernel is saturated

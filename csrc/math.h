@@ -191,10 +191,21 @@ template <Shape S, bool Root, class A> FASTKD_HD A kernel_slope(A r, A scale, A 
 // dr/dx carries a constant factor: r = |a - b|^2 gives 2 (a - b).
 FASTKD_HD double metric_factor(Metric m) { return m == Metric::sqdist ? 2.0 : 1.0; }
 
-// dS/dSIM_s of an edge, from its log-probabilities.
-template <class A> FASTKD_HD A edge_gradient(bool teacher_student, A log_ps, A log_pt, A row_divergence) {
-    const A ps = exp_(log_ps);
-    return teacher_student ? ps - exp_(log_pt) : ps * ((log_ps - log_pt) - row_divergence);
+// What is kept of a row's distributions. Maximum and log of the sum of exp(SIM - maximum) are apart,
+// since their sum would lose the digits that differences are made of. The mean of log p_s - log p_t
+// under p_s is the divergence once more, but with the same rounding as its terms: a gradient centred
+// on it sums to 0, where one centred on the (more exact) divergence would not.
+template <class A> struct RowStats {
+    A max_s, log_sum_s, max_t, log_sum_t, mean, divergence;
+    FASTKD_HD A log_ps(A sim) const { return (sim - max_s) - log_sum_s; }
+    FASTKD_HD A log_pt(A sim) const { return (sim - max_t) - log_sum_t; }
+};
+
+// dS/dSIM_s of an edge.
+template <class A>
+FASTKD_HD A edge_gradient(bool teacher_student, A sim_s, A sim_t, const RowStats<A>& row) {
+    const A log_ps = row.log_ps(sim_s), log_pt = row.log_pt(sim_t), ps = exp_(log_ps);
+    return teacher_student ? ps - exp_(log_pt) : ps * ((log_ps - log_pt) - row.mean);
 }
 
 // Stands for log 0: finite, so that differences of two of them are 0 and not NaN.

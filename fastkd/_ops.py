@@ -138,10 +138,10 @@ def _check_graph(rowptr: Tensor, col: Tensor, reverse: Tensor | None) -> None:
 
 # --- graph construction ---------------------------------------------------------------------------
 
-_lib.define("csr_from_coo(Tensor src, Tensor dst, int num_src, int num_dst, bool wide)"
+_lib.define("csr_from_coo(Tensor src, Tensor dst, SymInt num_src, SymInt num_dst, bool wide)"
             " -> (Tensor, Tensor, Tensor)")
-_lib.define("csr_transpose(Tensor rowptr, Tensor col, int num_src) -> (Tensor, Tensor, Tensor)")
-_lib.define("csr_union(Tensor rowptr, Tensor col, Tensor rowptr2, Tensor col2, int num_src)"
+_lib.define("csr_transpose(Tensor rowptr, Tensor col, SymInt num_src) -> (Tensor, Tensor, Tensor)")
+_lib.define("csr_union(Tensor rowptr, Tensor col, Tensor rowptr2, Tensor col2, SymInt num_src)"
             " -> (Tensor, Tensor)")
 
 
@@ -267,19 +267,19 @@ def _csr_union_fake(rowptr: Tensor, col: Tensor, rowptr2: Tensor, col2: Tensor, 
 # --- the loss -------------------------------------------------------------------------------------
 
 _lib.define(
-    "kernel_values(Tensor src, Tensor? dst, Tensor rowptr, Tensor col, Tensor? reverse, int num_src,"
+    "kernel_values(Tensor src, Tensor? dst, Tensor rowptr, Tensor col, Tensor? reverse, SymInt num_src,"
     " int[] kernel, float[] kernel_param) -> Tensor"
 )
 _lib.define(
     "lsp_forward(Tensor student, Tensor? student_dst, Tensor? teacher, Tensor? teacher_dst,"
-    " Tensor? teacher_values, Tensor? weight, Tensor rowptr, Tensor col, Tensor? reverse, int num_src,"
+    " Tensor? teacher_values, Tensor? weight, Tensor rowptr, Tensor col, Tensor? reverse, SymInt num_src,"
     " int[] student_kernel, float[] student_param, int[] teacher_kernel, float[] teacher_param,"
-    " int divergence, int reduction, int max_degree, bool want_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " int divergence, int reduction, SymInt max_degree, bool want_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
     "lsp_backward(Tensor grad, Tensor student, Tensor? student_dst, Tensor coef, Tensor src_inv_norm,"
     " Tensor dst_inv_norm, Tensor rowptr, Tensor col, Tensor? t_rowptr, Tensor? t_col, Tensor? t_perm,"
-    " int num_src, int metric, bool folded, int max_degree) -> (Tensor, Tensor)"
+    " SymInt num_src, int metric, bool folded, SymInt max_degree) -> (Tensor, Tensor)"
 )
 
 
@@ -373,7 +373,7 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
                                     teacher_kernel[0])
         else:
             r_t = teacher_values.contiguous()
-        stats = student.new_empty((num_dst, 3), dtype=acc)
+        stats = student.new_empty((num_dst, 6), dtype=acc)
         loss = student.new_empty(num_dst if reduction == _NONE else (), dtype=acc)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
         dst = src_norm if student_dst is None else dst_norm

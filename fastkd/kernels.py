@@ -69,17 +69,14 @@ class RBF(Kernel):
     Args:
         sigma: finite, > 0, in units of the squared distance.
         scale: ``"sum"`` or ``"mean"`` over the features.
-        squared: ``False`` for ``exp(-||a - b|| / (2 sigma))``, the form used by efficient-gnns.
     """
 
     name: ClassVar[str] = "rbf"
     sigma: float = 100.0
     scale: Literal["sum", "mean"] = "sum"
-    squared: bool = True
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        root = int(not self.squared)
-        return [_SQDIST, _EXPONENTIAL, root, 1], [self._scale(dim), 0.5 / self.sigma]
+        return [_SQDIST, _EXPONENTIAL, 0, 1], [self._scale(dim), 0.5 / self.sigma]
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,10 @@ def lsp_loss(
             graph.reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
             *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code, graph.max_degree)
     if needs_grad:
-        loss, diagnostics = _LSP.apply(graph.t_rowptr, graph.t_col, graph.t_perm, graph.max_incident, *args)
+        # On a symmetric pattern rowptr, col and reverse are their own transpose (and torch.compile
+        # takes no tensor twice).
+        transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if graph.reverse is None else (None,) * 3
+        loss, diagnostics = _LSP.apply(*transpose, graph.max_incident, *args)
     else:
         loss, _, _, _, diagnostics = _ops.lsp_forward(*args, False)
     if (not torch.compiler.is_compiling() and len(_warned) < 2
@@ -205,6 +208,8 @@ class _LSP(torch.autograd.Function):
     def forward(ctx, t_rowptr, t_col, t_perm, max_incident, *args):
         loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(*args, True)
         student, student_dst, weight, rowptr, col, reverse = *args[:2], args[5], *args[6:9]
+        if reverse is not None:
+            t_rowptr, t_col, t_perm = rowptr, col, reverse
         ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col,
                               t_rowptr, t_col, t_perm)
         ctx.rest = (args[9], args[10][0], _ops.is_folded(reverse, weight, args[15]), max_incident)
@@ -263,12 +268,12 @@ class LSPLoss(nn.Module):
         """The three published variants.
 
         * ``"paper"``: arXiv:2003.10477. RBF (sigma 100), KL(student||teacher), mean over nodes.
-          ``kernel`` may be any name.
+          ``kernel`` may be any name; "euclidean" is fastkd's, with a minus sign.
         * ``"distillgcn"``: the authors' code. Laplacian (sigma 100), KL(teacher||student), mean over
           nodes.
         * ``"efficient_gnns"``: the efficient-gnns repository. KL(teacher||student), mean over edges;
           ``kernel`` is one of its "cosine" (default), "poly" (cos^2), "l2" (the distance itself,
-          with a plus sign) and "rbf" (exp(-distance / 2)).
+          with a plus sign) and "rbf" (sigma 1). A row of zeros has cosine similarity 0 here.
         """
         if name == "paper":
             return cls(kernel or "rbf")
@@ -281,7 +286,7 @@ class LSPLoss(nn.Module):
                 "cosine": kernels.Cosine(),
                 "poly": kernels.Poly(normalize=True),
                 "l2": kernels.Euclidean(sign=1, squared=False),
-                "rbf": kernels.RBF(sigma=1.0, squared=False),
+                "rbf": kernels.RBF(sigma=1.0),
             }
             chosen = kernel or "cosine"
             if chosen not in theirs:

@@ -43,7 +43,7 @@ def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
         case kernels.Euclidean():
             return kernel.sign * distance(kernel.squared)
         case kernels.RBF():
-            return torch.exp(-distance(kernel.squared) / (2 * kernel.sigma))
+            return torch.exp(-distance(True) / (2 * kernel.sigma))
         case kernels.Laplacian():
             return torch.exp(-total((a - b).abs(), -1) / kernel.sigma)
         case kernels.Cosine():

@@ -3,6 +3,7 @@
 // Everything elementwise runs over the edges of a whole block at once, in loops that vectorise;
 // only sums and maxima look at single rows.
 #include <limits>
+#include <utility>
 
 #include "../dispatch.h"
 #include "isa.h"
@@ -52,7 +53,8 @@ template <class A> struct Extent {
     }
     bool informative() const {
         const A size = std::max(high < 0 ? -high : high, low < 0 ? -low : low);
-        return high - low > 8 * std::numeric_limits<A>::epsilon() * size;
+        // A softmax sees absolute differences.
+        return high - low > 8 * std::numeric_limits<A>::epsilon() * std::max(size, A(1));
     }
 };
 
@@ -83,9 +85,14 @@ template <class I, class A> struct Rows {
     A* r_s = static_cast<A*>(op.r_s);
     A* r_t = static_cast<A*>(op.r_t);
     const A* weight = static_cast<const A*>(op.weight);
-    A* stats = static_cast<A*>(op.stats);
+    RowStats<A>* stats = static_cast<RowStats<A>*>(op.stats);
 
     std::int64_t begin(std::int64_t i) const { return rowptr[i]; }
+
+    void set(std::int64_t i, int side, A max, A log_sum) const {
+        (side ? stats[i].max_t : stats[i].max_s) = max;
+        (side ? stats[i].log_sum_t : stats[i].log_sum_s) = log_sum;
+    }
 
     void fill(std::int64_t i, std::int64_t b, std::int64_t e) const {
         for (std::int64_t x = e; x-- > b && col[x] > i;) {
@@ -122,6 +129,12 @@ template <class I, class A> struct Rows {
 #pragma omp simd
             for (std::int64_t x = 0; x < n; ++x) out[x] = divergence_term(log_pt[x], log_ps[x]);
         }
+    }
+
+    // p_s (log p_s - log p_t): what RowStats::mean sums.
+    void log_ratios(const A* log_ps, const A* log_pt, std::int64_t n, A* out) const {
+#pragma omp simd
+        for (std::int64_t x = 0; x < n; ++x) out[x] = exp_(log_ps[x]) * (log_ps[x] - log_pt[x]);
     }
 
     void whole(std::int64_t first, std::int64_t last) const {
@@ -163,12 +176,15 @@ template <class I, class A> struct Rows {
                 const std::int64_t b = begin(i) - b0, deg = begin(i + 1) - begin(i);
                 const A log_sum = sum[i - first];
                 for (std::int64_t x = b; x < b + deg; ++x) v[x] -= log_sum;
-                stats[3 * i + side] = deg ? high[i - first] + log_sum : A(0);
+                set(i, side, deg ? high[i - first] : A(0), deg ? log_sum : A(0));
             }
         }
         terms(a[0], a[1], n, t);
         for (std::int64_t i = first; i < last; ++i)
-            stats[3 * i + 2] = row_sum(t + (begin(i) - b0), begin(i + 1) - begin(i));
+            stats[i].divergence = row_sum(t + (begin(i) - b0), begin(i + 1) - begin(i));
+        log_ratios(a[0], a[1], n, t);
+        for (std::int64_t i = first; i < last; ++i)
+            stats[i].mean = row_sum(t + (begin(i) - b0), begin(i + 1) - begin(i));
     }
 
     Part<A> part(std::int64_t i, std::int64_t b, std::int64_t e) const {
@@ -190,15 +206,21 @@ template <class I, class A> struct Rows {
         return out;
     }
 
-    A part_divergence(std::int64_t i, std::int64_t b, std::int64_t e) const {
+    // Divergence and mean of a part.
+    std::pair<A, A> part_sums(std::int64_t i, std::int64_t b, std::int64_t e) const {
         alignas(64) A a[2][kBlock], t[kBlock];
         const std::int64_t n = e - b;
         values(b, n, a[0], a[1]);
         weights(b, n, a[0], a[1]);
-        for (int side = 0; side < 2; ++side)
-            for (std::int64_t x = 0; x < n; ++x) a[side][x] -= stats[3 * i + side];
+        const RowStats<A> row = stats[i];
+        for (std::int64_t x = 0; x < n; ++x) {
+            a[0][x] = row.log_ps(a[0][x]);
+            a[1][x] = row.log_pt(a[1][x]);
+        }
         terms(a[0], a[1], n, t);
-        return row_sum(t, n);
+        const A divergence = row_sum(t, n);
+        log_ratios(a[0], a[1], n, t);
+        return {divergence, row_sum(t, n)};
     }
 
     void hubs(int threads) const {
@@ -206,7 +228,7 @@ template <class I, class A> struct Rows {
         const std::int64_t rows = op.graph.rows, blocks = num_blocks(rows, op.graph.edges);
         auto skip = [](std::int64_t, std::int64_t) {};
         Scratch<Part<A>> parts(2 * blocks);
-        Scratch<double> sums(2 * blocks);
+        Scratch<std::pair<A, A>> sums(2 * blocks);
         parallel_for(blocks, threads, [&](std::int64_t block) {
             for_rows(start, rows, block, skip, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
                 parts[slot] = part(i, b, e);
@@ -225,19 +247,23 @@ template <class I, class A> struct Rows {
                 for_slots(start, i, [&](std::int64_t slot) {
                     sum += double(parts[slot].sum[side]) * double(exp_(parts[slot].max[side] - m));
                 });
-                stats[3 * i + side] = A(double(m) + log_(sum));
+                set(i, side, m, A(log_(sum)));
             }
             count(extent);
         });
         parallel_for(blocks, threads, [&](std::int64_t block) {
             for_rows(start, rows, block, skip, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-                sums[slot] = part_divergence(i, b, e);
+                sums[slot] = part_sums(i, b, e);
             });
         });
         for_hubs(start, rows, [&](std::int64_t i) {
-            double sum = 0;
-            for_slots(start, i, [&](std::int64_t slot) { sum += sums[slot]; });
-            stats[3 * i + 2] = A(sum);
+            double divergence = 0, mean = 0;
+            for_slots(start, i, [&](std::int64_t slot) {
+                divergence += sums[slot].first;
+                mean += sums[slot].second;
+            });
+            stats[i].divergence = A(divergence);
+            stats[i].mean = A(mean);
         });
     }
 
@@ -272,8 +298,8 @@ template <class I, class A> struct Rows {
             double sum = 0;
             const std::int64_t last = std::min((block + 1) * kBlock, rows);
             for (std::int64_t i = block * kBlock; i < last; ++i) {
-                if (op.reduction == Reduction::none) loss[i] = stats[3 * i + 2];
-                sum += stats[3 * i + 2];
+                if (op.reduction == Reduction::none) loss[i] = stats[i].divergence;
+                sum += stats[i].divergence;
             }
             sums[block] = sum;
         });
@@ -284,44 +310,51 @@ template <class I, class A> struct Rows {
     }
 
     void coefficients(double scale, std::int64_t block) const {
-        alignas(64) A a_s[kBlock], a_t[kBlock], slope[kBlock], here[3][kBlock], there[3][kBlock];
+        constexpr int kStats = 5;
+        alignas(64) A a_s[kBlock], a_t[kBlock], factors[kBlock], gradient[kBlock];
+        alignas(64) A here[kStats][kBlock], there[kStats][kBlock];
         const A* src_norm = static_cast<const A*>(op.src_inv_norm);
         const A* dst_norm = static_cast<const A*>(op.dst_inv_norm);
         const A factor = A(metric_factor(op.student.metric) * scale);
-        const bool teacher_student = op.divergence == Divergence::teacher_student;
         std::int64_t first = -1, n = 0;
         auto start = [this](std::int64_t i) { return begin(i); };
+        auto put = [&](A (&to)[kStats][kBlock], const RowStats<A>& row) {
+            to[0][n] = row.max_s;
+            to[1][n] = row.log_sum_s;
+            to[2][n] = row.max_t;
+            to[3][n] = row.log_sum_t;
+            to[4][n] = row.mean;
+        };
         for_edges(start, op.graph.rows, block, [&](std::int64_t i, std::int64_t b, std::int64_t e) {
             if (first < 0) first = b;
+            const RowStats<A> row = stats[i];
             for (std::int64_t x = b; x < e; ++x, ++n) {
-                for (int k = 0; k < 3; ++k) here[k][n] = stats[3 * i + k];
-                slope[n] = factor;
-                if (src_norm) slope[n] *= dst_norm[i] * src_norm[col[x]];
-                if (op.fold)
-                    for (int k = 0; k < 3; ++k) there[k][n] = stats[3 * std::int64_t(col[x]) + k];
+                put(here, row);
+                factors[n] = src_norm ? factor * (dst_norm[i] * src_norm[col[x]]) : factor;
+                if (op.fold) put(there, stats[col[x]]);
             }
         });
         if (n == 0) return;
         values(first, n, a_s, a_t);
         weights(first, n, a_s, a_t);
-        alignas(64) A gradient[kBlock];
-        auto add = [&](const A (&row)[3][kBlock], auto&& write) {
-            if (teacher_student) {
+        auto add = [&](const A (&s)[kStats][kBlock], auto&& write) {
+            auto loop = [&](auto teacher_student) {
 #pragma omp simd
-                for (std::int64_t x = 0; x < n; ++x)
-                    write(x, edge_gradient(true, a_s[x] - row[0][x], a_t[x] - row[1][x], row[2][x]));
-            } else {
-#pragma omp simd
-                for (std::int64_t x = 0; x < n; ++x)
-                    write(x, edge_gradient(false, a_s[x] - row[0][x], a_t[x] - row[1][x], row[2][x]));
-            }
+                for (std::int64_t x = 0; x < n; ++x) {
+                    const RowStats<A> row{s[0][x], s[1][x], s[2][x], s[3][x], s[4][x], 0};
+                    write(x, edge_gradient(decltype(teacher_student)::value, a_s[x], a_t[x], row));
+                }
+            };
+            if (op.divergence == Divergence::teacher_student) loop(value_tag<true>{});
+            else loop(value_tag<false>{});
         };
         add(here, [&](std::int64_t x, A g) { gradient[x] = g; });
         if (op.fold) add(there, [&](std::int64_t x, A g) { gradient[x] += g; });
         A* out = r_s + first;
-        apply_slope(op.student, out, n, a_t);
+        A* slope = a_t;
+        apply_slope(op.student, out, n, slope);
 #pragma omp simd
-        for (std::int64_t x = 0; x < n; ++x) out[x] = gradient[x] * a_t[x] * slope[x];
+        for (std::int64_t x = 0; x < n; ++x) out[x] = gradient[x] * slope[x] * factors[x];
     }
 
     void run(int threads) const {

@@ -11,7 +11,8 @@ constexpr int kStage = 256;
 constexpr int kChunk = 8;              // registers of features that are summed at a time
 constexpr std::int64_t kAhead = 4096;  // bytes of rows requested ahead of use
 
-// acc[d] += sum_e w[e] * B(self, other[e]) for `Width` registers from d on.
+// acc[d] += sum_e w[e] * B(self, other[e]) for `Width` registers from d on. The edges of a stage are
+// summed on their own first: a hub's sum would otherwise lose a digit.
 template <Metric M, class T, int Width>
 FASTKD_HD void sum_registers(const T* self, const void* const* other, const acc_t<T>* w, int n,
                              std::int64_t d, std::int64_t prefetch_bytes, int ahead, acc_t<T>* acc) {
@@ -19,7 +20,7 @@ FASTKD_HD void sum_registers(const T* self, const void* const* other, const acc_
     constexpr int lanes = Vec<A>::lanes;
     vec<A> sum[Width];
 #pragma GCC unroll 8
-    for (int k = 0; k < Width; ++k) sum[k] = load(acc + d + k * lanes);
+    for (int k = 0; k < Width; ++k) sum[k] = vec<A>{};
     for (int e = 0; e < n; ++e) {
         if (prefetch_bytes && e + ahead < n) prefetch(other[e + ahead], prefetch_bytes);
         const T* b = static_cast<const T*>(other[e]) + d;
@@ -29,7 +30,7 @@ FASTKD_HD void sum_registers(const T* self, const void* const* other, const acc_
             sum[k] = accumulate_gradient<M>(sum[k], weight, load(self + d + k * lanes), load(b + k * lanes));
     }
 #pragma GCC unroll 8
-    for (int k = 0; k < Width; ++k) store(acc + d + k * lanes, sum[k]);
+    for (int k = 0; k < Width; ++k) store<A>(acc + d + k * lanes, load(acc + d + k * lanes) + sum[k]);
 }
 
 template <Metric M, class T>
@@ -49,11 +50,11 @@ void sum_rows(const void* self_row, const void* const* other, const acc_t<T>* w,
     for (; d + lanes <= dim; d += lanes)
         sum_registers<M, T, 1>(self, other, w, n, d, d == 0 ? bytes : 0, ahead, acc);
     for (; d < dim; ++d) {
-        A sum = acc[d];
+        A sum = 0;
         for (int e = 0; e < n; ++e)
             sum = accumulate_gradient<M>(sum, w[e], A(widen(self[d])),
                                          A(widen(static_cast<const T*>(other[e])[d])));
-        acc[d] = sum;
+        acc[d] += sum;
     }
 }
 

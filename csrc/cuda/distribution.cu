@@ -90,9 +90,13 @@ template <class A> struct Part {
     }
     __device__ bool informative() const {
         const A a = high < 0 ? -high : high, b = low < 0 ? -low : low;
-        return high - low > 8 * std::numeric_limits<A>::epsilon() * (a > b ? a : b);
+        const A size = a > b ? a : b;
+        // A softmax sees absolute differences.
+        return high - low > 8 * std::numeric_limits<A>::epsilon() * (size > 1 ? size : A(1));
     }
-    __device__ A log_sum() const { return sum > 0 ? max + log_(sum) : A(0); }
+    // Of an empty row, 0 and 0.
+    __device__ A maximum() const { return sum > 0 ? max : A(0); }
+    __device__ A log_sum() const { return sum > 0 ? log_(sum) : A(0); }
 };
 
 template <class A> struct Args {
@@ -106,7 +110,7 @@ template <class A> struct Args {
     const A* weight;
     const A* src_inv_norm;
     const A* dst_inv_norm;
-    A* stats;
+    RowStats<A>* stats;
     A* loss;
     unsigned long long* diagnostics;
     double* scale;  // [1], what the sum over rows is multiplied with
@@ -126,9 +130,13 @@ template <class A> struct Args {
         const A w = weight ? log_weight(weight[x]) : A(0);
         return {v.s + w, v.t + w};
     }
-    __device__ A term(const Pair& v, A lse_s, A lse_t) const {
-        return teacher_student ? divergence_term(v.t - lse_t, v.s - lse_s)
-                               : divergence_term(v.s - lse_s, v.t - lse_t);
+    __device__ A term(const Pair& v, const RowStats<A>& row) const {
+        return teacher_student ? divergence_term(row.log_pt(v.t), row.log_ps(v.s))
+                               : divergence_term(row.log_ps(v.s), row.log_pt(v.t));
+    }
+    __device__ A log_ratio(const Pair& v, const RowStats<A>& row) const {
+        const A log_ps = row.log_ps(v.s);
+        return exp_(log_ps) * (log_ps - row.log_pt(v.t));
     }
 };
 
@@ -154,14 +162,17 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
             }
             s.merge_warp();
             t.merge_warp();
-            const A lse_s = s.log_sum(), lse_t = t.log_sum();
-            A sum = 0;
-            for (std::int64_t x = b + lane; x < e; x += 32) sum += a.term(a.weighted(x, a.plain(x)), lse_s, lse_t);
-            sum = warp_sum(sum);
+            RowStats<A> row{s.maximum(), s.log_sum(), t.maximum(), t.log_sum(), 0, 0};
+            A sum = 0, mean = 0;
+            for (std::int64_t x = b + lane; x < e; x += 32) {
+                const auto v = a.weighted(x, a.plain(x));
+                sum += a.term(v, row);
+                mean += a.log_ratio(v, row);
+            }
+            row.divergence = warp_sum(sum);
+            row.mean = warp_sum(mean);
             if (lane == 0) {
-                a.stats[3 * i] = lse_s;
-                a.stats[3 * i + 1] = lse_t;
-                a.stats[3 * i + 2] = sum;
+                a.stats[i] = row;
                 if (e - b >= 2) {
                     counts[warp][0] = 1;
                     counts[warp][1] = s.informative();
@@ -231,33 +242,47 @@ __global__ void __launch_bounds__(kThreads) hub_stats_kernel(Args<A> a, const Pa
             const Part<A>& p = parts[2 * slot + side];
             sum += double(p.sum) * double(exp_(p.max - total.max));
         });
-        a.stats[3 * i + side] = A(double(total.max) + log_(sum));
+        (side ? a.stats[i].max_t : a.stats[i].max_s) = total.max;
+        (side ? a.stats[i].log_sum_t : a.stats[i].log_sum_s) = A(log_(sum));
         if (total.informative()) atomicAdd(&a.diagnostics[1 + side], 1ull);
     }
 }
 
+// Of a piece; see RowStats.
+struct Sums {
+    double divergence, mean;
+};
+
 template <class A>
-__global__ void __launch_bounds__(kThreads) hub_divergence_kernel(Args<A> a, double* sums) {
+__global__ void __launch_bounds__(kThreads) hub_divergence_kernel(Args<A> a, Sums* sums) {
     __shared__ A scratch[kWarps];
     auto begin = [&](std::int64_t i) { return a.g.begin(i); };
     for_pieces(begin, a.g.rows, blockIdx.x, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-        const A lse_s = a.stats[3 * i], lse_t = a.stats[3 * i + 1];
-        A sum = 0;
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads)
-            sum += a.term(a.weighted(x, a.plain(x)), lse_s, lse_t);
+        const RowStats<A> row = a.stats[i];
+        A sum = 0, mean = 0;
+        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
+            const auto v = a.weighted(x, a.plain(x));
+            sum += a.term(v, row);
+            mean += a.log_ratio(v, row);
+        }
         sum = block_sum(sum, scratch);
-        if (threadIdx.x == 0) sums[slot] = sum;
+        mean = block_sum(mean, scratch);
+        if (threadIdx.x == 0) sums[slot] = {sum, mean};
     });
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) hub_finish_kernel(Args<A> a, const double* sums) {
+__global__ void __launch_bounds__(kThreads) hub_finish_kernel(Args<A> a, const Sums* sums) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= a.g.rows || a.g.begin(i + 1) - a.g.begin(i) <= kBlock) return;
     auto begin = [&](std::int64_t k) { return a.g.begin(k); };
-    double sum = 0;
-    for_slots(begin, i, [&](std::int64_t slot) { sum += sums[slot]; });
-    a.stats[3 * i + 2] = A(sum);
+    double divergence = 0, mean = 0;
+    for_slots(begin, i, [&](std::int64_t slot) {
+        divergence += sums[slot].divergence;
+        mean += sums[slot].mean;
+    });
+    a.stats[i].divergence = A(divergence);
+    a.stats[i].mean = A(mean);
 }
 
 struct Total {
@@ -273,8 +298,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) totals_kernel(Arg
     for (int k = 0; k < kRowsPerBlock / kThreads; ++k) {
         const std::int64_t i = blockIdx.x * kRowsPerBlock + k * kThreads + threadIdx.x;
         if (i >= a.g.rows) break;
-        sum += a.stats[3 * i + 2];
-        if (a.reduction == Reduction::none) a.loss[i] = a.stats[3 * i + 2];
+        sum += a.stats[i].divergence;
+        if (a.reduction == Reduction::none) a.loss[i] = a.stats[i].divergence;
         const std::int64_t b = a.g.begin(i), e = a.g.begin(i + 1);
         std::int64_t degree = e - b;
         if (a.weight && a.reduction >= Reduction::mean_active) {
@@ -319,12 +344,11 @@ template <class A> __global__ void __launch_bounds__(kThreads) coefficients_kern
     if (x >= a.g.edges) return;
     const std::int64_t j = a.g.col[x];
     const auto v = a.weighted(x, a.plain(x));
-    const A* here = a.stats + 3 * i;
-    A gradient = edge_gradient(a.teacher_student, v.s - here[0], v.t - here[1], here[2]);
-    if (a.fold) {
-        const A* there = a.stats + 3 * j;
-        gradient += edge_gradient(a.teacher_student, v.s - there[0], v.t - there[1], there[2]);
-    }
+    auto gradient_in = [&](const RowStats<A>& row) {
+        return edge_gradient(a.teacher_student, v.s, v.t, row);
+    };
+    A gradient = gradient_in(a.stats[i]);
+    if (a.fold) gradient += gradient_in(a.stats[j]);
     A factor = A(metric_factor(a.student.metric) * *a.scale);
     if (a.src_inv_norm) factor *= a.dst_inv_norm[i] * a.src_inv_norm[j];
     a.r_s[x] = gradient * slope_of(a.student, a.r_s[x]) * factor;
@@ -345,7 +369,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class A> struct Workspace {
     double* scale;
     Total* totals;
-    double* sums;
+    Sums* sums;
     Part<A>* parts;
     std::int64_t bytes;
 
@@ -360,7 +384,7 @@ template <class A> struct Workspace {
         };
         scale = reinterpret_cast<double*>(take(sizeof(double)));
         totals = reinterpret_cast<Total*>(take(ceil_div(op.graph.rows, kRowsPerBlock) * sizeof(Total)));
-        sums = reinterpret_cast<double*>(take(2 * blocks * sizeof(double)));
+        sums = reinterpret_cast<Sums*>(take(2 * blocks * sizeof(Sums)));
         parts = reinterpret_cast<Part<A>*>(take(4 * blocks * sizeof(Part<A>)));
         bytes = at;
     }
@@ -378,7 +402,7 @@ template <class A> void run(const Divergences& op, void* stream) {
         op.divergence == Divergence::teacher_student, op.teacher_is_values, op.fold, op.reduction,
         static_cast<A*>(op.r_s), static_cast<A*>(op.r_t), static_cast<const A*>(op.weight),
         static_cast<const A*>(op.src_inv_norm), static_cast<const A*>(op.dst_inv_norm),
-        static_cast<A*>(op.stats), static_cast<A*>(op.loss),
+        static_cast<RowStats<A>*>(op.stats), static_cast<A*>(op.loss),
         reinterpret_cast<unsigned long long*>(op.diagnostics), work.scale};
     const std::int64_t rows = op.graph.rows, edges = op.graph.edges;
     const std::int64_t blocks = ceil_div(rows + edges, kBlock), totals = ceil_div(rows, kRowsPerBlock);

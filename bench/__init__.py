@@ -1,0 +1,1 @@
+"""Benchmarks of the fused LSP loss against other ways to compute it. See README.md."""

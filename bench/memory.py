@@ -1,0 +1,93 @@
+"""Peak memory of one step beyond inputs and gradient.
+
+``python -m bench.memory CASE PEER full|cached [DEVICE]`` prints the bytes as JSON; :func:`measure`
+runs that in a process of its own, so that nothing that ran before counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class _Process:
+    """The peak resident set of this process (Linux)."""
+
+    @staticmethod
+    def reset() -> int:
+        """Forgets the peak so far; returns what is in use."""
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # what the heap merely keeps would hide allocations
+        except AttributeError:
+            pass  # not glibc
+        Path("/proc/self/clear_refs").write_text("5")
+        return _Process._read("VmRSS")
+
+    @staticmethod
+    def peak() -> int:
+        return _Process._read("VmHWM")
+
+    @staticmethod
+    def _read(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise OSError(f"no {field}")
+
+
+class _Cuda:
+    @staticmethod
+    def reset() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    @staticmethod
+    def peak() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+
+def extra_peak(case, peer: str, cached: bool) -> int:
+    """Bytes. The gradient counts as present in backward alone, where it is made: a peak of the
+    forward pass is not offset against it."""
+    from .peers import PEERS
+
+    meter = _Cuda if case.student.is_cuda else _Process
+    loss = PEERS[peer](case, cached)
+    torch.autograd.grad(loss(), case.student)  # compiles, loads libraries, starts threads
+    before = meter.reset()
+    value = loss()
+    forward = meter.peak() - before
+    meter.reset()
+    gradient, = torch.autograd.grad(value, case.student)
+    backward = meter.peak() - before - gradient.nbytes
+    return max(forward, backward, 0)
+
+
+def measure(case: str, peer: str, cached: bool, device: str) -> int | None:
+    """Bytes, or None where they cannot be measured."""
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, "-m", "bench.memory", case, peer, "cached" if cached else "full", device]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        print(f"memory of {peer} on {case}: {done.stderr[-500:]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    from .cases import load
+
+    name, peer, form = sys.argv[1:4]
+    device = sys.argv[4] if len(sys.argv) > 4 else "cpu"
+    made = load(name, device)
+    print(json.dumps(extra_peak(made, peer, form == "cached")))

@@ -1,0 +1,57 @@
+"""Where the kernels run: the installed package on the CPU, the CUDA sources on the host (SIMT), or a GPU.
+
+FASTKD_SIMT_DIR names the folder of the module that ``make simt`` builds; it holds both back ends,
+so that one build with sanitizers (``make sanitize``) covers both.
+"""
+
+import importlib
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastkd import _ops
+
+SIMT_DIR = os.environ.get("FASTKD_SIMT_DIR")
+SANITIZED = os.environ.get("FASTKD_SANITIZED") == "1"
+
+
+def simt_module():
+    if SIMT_DIR is None:
+        pytest.skip("FASTKD_SIMT_DIR is not set: `make test` builds the CUDA sources for the host")
+    if SIMT_DIR not in sys.path:
+        sys.path.insert(0, SIMT_DIR)
+    return importlib.import_module("_simt")
+
+
+@pytest.fixture(params=["cpu", "simt", "cuda"])
+def device(request, monkeypatch):
+    """A torch device; for "simt" the CPU, with the CUDA sources in place of the CPU kernels."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available() or _ops.backends["cuda"] is None:
+            pytest.skip("no CUDA device, or a build without CUDA")
+        return torch.device("cuda")
+    if request.param == "simt":
+        monkeypatch.setitem(_ops.backends, "cpu", simt_module().cuda)
+    elif SANITIZED:
+        monkeypatch.setitem(_ops.backends, "cpu", simt_module().cpu)
+        monkeypatch.setattr(_ops, "_C", SimpleNamespace(cpu=simt_module().cpu))
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned():
+    """Memory from torch.empty holds NaN (or the largest integer): what is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch):
+    from fastkd import lsp
+
+    monkeypatch.setattr(lsp, "_warned", {"student", "teacher"})

@@ -1,0 +1,225 @@
+"""Graph: every way to make one, and what it knows about itself."""
+
+import pytest
+import torch
+from cases import SAMPLES, features
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastkd import Graph, lsp_loss
+
+
+def sorted_edges(edges):
+    return sorted(zip(*edges.tolist(), strict=True))
+
+
+def check_invariants(graph, edges):
+    """The structure against the plain list of (source, destination)."""
+    rowptr, col = graph.rowptr.tolist(), graph.col.tolist()
+    dst = [i for i in range(graph.num_dst) for _ in range(rowptr[i + 1] - rowptr[i])]
+    assert rowptr[0] == 0 and rowptr[-1] == len(col) == graph.num_edges
+    assert sorted(zip(col, dst, strict=True)) == sorted_edges(edges)
+    assert list(zip(dst, col, strict=True)) == sorted(zip(dst, col, strict=True))
+    assert torch.equal(graph.edge_index, edges.long())
+    t_rowptr, t_col, t_perm = graph.t_rowptr.tolist(), graph.t_col.tolist(), graph.t_perm.tolist()
+    src = [j for j in range(graph.num_src) for _ in range(t_rowptr[j + 1] - t_rowptr[j])]
+    assert list(zip(src, t_col, strict=True)) == sorted(zip(src, t_col, strict=True))
+    assert [(col[s], dst[s]) for s in t_perm] == list(zip(src, t_col, strict=True))
+    assert sorted(t_perm) == list(range(graph.num_edges))
+    assert graph.in_degree().tolist() == [dst.count(i) for i in range(graph.num_dst)]
+    assert graph.max_degree == max(graph.in_degree().tolist(), default=0)
+    symmetric = graph.num_src == graph.num_dst and sorted_edges(edges) == sorted_edges(edges.flip(0))
+    assert graph.is_symmetric == symmetric
+    if symmetric:
+        reverse = graph.reverse.tolist()
+        assert [(dst[s], col[s]) for s in reverse] == list(zip(col, dst, strict=True))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_from_edge_index(name, dtype):
+    sample = SAMPLES[name]
+    if sample.edges.shape[1] > 1000:
+        pytest.skip("checked by the smaller ones and by hypothesis")
+    graph = Graph.from_edge_index(sample.edges.to(dtype), (sample.num_src, sample.num_dst), index_dtype=dtype)
+    assert graph.col.dtype == dtype
+    check_invariants(graph, sample.edges)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_any_graph(data):
+    num_src = data.draw(st.integers(1, 70))
+    num_dst = data.draw(st.one_of(st.just(num_src), st.integers(1, 70)))
+    edges = data.draw(st.lists(st.tuples(st.integers(0, num_src - 1), st.integers(0, num_dst - 1)), max_size=120))
+    edges = torch.tensor(edges, dtype=torch.int64).reshape(-1, 2).t()
+    if num_src == num_dst and data.draw(st.booleans()):
+        edges = torch.cat((edges, edges.flip(0)), 1)
+    graph = Graph.from_edge_index(edges, (num_src, num_dst))
+    check_invariants(graph, edges)
+    check_invariants(graph.reversed(), edges.flip(0))
+    unique = torch.tensor(sorted(set(map(tuple, edges.t().tolist()))), dtype=torch.int64).reshape(-1, 2).t()
+    merged = graph.coalesce()
+    assert sorted_edges(merged.edge_index) == sorted_edges(unique)
+    check_invariants(merged, merged.edge_index)
+    if num_src == num_dst:
+        loopless = graph.without_self_loops()
+        assert sorted_edges(loopless.edge_index) == sorted_edges(edges[:, edges[0] != edges[1]])
+        check_invariants(loopless, loopless.edge_index)
+        both = graph.union(graph.reversed())
+        assert both.is_symmetric
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("order", ["random", "by_source", "by_destination"])
+def test_large_build_is_a_stable_sort(threads, order):
+    """More than one radix pass, against torch.sort; the same for any number of threads."""
+    before = torch.get_num_threads()
+    g = torch.Generator().manual_seed(0)
+    n, e = 100_000, 300_000
+    edges = torch.randint(n, (2, e), generator=g)
+    edges[:, :1000] = edges[:, 1000:2000]  # duplicates
+    if order != "random":
+        edges = edges[:, torch.sort(edges[order == "by_destination" and 1 or 0], stable=True).indices]
+    try:
+        torch.set_num_threads(threads)
+        graph = Graph.from_edge_index(edges, n)
+    finally:
+        torch.set_num_threads(before)
+    key, perm = torch.sort(edges[1] * n + edges[0], stable=True)
+    assert torch.equal(graph.perm.long(), perm)
+    assert torch.equal(graph.col.long(), key % n)
+    assert torch.equal(graph.rowptr.long(), torch.searchsorted(key // n, torch.arange(n + 1)))
+    t_key, t_perm = torch.sort(graph.col.long(), stable=True)
+    assert torch.equal(graph.t_perm.long(), t_perm)
+
+
+def test_every_way_in_gives_the_same_loss():
+    """Direction is where conversions go wrong, so the graph is directed."""
+    edges = SAMPLES["directed"].edges
+    edges = torch.unique(edges, dim=1)
+    x, t = features(40, 8, torch.float64), features(40, 5, torch.float64, seed=1)
+    expected = lsp_loss(x, t, edges, reduction="none")
+    assert not torch.equal(expected, lsp_loss(x, t, edges.flip(0), reduction="none"))
+    adj_t = torch.sparse_coo_tensor(edges.flip(0), torch.ones(edges.shape[1]), (40, 40))
+    graph = Graph.from_edge_index(edges, 40)
+    ways = {
+        "edge_index": edges,
+        "int32": edges.int(),
+        "non-contiguous": edges.t().contiguous().t(),
+        "Graph": graph,
+        "from_csr": Graph.from_csr(graph.rowptr, graph.col),
+        "sparse_coo": adj_t,
+        "sparse_csr": adj_t.coalesce().to_sparse_csr(),
+        "sparse_csc": adj_t.coalesce().to_sparse_csc(),
+        "target_to_source": Graph.from_edge_index(edges.flip(0), 40, flow="target_to_source"),
+    }
+    for name, way in ways.items():
+        torch.testing.assert_close(lsp_loss(x, t, way, reduction="none"), expected, msg=name)
+
+
+def test_pyg_edge_index_and_sparse_tensor():
+    geometric = pytest.importorskip("torch_geometric", reason="torch_geometric is not installed")
+    edges = torch.unique(SAMPLES["directed"].edges, dim=1).contiguous()
+    x, t = features(40, 8, torch.float64), features(40, 5, torch.float64, seed=1)
+    expected = lsp_loss(x, t, edges, reduction="none")
+    edge_index = geometric.EdgeIndex(edges, sparse_size=(40, 40))
+    torch.testing.assert_close(lsp_loss(x, t, edge_index, reduction="none"), expected)
+    by_col = edge_index.sort_by("col").values
+    torch.testing.assert_close(lsp_loss(x, t, by_col, reduction="none"), expected)
+
+    class SparseTensor:  # torch_sparse's interface, which PyG uses where it is installed
+        def csr(self):
+            g = Graph.from_edge_index(edges, 40)
+            return g.rowptr.long(), g.col.long(), None
+
+        def sparse_sizes(self):
+            return 40, 40
+
+    torch.testing.assert_close(lsp_loss(x, t, SparseTensor(), reduction="none"), expected)
+
+
+def test_from_csr_sorts_columns_and_keeps_edge_order():
+    rowptr, col = torch.tensor([0, 3, 4]), torch.tensor([2, 0, 1, 1])
+    graph = Graph.from_csr(rowptr, col, num_src=3)
+    assert graph.col.tolist() == [0, 1, 2, 1] and (graph.num_src, graph.num_dst) == (3, 2)
+    assert graph.edge_index.tolist() == [[2, 0, 1, 1], [0, 0, 0, 1]]
+    assert Graph.from_csr(torch.tensor([0, 1, 2]), torch.tensor([0, 1])).perm is None
+
+
+def test_knn_against_brute_force():
+    x = features(60, 3, torch.float64)
+    graph = Graph.from_knn(x, 5)
+    distance = torch.cdist(x, x)
+    for loop in (False, True):
+        graph = Graph.from_knn(x, 5, loop=loop)
+        d = distance.clone() if loop else distance + torch.diag(torch.full((60,), torch.inf))
+        expected = d.topk(5, largest=False).indices.sort(1).values
+        assert torch.equal(graph.col.reshape(60, 5).long(), expected)
+    batch = torch.tensor([0] * 3 + [1] * 20 + [3] * 37)
+    graph = Graph.from_knn(x, 5, batch)
+    src, dst = graph.edge_index
+    assert torch.equal(batch[src], batch[dst])
+    assert graph.in_degree().tolist() == [2] * 3 + [5] * 57
+    clouds = Graph.from_knn(x.reshape(3, 20, 3), 4)
+    assert torch.equal(clouds.col, Graph.from_knn(x, 4, torch.arange(3).repeat_interleave(20)).col)
+    far = Graph.from_knn(x.float() + 1e4, 5)  # centring keeps the differences of squares exact enough
+    assert (far.col.reshape(60, 5).long() == distance.fill_diagonal_(torch.inf).topk(
+        5, largest=False).indices.sort(1).values).float().mean() > 0.9
+
+
+def test_statistics_and_repr():
+    graph = Graph.from_edge_index(SAMPLES["star"].edges, 60)
+    assert graph.degree_stats() == {"min": 1, "mean": 118 / 60, "max": 59, "isolated": 0}
+    assert repr(graph) == "Graph(num_nodes=60, num_edges=118, symmetric=True, device='cpu')"
+    assert "num_src=30, num_dst=50" in repr(Graph.from_edge_index(SAMPLES["bipartite"].edges, (30, 50)))
+    assert graph.to("cpu") is graph
+    assert Graph.from_edge_index(torch.empty(2, 0, dtype=torch.int64)).degree_stats()["isolated"] == 0
+
+
+def test_fingerprints_tell_patterns_apart():
+    edges = SAMPLES["directed"].edges
+    graph = Graph.from_edge_index(edges, 40)
+    same = Graph.from_edge_index(edges.flip(1), 40)
+    assert graph.fingerprint == same.fingerprint
+    others = [edges.flip(0), edges[:, :-1], torch.cat((edges[:, :-1], torch.tensor([[3], [4]])), 1)]
+    prints = {Graph.from_edge_index(o, 40).fingerprint for o in others} | {graph.fingerprint}
+    prints.add(Graph.from_edge_index(edges, 41).fingerprint)
+    assert len(prints) == 5
+
+
+E_ = torch.tensor([[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: Graph.from_edge_index(E_, 1), IndexError, r"edge_index\[\d, \d\] = 1 .*\[0, 1\)"),
+        (lambda: Graph.from_edge_index(E_, -1), ValueError, "num_nodes must be in"),
+        (lambda: Graph.from_edge_index(E_, 2.0), TypeError, "num_nodes must be an int"),
+        (lambda: Graph.from_edge_index(E_, (1, 2, 3)), TypeError, "num_nodes"),
+        (lambda: Graph.from_edge_index([[0], [1]]), TypeError, "edge_index must be a tensor, got list"),
+        (lambda: Graph.from_edge_index(E_, 2, flow="up"), ValueError, "flow must be"),
+        (lambda: Graph.from_edge_index(E_, 2, index_dtype=torch.int16), TypeError, "index_dtype"),
+        (lambda: Graph.from_csr(torch.tensor([0, 2]), torch.tensor([0])), ValueError, "must end at E = 1"),
+        (lambda: Graph.from_csr(torch.tensor([1, 1]), torch.tensor([0])), ValueError, "start at 0"),
+        (lambda: Graph.from_csr(torch.tensor([0, 2, 1]), torch.tensor([0])), ValueError, "must not decrease"),
+        (lambda: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([5]), 3), IndexError, r"= 5 .*\[0, 3\)"),
+        (lambda: Graph.from_csr(torch.tensor([0.0]), torch.tensor([0])), TypeError, "rowptr must be int32 or int64"),
+        (lambda: Graph.from_csr(torch.empty(0, dtype=torch.int64), E_[0]), ValueError, "rowptr must have"),
+        (lambda: Graph.from_knn(torch.randn(4, 2), 0), ValueError, "k must be at least 1"),
+        (lambda: Graph.from_knn(torch.randn(4, 2), 1.5), TypeError, "k must be an int"),
+        (lambda: Graph.from_knn(torch.ones(4, dtype=torch.int64), 1), TypeError, "x must be a floating-point"),
+        (lambda: Graph.from_knn(torch.randn(4), 1), ValueError, "x must have shape"),
+        (lambda: Graph.from_knn(torch.full((4, 2), torch.nan), 1), ValueError, "x must be finite"),
+        (lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([1, 0, 0, 0])), ValueError, "batch must be ascending"),
+        (lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([0, 0])), ValueError, r"batch must have shape \[4\]"),
+        (lambda: Graph.from_edge_index(E_, 2).union(Graph.from_edge_index(E_, 3)), ValueError, "graphs of one size"),
+        (lambda: Graph.from_edge_index(E_, 2).union(E_), TypeError, "other must be a fastkd.Graph"),
+        (lambda: lsp_loss(torch.randn(3, 2), torch.randn(3, 2), torch.eye(4).to_sparse_csr()), ValueError,
+         r"sparse graph has shape \(4, 4\)"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
