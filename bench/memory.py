@@ -1,7 +1,6 @@
 """Peak memory of one step beyond inputs and gradient.
 
-``python -m bench.memory CASE PEER full|cached [DEVICE]`` prints the bytes as JSON; :func:`measure`
-runs that in a process of its own, so that nothing that ran before counts.
+``python -m bench.memory CASE PEER full|cached`` prints the bytes as JSON, on the CPU.
 """
 
 from __future__ import annotations
@@ -10,9 +9,14 @@ import ctypes
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from .cases import Case, load
+from .peers import PEERS, why_not
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,13 +59,10 @@ class _Cuda:
         return torch.cuda.max_memory_allocated()
 
 
-def extra_peak(case, peer: str, cached: bool) -> int:
+def extra_peak(case: Case, loss: Callable[[], Tensor]) -> int:
     """Bytes. The gradient counts as present in backward alone, where it is made: a peak of the
     forward pass is not offset against it."""
-    from .peers import PEERS
-
     meter = _Cuda if case.student.is_cuda else _Process
-    loss = PEERS[peer](case, cached)
     torch.autograd.grad(loss(), case.student)  # compiles, loads libraries, starts threads
     before = meter.reset()
     value = loss()
@@ -72,22 +73,27 @@ def extra_peak(case, peer: str, cached: bool) -> int:
     return max(forward, backward, 0)
 
 
-def measure(case: str, peer: str, cached: bool, device: str) -> int | None:
+def measure(case: Case, peer: str, cached: bool, loss: Callable[[], Tensor]) -> int | None:
     """Bytes, or None where they cannot be measured."""
-    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+    if case.student.is_cuda:
+        return extra_peak(case, loss)
+    if not Path("/proc/self/clear_refs").exists():
         return None
-    command = [sys.executable, "-m", "bench.memory", case, peer, "cached" if cached else "full", device]
+    # A fresh process: here, memory that earlier peers left in the heap would be used again unseen.
+    command = [sys.executable, "-m", "bench.memory", case.name, peer, "cached" if cached else "full"]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        print(f"memory of {peer} on {case}: {done.stderr[-500:]}", file=sys.stderr)
+        print(f"memory of {peer} on {case.name}: {done.stderr[-500:]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
-if __name__ == "__main__":
-    from .cases import load
+def _main(name: str, peer: str, form: str) -> int | None:
+    case, cached = load(name), form == "cached"
+    if why_not(case, peer, cached):  # the process that asks holds the case, too
+        return None
+    return extra_peak(case, PEERS[peer](case, cached))
 
-    name, peer, form = sys.argv[1:4]
-    device = sys.argv[4] if len(sys.argv) > 4 else "cpu"
-    made = load(name, device)
-    print(json.dumps(extra_peak(made, peer, form == "cached")))
+
+if __name__ == "__main__":
+    print(json.dumps(_main(*sys.argv[1:])))

@@ -93,25 +93,25 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
         py::gil_scoped_release release;
         Backend::kernel_values(op, where);
     });
-    // With workspace 0, returns the bytes that it needs and does nothing else.
+    // With run False, returns the bytes of workspace that it needs and does nothing else.
     m.def("divergences", [](const py::tuple& graph, Address reverse, const py::tuple& student,
                             const py::tuple& teacher, int divergence, int reduction,
-                            bool teacher_is_values, bool fold, bool want_coef, int acc, Address r_s,
-                            Address r_t, Address weight, Address src_inv_norm, Address dst_inv_norm,
-                            Address stats, Address loss, Address diagnostics,
-                            int64_t max_degree, Address workspace,
+                            bool teacher_is_values, int acc, Address r_s, Address r_t, Address weight,
+                            Address src_inv_norm, Address dst_inv_norm, Address coef, Address rows,
+                            Address loss, Address diagnostics, int64_t max_degree, Address workspace,
                             bool run, Where where) -> int64_t {
         const Divergences op{csr(graph), pointer(reverse), kernel(student), kernel(teacher),
-                             Divergence(divergence), Reduction(reduction), teacher_is_values, fold,
-                             want_coef, DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
-                             pointer(src_inv_norm), pointer(dst_inv_norm), pointer(stats),
-                             pointer(loss), pointer<int64_t>(diagnostics), max_degree, pointer(workspace)};
+                             Divergence(divergence), Reduction(reduction), teacher_is_values,
+                             DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
+                             pointer(src_inv_norm), pointer(dst_inv_norm), pointer(coef), pointer(rows),
+                             pointer(loss), pointer<int64_t>(diagnostics), max_degree,
+                             pointer(workspace)};
         if (!run) return Backend::workspace_bytes(op);
         py::gil_scoped_release release;
         Backend::divergences(op, where);
         return 0;
     });
-    // lists: one or two tuples (graph, perm, other, grad_by_other).
+    // lists: one or two tuples (graph, perm, mirrored, other).
     m.def("gradient", [](const py::tuple& self, const py::tuple& lists, int metric, Address coef,
                          Address grad, bool grad_per_row, Address inv_norm, Address out,
                          int64_t max_degree, Address workspace, bool run, Where where) -> int64_t {
@@ -121,7 +121,7 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
         for (int k = 0; k < op.num_lists; ++k) {
             const py::tuple list = lists[std::size_t(k)];
             expect(list, 4, "incidence");
-            op.lists[k] = {csr(list[0]), address(list, 1), features(list[2]), integer(list, 3) != 0};
+            op.lists[k] = {csr(list[0]), address(list, 1), integer(list, 2) != 0, features(list[3])};
         }
         if (!run) return Backend::workspace_bytes(op);
         py::gil_scoped_release release;

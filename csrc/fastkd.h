@@ -93,25 +93,24 @@ struct KernelValues {
 // With p = softmax_row(SIM + log w), d = log p_s - log p_t and S_i the divergence of row i:
 //   dS_i/dSIM_s = p_s (d - sum p_s d)  for student||teacher,  p_s - p_t  for teacher||student,
 // and coef = dloss/dr times the metric's own factor, so that the gradient is a sparse product
-// (see Gradient). With fold, coef holds the sum over both directions of an edge.
+// (see Gradient).
 struct Divergences {
     Csr graph;
-    const void* reverse;       // index [edges], or null; where given, r_s and r_t hold the slots with
-                               // col <= row only
+    const void* reverse;       // index [edges], or null; where given, only the slots with col <= row
+                               // of r_s and r_t are read
     Kernel student, teacher;
     Divergence divergence;
     Reduction reduction;
     bool teacher_is_values;    // r_t holds all kernel values of the teacher, not r
-    bool fold;                 // reverse given, no weight, reduction other than none
-    bool want_coef;
     DType acc;
-    void* r_s;                 // acc [edges], in; coef, out
-    void* r_t;                 // acc [edges], in; overwritten unless teacher_is_values
+    const void* r_s;           // acc [edges]
+    const void* r_t;           // acc [edges]
     const void* weight;        // acc [edges] >= 0, or null
     const void* src_inv_norm;  // acc [cols], student's, cosine only
     const void* dst_inv_norm;  // acc [rows]
-    void* stats;               // acc [rows, 6], out: RowStats of math.h
-    void* loss;                // acc [1], or [rows] for Reduction::none, out
+    void* coef;                // acc [edges], out, or null where no gradient is wanted
+    void* rows;                // acc [rows], out: S_i
+    void* loss;                // acc [1], out, or null for Reduction::none
     // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by
     // more than rounding: 0 of many means that the kernel is saturated
     std::int64_t* diagnostics; // [3], out
@@ -119,15 +118,18 @@ struct Divergences {
     void* workspace;           // CUDA only: workspace_bytes(*this) bytes
 };
 
-// One list of incident edges of every output row: their other ends, and coef through perm.
+// One list of incident edges of every output row: their other ends and weights. An edge weighs
+//   coef[x] * grad of this row            without perm (edges that arrive here),
+//   coef[perm[x]] * grad of the other end with perm (edges that leave),
+//   both together                         if mirrored: perm is then the reverse of every edge.
 struct Incidence {
-    Csr graph;            // rows are the output's rows
-    const void* perm;     // index [edges]: the slot of coef, or null for the identity
-    Features other;       // [cols, D]
-    bool grad_by_other;   // grad is per destination: of this row (false) or of the other end (true)
+    Csr graph;        // rows are the output's rows
+    const void* perm; // index [edges] or null
+    bool mirrored;
+    Features other;   // [cols, D]
 };
 
-// out_i = sum over incident edges of  grad * coef * B(x_i, x_j), with
+// out_i = sum over incident edges of  weight * B(x_i, x_j), with
 //   B = x_j (dot, cosine),  x_i - x_j (sqdist),  sign(x_i - x_j) (l1);
 // for cosine the part along x_i is then projected out.
 struct Gradient {
@@ -136,7 +138,7 @@ struct Gradient {
     int num_lists;
     Metric metric;
     const void* coef;       // acc [edges]
-    const void* grad;       // acc [1], or [number of destinations] if grad_per_row
+    const void* grad;       // of the loss: acc [1], or of S: acc [destinations] if grad_per_row
     bool grad_per_row;
     const void* inv_norm;   // acc [rows], of self, cosine only
     void* out;              // dtype of self, [rows, D], contiguous

@@ -172,40 +172,43 @@ template <class A> FASTKD_HD A int_power(A base, int degree) {
     return result;
 }
 
-// SIM(r), and dSIM/dr. The shape is a template argument so that loops over edges stay branch-free.
+// SIM(r), and dSIM/dr from r and SIM(r). The shape is a template argument so that loops over edges stay branch-free.
 template <Shape S, bool Root, class A> FASTKD_HD A kernel_value(A r, A scale, A param, int degree) {
     const A u = Root ? sqrt_(scale * r) : scale * r;
     if constexpr (S == Shape::linear) return param * u;
     else if constexpr (S == Shape::power) return int_power(u + param, degree);
     else return exp_(-param * u);
 }
-template <Shape S, bool Root, class A> FASTKD_HD A kernel_slope(A r, A scale, A param, int degree) {
+template <Shape S, bool Root, class A>
+FASTKD_HD A kernel_slope(A r, A value, A scale, A param, int degree) {
     const A u = Root ? sqrt_(scale * r) : scale * r;
     // An unsquared distance has the subgradient 0 at 0.
     const A du = Root ? (u > 0 ? scale / (2 * u) : A(0)) : scale;
     if constexpr (S == Shape::linear) return param * du;
     else if constexpr (S == Shape::power) return degree * int_power(u + param, degree - 1) * du;
-    else return -param * exp_(-param * u) * du;
+    else return -param * value * du;
 }
 
 // dr/dx carries a constant factor: r = |a - b|^2 gives 2 (a - b).
 FASTKD_HD double metric_factor(Metric m) { return m == Metric::sqdist ? 2.0 : 1.0; }
 
-// What is kept of a row's distributions. Maximum and log of the sum of exp(SIM - maximum) are apart,
+// What is known of a row's distributions. Maximum and log of the sum of exp(SIM - maximum) are apart,
 // since their sum would lose the digits that differences are made of. The mean of log p_s - log p_t
 // under p_s is the divergence once more, but with the same rounding as its terms: a gradient centred
 // on it sums to 0, where one centred on the (more exact) divergence would not.
 template <class A> struct RowStats {
-    A max_s, log_sum_s, max_t, log_sum_t, mean, divergence;
+    A max_s, log_sum_s, max_t, log_sum_t, mean;
     FASTKD_HD A log_ps(A sim) const { return (sim - max_s) - log_sum_s; }
     FASTKD_HD A log_pt(A sim) const { return (sim - max_t) - log_sum_t; }
 };
 
-// dS/dSIM_s of an edge.
-template <class A>
-FASTKD_HD A edge_gradient(bool teacher_student, A sim_s, A sim_t, const RowStats<A>& row) {
-    const A log_ps = row.log_ps(sim_s), log_pt = row.log_pt(sim_t), ps = exp_(log_ps);
-    return teacher_student ? ps - exp_(log_pt) : ps * ((log_ps - log_pt) - row.mean);
+// An edge's part of the divergence, and dS/dSIM_s.
+template <class A> FASTKD_HD A edge_divergence(bool teacher_student, A log_ps, A log_pt) {
+    return teacher_student ? divergence_term(log_pt, log_ps) : divergence_term(log_ps, log_pt);
+}
+template <class A> FASTKD_HD A edge_gradient(bool teacher_student, A log_ps, A log_pt, A mean) {
+    const A ps = exp_(log_ps);
+    return teacher_student ? ps - exp_(log_pt) : ps * ((log_ps - log_pt) - mean);
 }
 
 // Stands for log 0: finite, so that differences of two of them are 0 and not NaN.

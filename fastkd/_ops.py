@@ -278,14 +278,9 @@ _lib.define(
 )
 _lib.define(
     "lsp_backward(Tensor grad, Tensor student, Tensor? student_dst, Tensor coef, Tensor src_inv_norm,"
-    " Tensor dst_inv_norm, Tensor rowptr, Tensor col, Tensor? t_rowptr, Tensor? t_col, Tensor? t_perm,"
-    " SymInt num_src, int metric, bool folded, SymInt max_degree) -> (Tensor, Tensor)"
+    " Tensor dst_inv_norm, Tensor rowptr, Tensor col, Tensor? reverse, Tensor? t_rowptr, Tensor? t_col,"
+    " Tensor? t_perm, SymInt num_src, int metric, SymInt max_degree) -> (Tensor, Tensor)"
 )
-
-
-def is_folded(reverse: Tensor | None, weight: Tensor | None, reduction: int) -> bool:
-    """Whether coef holds both directions of an edge, which makes backward a single product."""
-    return reverse is not None and weight is None and reduction != _NONE
 
 
 def _inverse_norms(launch: _Launch, src: Tensor, dst: Tensor | None, metric: int) -> tuple[Tensor, Tensor]:
@@ -364,8 +359,8 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
     student_dst = None if student_dst is None else _rows(student_dst)
     weight = None if weight is None else weight.contiguous()
     with _Launch(student.device) as launch:
-        coef, src_norm, dst_norm = _similarity(launch, student, student_dst, rowptr, col, reverse, num_src,
-                                               metric)
+        r_s, src_norm, dst_norm = _similarity(launch, student, student_dst, rowptr, col, reverse, num_src,
+                                              metric)
         if teacher is not None:
             teacher = _rows(teacher)
             teacher_dst = None if teacher_dst is None else _rows(teacher_dst)
@@ -373,17 +368,18 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
                                     teacher_kernel[0])
         else:
             r_t = teacher_values.contiguous()
-        stats = student.new_empty((num_dst, 6), dtype=acc)
-        loss = student.new_empty(num_dst if reduction == _NONE else (), dtype=acc)
+        coef = student.new_empty(col.shape[0] if want_coef else 0, dtype=acc)
+        rows = student.new_empty(num_dst, dtype=acc)
+        loss = rows if reduction == _NONE else student.new_empty((), dtype=acc)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
-        dst = src_norm if student_dst is None else dst_norm
         cosine = metric == _COSINE
         launch.run(launch.native.divergences, _csr(rowptr, col, num_src), _ptr(reverse),
                    (*student_kernel, *student_param), (*teacher_kernel, *teacher_param), divergence,
-                   reduction, teacher is None, is_folded(reverse, weight, reduction), want_coef,
-                   DTYPES[acc], coef.data_ptr(), r_t.data_ptr(), _ptr(weight),
-                   src_norm.data_ptr() if cosine else 0, dst.data_ptr() if cosine else 0,
-                   stats.data_ptr(), loss.data_ptr(), diagnostics.data_ptr(), max_degree)
+                   reduction, teacher is None, DTYPES[acc], r_s.data_ptr(), r_t.data_ptr(), _ptr(weight),
+                   src_norm.data_ptr() if cosine else 0,
+                   (src_norm if student_dst is None else dst_norm).data_ptr() if cosine else 0,
+                   coef.data_ptr() if want_coef else 0, rows.data_ptr(),
+                   0 if reduction == _NONE else loss.data_ptr(), diagnostics.data_ptr(), max_degree)
     return loss, coef, src_norm, dst_norm, diagnostics
 
 
@@ -396,52 +392,53 @@ def _lsp_forward_fake(student, student_dst, teacher, teacher_dst, teacher_values
     cosine = student_kernel[0] == _COSINE
     return (
         student.new_empty([num_dst] if reduction == _NONE else [], dtype=acc),
-        student.new_empty(col.shape[0], dtype=acc),
+        student.new_empty(col.shape[0] if want_coef else 0, dtype=acc),
         student.new_empty(num_src if cosine else 0, dtype=acc),
         student.new_empty(num_dst if cosine and student_dst is not None else 0, dtype=acc),
         student.new_empty(3, dtype=torch.int64),
     )
 
 
-def _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded) -> None:
-    _check_graph(rowptr, col, None)
+def _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src) -> None:
+    _check_graph(rowptr, col, reverse)
     _check_side("student", student, student_dst, rowptr, num_src)
     _check_edges("coef", coef, col, acc_dtype(student))
-    if not folded and t_rowptr is None:
-        raise ValueError("lsp_backward needs the transposed graph unless the coefficients are folded")
+    if reverse is None and t_rowptr is None:
+        raise ValueError("lsp_backward needs reverse or the transposed graph")
 
 
-def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
-                  t_col, t_perm, num_src, metric, folded, max_degree):
-    _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
+def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
+                  t_rowptr, t_col, t_perm, num_src, metric, max_degree):
+    _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src)
     student = _rows(student)
+    student_dst = None if student_dst is None else _rows(student_dst)
     grad = grad.to(coef.dtype).contiguous()
     per_row = grad.dim() == 1
-    num_dst = rowptr.shape[0] - 1
     arriving = _csr(rowptr, col, num_src)
+    leaving = None if t_rowptr is None else _csr(t_rowptr, t_col, rowptr.shape[0] - 1)
+    x, y = _features(student), _features(student if student_dst is None else student_dst)
 
-    def product(launch: _Launch, x: Tensor, lists: tuple, inv_norm: Tensor) -> Tensor:
-        out = x.new_empty(x.shape)
-        launch.run(launch.native.gradient, _features(x), lists, metric, coef.data_ptr(), grad.data_ptr(),
-                   per_row, inv_norm.data_ptr(), out.data_ptr(), max_degree)
+    def product(launch: _Launch, like: Tensor, ends: tuple, inv_norm: Tensor, *lists: tuple) -> Tensor:
+        out = like.new_empty(like.shape)
+        launch.run(launch.native.gradient, ends, lists, metric, coef.data_ptr(), grad.data_ptr(), per_row,
+                   inv_norm.data_ptr(), out.data_ptr(), max_degree)
         return out
 
     with _Launch(student.device) as launch:
+        if student_dst is None and reverse is not None:
+            one = (arriving, reverse.data_ptr(), True, x)
+            return product(launch, student, x, src_inv_norm, one), student.new_empty(0)
+        outgoing = (leaving, t_perm.data_ptr(), False, y)
+        incoming = (arriving, 0, False, x)
         if student_dst is None:
-            lists = [(arriving, 0, _features(student), False)]
-            if not folded:
-                leaving = _csr(t_rowptr, t_col, num_dst)
-                lists.append((leaving, t_perm.data_ptr(), _features(student), True))
-            return product(launch, student, tuple(lists), src_inv_norm), student.new_empty(0)
-        student_dst = _rows(student_dst)
-        leaving = (_csr(t_rowptr, t_col, num_dst), t_perm.data_ptr(), _features(student_dst), True)
-        return (product(launch, student, (leaving,), src_inv_norm),
-                product(launch, student_dst, ((arriving, 0, _features(student), False),), dst_inv_norm))
+            return product(launch, student, x, src_inv_norm, incoming, outgoing), student.new_empty(0)
+        return (product(launch, student, x, src_inv_norm, outgoing),
+                product(launch, student_dst, y, dst_inv_norm, incoming))
 
 
-def _lsp_backward_fake(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, t_rowptr,
-                       t_col, t_perm, num_src, metric, folded, max_degree):
-    _check_backward(student, student_dst, coef, rowptr, col, t_rowptr, num_src, folded)
+def _lsp_backward_fake(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
+                       t_rowptr, t_col, t_perm, num_src, metric, max_degree):
+    _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src)
     return (student.new_empty(student.shape),
             student.new_empty(0) if student_dst is None else student_dst.new_empty(student_dst.shape))
 

@@ -60,7 +60,9 @@ class Graph:
         if not torch.compiler.is_compiling():
             arriving, leaving = self.in_degree(), self.out_degree()
             self.max_degree = int(arriving.max()) if arriving.numel() else 0
-            most = arriving + leaving if num_src == self.num_dst else torch.cat((arriving, leaving))
+            most = arriving
+            if self.reverse is None:
+                most = arriving + leaving if num_src == self.num_dst else torch.cat((arriving, leaving))
             self.max_incident = int(most.max()) if most.numel() else 0
         self._fingerprint: int | None = None
 

@@ -191,8 +191,6 @@ def lsp_loss(
             graph.reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
             *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code, graph.max_degree)
     if needs_grad:
-        # On a symmetric pattern rowptr, col and reverse are their own transpose (and torch.compile
-        # takes no tensor twice).
         transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if graph.reverse is None else (None,) * 3
         loss, diagnostics = _LSP.apply(*transpose, graph.max_incident, *args)
     else:
@@ -207,12 +205,10 @@ class _LSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, t_rowptr, t_col, t_perm, max_incident, *args):
         loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(*args, True)
-        student, student_dst, weight, rowptr, col, reverse = *args[:2], args[5], *args[6:9]
-        if reverse is not None:
-            t_rowptr, t_col, t_perm = rowptr, col, reverse
-        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col,
+        student, student_dst, rowptr, col, reverse = *args[:2], *args[6:9]
+        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
                               t_rowptr, t_col, t_perm)
-        ctx.rest = (args[9], args[10][0], _ops.is_folded(reverse, weight, args[15]), max_incident)
+        ctx.rest = (args[9], args[10][0], max_incident)
         ctx.mark_non_differentiable(diagnostics)
         return loss, diagnostics
 

@@ -262,10 +262,9 @@ def test_opcheck(name, reduction):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(torch.ops.fastkd.lsp_forward.default, args, test_utils=tests)
     loss, coef, src_norm, dst_norm, _ = _ops.lsp_forward(*args)
-    folded = _ops.is_folded(graph.reverse, None, reduction)
     opcheck(torch.ops.fastkd.lsp_backward.default,
             (torch.ones_like(loss), args[0], args[1], coef, src_norm, dst_norm, graph.rowptr, graph.col,
-             graph.t_rowptr, graph.t_col, graph.t_perm, graph.num_src, 1, folded, graph.max_incident),
+             graph.reverse, graph.t_rowptr, graph.t_col, graph.t_perm, graph.num_src, 1, graph.max_incident),
             test_utils=tests)
     opcheck(torch.ops.fastkd.kernel_values.default,
             (args[0], args[1], graph.rowptr, graph.col, graph.reverse, graph.num_src, *K.RBF().spec(5)),

@@ -91,8 +91,9 @@ template <class I, class T> struct Product {
             for (std::int64_t x = first + from; x < first + to; ++x) {
                 const std::int64_t j = col[x];
                 other[n] = static_cast<const T*>(list.other.data) + j * list.other.stride;
-                w[n] = coef[perm ? std::int64_t(perm[x]) : x] *
-                       grad[op.grad_per_row ? (list.grad_by_other ? j : i) : 0];
+                const A here = grad[op.grad_per_row ? i : 0];
+                w[n] = perm ? coef[perm[x]] * grad[op.grad_per_row ? j : 0] : coef[x] * here;
+                if (list.mirrored) w[n] += coef[x] * here;
                 if (++n == kStage) flush();
             }
             position += deg;
@@ -118,7 +119,8 @@ template <class I, class T> struct Product {
         auto start = [this](std::int64_t i) { return begin(i); };
         const std::int64_t rows = op.self.rows, dim = op.self.cols;
         const std::int64_t blocks = num_blocks(rows, begin(rows));
-        Scratch<A> parts(has_hub(start, rows) ? 2 * blocks * dim : 0);
+        const bool hubs = op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows));
+        Scratch<A> parts(hubs ? 2 * blocks * dim : 0);
         parallel_for(blocks, threads, [&](std::int64_t block) {
             Scratch<A> acc(dim);
             for_rows(

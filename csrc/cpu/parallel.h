@@ -15,7 +15,7 @@
 namespace fastkd::cpu {
 namespace {  // one copy per source file: these are compiled for several instruction sets
 
-constexpr std::int64_t kBlock = 1024;
+constexpr std::int64_t kBlock = 512;
 
 template <class F> void parallel_for(std::int64_t n, int threads, F&& f) {
     // A parallel region of one thread would still start OpenMP, which hangs in a forked child.
@@ -73,7 +73,10 @@ void for_edges(Begin begin, std::int64_t rows, std::int64_t block, Edges edges) 
     }
 }
 
-// slot(s) for the pieces of a hub, in order.
+// The slot of a hub's first piece, and slot(s) for all of them, in order.
+template <class Begin> std::int64_t first_slot(Begin begin, std::int64_t row) {
+    return 2 * ((begin(row) + row) / kBlock) + 1;
+}
 template <class Begin, class Slot> void for_slots(Begin begin, std::int64_t row, Slot slot) {
     const std::int64_t first = (begin(row) + row) / kBlock;
     const std::int64_t last = (begin(row + 1) - 1 + row) / kBlock;

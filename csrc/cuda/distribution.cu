@@ -1,6 +1,7 @@
 // Kernel values, softmax over rows, divergence and the coefficient of every edge. A warp owns a row;
 // hubs are cut into pieces, a block each, whose results are combined in order.
 #include <limits>
+#include <type_traits>
 
 #include "launch.cuh"
 
@@ -25,21 +26,21 @@ template <class A> __device__ A value_of(const Kernel& k, A r) {
     }
     return out;
 }
-template <class A> __device__ A slope_of(const Kernel& k, A r) {
+template <class A> __device__ A slope_of(const Kernel& k, A r, A value) {
     A out = 0;
     const A scale = A(k.scale), param = A(k.param);
     switch (k.shape) {
         case Shape::linear:
-            out = k.root ? kernel_slope<Shape::linear, true>(r, scale, param, 1)
-                         : kernel_slope<Shape::linear, false>(r, scale, param, 1);
+            out = k.root ? kernel_slope<Shape::linear, true>(r, value, scale, param, 1)
+                         : kernel_slope<Shape::linear, false>(r, value, scale, param, 1);
             break;
         case Shape::power:
-            out = k.root ? kernel_slope<Shape::power, true>(r, scale, param, k.degree)
-                         : kernel_slope<Shape::power, false>(r, scale, param, k.degree);
+            out = k.root ? kernel_slope<Shape::power, true>(r, value, scale, param, k.degree)
+                         : kernel_slope<Shape::power, false>(r, value, scale, param, k.degree);
             break;
         case Shape::exponential:
-            out = k.root ? kernel_slope<Shape::exponential, true>(r, scale, param, 1)
-                         : kernel_slope<Shape::exponential, false>(r, scale, param, 1);
+            out = k.root ? kernel_slope<Shape::exponential, true>(r, value, scale, param, 1)
+                         : kernel_slope<Shape::exponential, false>(r, value, scale, param, 1);
     }
     return out;
 }
@@ -99,85 +100,105 @@ template <class A> struct Part {
     __device__ A log_sum() const { return sum > 0 ? log_(sum) : A(0); }
 };
 
+// Of a hub's piece; see RowStats.
+struct Sums {
+    double divergence, mean;
+};
+struct Total {
+    double sum, rows, edges;
+};
+
 template <class A> struct Args {
     Graph g;
     Indices reverse;
     Kernel student, teacher;
-    bool teacher_student, teacher_is_values, fold;
+    bool teacher_student, teacher_is_values;
     Reduction reduction;
-    A* r_s;
-    A* r_t;
+    const A* r_s;
+    const A* r_t;
     const A* weight;
     const A* src_inv_norm;
     const A* dst_inv_norm;
-    RowStats<A>* stats;
+    A* coef;
+    A* rows;
     A* loss;
     unsigned long long* diagnostics;
-    double* scale;  // [1], what the sum over rows is multiplied with
+    // Scratch: what the sum over rows is multiplied with [1], sums over blocks of rows, and per piece
+    // of a hub its two parts, its sums and (at a hub's first piece) the row's statistics.
+    double* scale;
+    Total* totals;
+    Part<A>* parts;
+    Sums* sums;
+    RowStats<A>* hubs;
 
-    struct Pair { A s, t; };
+    // Of one edge: student's raw reduction, kernel values, and those with weights.
+    struct Edge { A r, value_s, value_t, s, t; };
 
-    __device__ void fill(std::int64_t i, std::int64_t x) const {
-        if (!reverse || g.col[x] <= i) return;
-        const std::int64_t mirror = reverse[x];
-        r_s[x] = r_s[mirror];
-        if (!teacher_is_values) r_t[x] = r_t[mirror];
-    }
-    __device__ Pair plain(std::int64_t x) const {
-        return {value_of(student, r_s[x]), teacher_is_values ? r_t[x] : value_of(teacher, r_t[x])};
-    }
-    __device__ Pair weighted(std::int64_t x, Pair v) const {
+    __device__ Edge edge(std::int64_t i, std::int64_t x) const {
+        const std::int64_t own = reverse && g.col[x] > i ? reverse[x] : x;
+        Edge e;
+        e.r = r_s[own];
+        e.value_s = value_of(student, e.r);
+        e.value_t = teacher_is_values ? r_t[x] : value_of(teacher, r_t[own]);
         const A w = weight ? log_weight(weight[x]) : A(0);
-        return {v.s + w, v.t + w};
+        e.s = e.value_s + w;
+        e.t = e.value_t + w;
+        return e;
     }
-    __device__ A term(const Pair& v, const RowStats<A>& row) const {
-        return teacher_student ? divergence_term(row.log_pt(v.t), row.log_ps(v.s))
-                               : divergence_term(row.log_ps(v.s), row.log_pt(v.t));
+    __device__ void add(const Edge& e, const RowStats<A>& row, A& divergence, A& mean) const {
+        const A log_ps = row.log_ps(e.s), log_pt = row.log_pt(e.t);
+        divergence += edge_divergence(teacher_student, log_ps, log_pt);
+        mean += exp_(log_ps) * (log_ps - log_pt);
     }
-    __device__ A log_ratio(const Pair& v, const RowStats<A>& row) const {
-        const A log_ps = row.log_ps(v.s);
-        return exp_(log_ps) * (log_ps - row.log_pt(v.t));
+    __device__ void write_coef(std::int64_t i, std::int64_t x, const Edge& e, const RowStats<A>& row) const {
+        A factor = A(metric_factor(student.metric) * *scale);
+        if (src_inv_norm) factor *= dst_inv_norm[i] * src_inv_norm[g.col[x]];
+        coef[x] = factor * slope_of(student, e.r, e.value_s) *
+                  edge_gradient(teacher_student, row.log_ps(e.s), row.log_pt(e.t), row.mean);
+    }
+    __device__ bool is_hub(std::int64_t i) const { return g.begin(i + 1) - g.begin(i) > kBlock; }
+    __device__ RowStats<A>& hub(std::int64_t i) const { return hubs[2 * ((g.begin(i) + i) / kBlock) + 1]; }
+    // Calls piece(i, b, e, slot) for the hubs in this block.
+    template <class Piece> __device__ void for_hub_pieces(Piece piece) const {
+        for_pieces([&](std::int64_t i) { return g.begin(i); }, g.rows, blockIdx.x, piece);
+    }
+    template <class Slot> __device__ void for_hub_slots(std::int64_t i, Slot slot) const {
+        for_slots([&](std::int64_t k) { return g.begin(k); }, i, slot);
     }
 };
 
-// Every row that is no hub.
+// Every row that is no hub. The three loops read the same few cache lines.
 template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<A> a) {
     __shared__ int counts[kWarps][3];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const std::int64_t i = std::int64_t(blockIdx.x) * kWarps + warp;
     if (lane < 3) counts[warp][lane] = 0;
     __syncwarp();
-    if (i < a.g.rows) {
+    if (i < a.g.rows && !a.is_hub(i)) {
         const std::int64_t b = a.g.begin(i), e = a.g.begin(i + 1);
-        if (e - b <= kBlock) {
-            Part<A> s = Part<A>::empty(), t = Part<A>::empty();
-            for (std::int64_t x = b + lane; x < e; x += 32) {
-                a.fill(i, x);
-                const auto p = a.plain(x);
-                s.extend(p.s);
-                t.extend(p.t);
-                const auto w = a.weighted(x, p);
-                s.add(w.s);
-                t.add(w.t);
-            }
-            s.merge_warp();
-            t.merge_warp();
-            RowStats<A> row{s.maximum(), s.log_sum(), t.maximum(), t.log_sum(), 0, 0};
-            A sum = 0, mean = 0;
-            for (std::int64_t x = b + lane; x < e; x += 32) {
-                const auto v = a.weighted(x, a.plain(x));
-                sum += a.term(v, row);
-                mean += a.log_ratio(v, row);
-            }
-            row.divergence = warp_sum(sum);
-            row.mean = warp_sum(mean);
-            if (lane == 0) {
-                a.stats[i] = row;
-                if (e - b >= 2) {
-                    counts[warp][0] = 1;
-                    counts[warp][1] = s.informative();
-                    counts[warp][2] = t.informative();
-                }
+        Part<A> s = Part<A>::empty(), t = Part<A>::empty();
+        for (std::int64_t x = b + lane; x < e; x += 32) {
+            const auto v = a.edge(i, x);
+            s.extend(v.value_s);
+            t.extend(v.value_t);
+            s.add(v.s);
+            t.add(v.t);
+        }
+        s.merge_warp();
+        t.merge_warp();
+        RowStats<A> row{s.maximum(), s.log_sum(), t.maximum(), t.log_sum(), 0};
+        A divergence = 0, mean = 0;
+        for (std::int64_t x = b + lane; x < e; x += 32) a.add(a.edge(i, x), row, divergence, mean);
+        divergence = warp_sum(divergence);
+        row.mean = warp_sum(mean);
+        if (a.coef)
+            for (std::int64_t x = b + lane; x < e; x += 32) a.write_coef(i, x, a.edge(i, x), row);
+        if (lane == 0) {
+            a.rows[i] = divergence;
+            if (e - b >= 2) {
+                counts[warp][0] = 1;
+                counts[warp][1] = s.informative();
+                counts[warp][2] = t.informative();
             }
         }
     }
@@ -189,20 +210,16 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
     }
 }
 
-// One piece of a hub per call; all threads of the block take part.
-template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(Args<A> a, Part<A>* parts) {
+template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(Args<A> a) {
     __shared__ Part<A> shared[2][kWarps];
-    auto begin = [&](std::int64_t i) { return a.g.begin(i); };
-    for_pieces(begin, a.g.rows, blockIdx.x, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
         Part<A> p[2] = {Part<A>::empty(), Part<A>::empty()};
         for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
-            a.fill(i, x);
-            const auto v = a.plain(x);
-            p[0].extend(v.s);
-            p[1].extend(v.t);
-            const auto w = a.weighted(x, v);
-            p[0].add(w.s);
-            p[1].add(w.t);
+            const auto v = a.edge(i, x);
+            p[0].extend(v.value_s);
+            p[1].extend(v.value_t);
+            p[0].add(v.s);
+            p[1].add(v.t);
         }
         for (int side = 0; side < 2; ++side) {
             p[side].merge_warp();
@@ -217,92 +234,84 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(
                 total.low = other.low < total.low ? other.low : total.low;
                 total.high = other.high > total.high ? other.high : total.high;
             }
-            parts[2 * slot + threadIdx.x] = total;
+            a.parts[2 * slot + threadIdx.x] = total;
         }
         __syncthreads();
     });
 }
 
-template <class A>
-__global__ void __launch_bounds__(kThreads) hub_stats_kernel(Args<A> a, const Part<A>* parts) {
+template <class A> __global__ void __launch_bounds__(kThreads) hub_stats_kernel(Args<A> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= a.g.rows || a.g.begin(i + 1) - a.g.begin(i) <= kBlock) return;
-    auto begin = [&](std::int64_t k) { return a.g.begin(k); };
+    if (i >= a.g.rows || !a.is_hub(i)) return;
+    A max[2], log_sum[2];
     atomicAdd(&a.diagnostics[0], 1ull);
     for (int side = 0; side < 2; ++side) {
         Part<A> total = Part<A>::empty();
-        for_slots(begin, i, [&](std::int64_t slot) {
-            const Part<A>& p = parts[2 * slot + side];
+        a.for_hub_slots(i, [&](std::int64_t slot) {
+            const Part<A>& p = a.parts[2 * slot + side];
             total.max = p.max > total.max ? p.max : total.max;
             total.low = p.low < total.low ? p.low : total.low;
             total.high = p.high > total.high ? p.high : total.high;
         });
         double sum = 0;
-        for_slots(begin, i, [&](std::int64_t slot) {
-            const Part<A>& p = parts[2 * slot + side];
+        a.for_hub_slots(i, [&](std::int64_t slot) {
+            const Part<A>& p = a.parts[2 * slot + side];
             sum += double(p.sum) * double(exp_(p.max - total.max));
         });
-        (side ? a.stats[i].max_t : a.stats[i].max_s) = total.max;
-        (side ? a.stats[i].log_sum_t : a.stats[i].log_sum_s) = A(log_(sum));
+        max[side] = total.max;
+        log_sum[side] = A(log_(sum));
         if (total.informative()) atomicAdd(&a.diagnostics[1 + side], 1ull);
     }
+    a.hub(i) = {max[0], log_sum[0], max[1], log_sum[1], 0};
 }
 
-// Of a piece; see RowStats.
-struct Sums {
-    double divergence, mean;
-};
-
-template <class A>
-__global__ void __launch_bounds__(kThreads) hub_divergence_kernel(Args<A> a, Sums* sums) {
+template <class A> __global__ void __launch_bounds__(kThreads) hub_sums_kernel(Args<A> a) {
     __shared__ A scratch[kWarps];
-    auto begin = [&](std::int64_t i) { return a.g.begin(i); };
-    for_pieces(begin, a.g.rows, blockIdx.x, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-        const RowStats<A> row = a.stats[i];
-        A sum = 0, mean = 0;
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
-            const auto v = a.weighted(x, a.plain(x));
-            sum += a.term(v, row);
-            mean += a.log_ratio(v, row);
-        }
-        sum = block_sum(sum, scratch);
+    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+        const RowStats<A> row = a.hub(i);
+        A divergence = 0, mean = 0;
+        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.add(a.edge(i, x), row, divergence, mean);
+        divergence = block_sum(divergence, scratch);
         mean = block_sum(mean, scratch);
-        if (threadIdx.x == 0) sums[slot] = {sum, mean};
+        if (threadIdx.x == 0) a.sums[slot] = {divergence, mean};
     });
 }
 
-template <class A>
-__global__ void __launch_bounds__(kThreads) hub_finish_kernel(Args<A> a, const Sums* sums) {
+template <class A> __global__ void __launch_bounds__(kThreads) hub_finish_kernel(Args<A> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= a.g.rows || a.g.begin(i + 1) - a.g.begin(i) <= kBlock) return;
-    auto begin = [&](std::int64_t k) { return a.g.begin(k); };
+    if (i >= a.g.rows || !a.is_hub(i)) return;
     double divergence = 0, mean = 0;
-    for_slots(begin, i, [&](std::int64_t slot) {
-        divergence += sums[slot].divergence;
-        mean += sums[slot].mean;
+    a.for_hub_slots(i, [&](std::int64_t slot) {
+        divergence += a.sums[slot].divergence;
+        mean += a.sums[slot].mean;
     });
-    a.stats[i].divergence = A(divergence);
-    a.stats[i].mean = A(mean);
+    a.rows[i] = A(divergence);
+    a.hub(i).mean = A(mean);
 }
 
-struct Total {
-    double sum, rows, edges;
-};
+template <class A> __global__ void __launch_bounds__(kThreads) hub_coef_kernel(Args<A> a) {
+    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
+        const RowStats<A> row = a.hub(i);
+        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.write_coef(i, x, a.edge(i, x), row);
+    });
+}
 
 constexpr std::int64_t kRowsPerBlock = 4 * kThreads;
 
-// Sums over rows: the divergence, and for the reductions that need them the rows and edges left.
-template <class A> __global__ void __launch_bounds__(kThreads) totals_kernel(Args<A> a, Total* totals) {
+// Sums over blocks of rows: with count, the rows and edges left by the weights; else the divergence.
+template <class A> __global__ void __launch_bounds__(kThreads) totals_kernel(Args<A> a, bool count) {
     __shared__ double scratch[kWarps];
     double sum = 0, rows = 0, edges = 0;
     for (int k = 0; k < kRowsPerBlock / kThreads; ++k) {
         const std::int64_t i = blockIdx.x * kRowsPerBlock + k * kThreads + threadIdx.x;
         if (i >= a.g.rows) break;
-        sum += a.stats[i].divergence;
-        if (a.reduction == Reduction::none) a.loss[i] = a.stats[i].divergence;
+        if (!count) {
+            sum += a.rows[i];
+            continue;
+        }
         const std::int64_t b = a.g.begin(i), e = a.g.begin(i + 1);
         std::int64_t degree = e - b;
-        if (a.weight && a.reduction >= Reduction::mean_active) {
+        if (a.weight) {
             degree = 0;
             for (std::int64_t x = b; x < e; ++x) degree += a.weight[x] > 0;
         }
@@ -312,46 +321,32 @@ template <class A> __global__ void __launch_bounds__(kThreads) totals_kernel(Arg
     sum = block_sum(sum, scratch);
     rows = block_sum(rows, scratch);
     edges = block_sum(edges, scratch);
-    if (threadIdx.x == 0) totals[blockIdx.x] = {sum, rows, edges};
+    if (threadIdx.x == 0) a.totals[blockIdx.x] = {sum, rows, edges};
 }
 
+// From the totals of `blocks` blocks: with count, the scale; else the loss.
 template <class A>
-__global__ void __launch_bounds__(kThreads) loss_kernel(Args<A> a, const Total* totals, std::int64_t count) {
+__global__ void __launch_bounds__(kThreads) finish_kernel(Args<A> a, std::int64_t blocks, bool count) {
     __shared__ double scratch[kWarps];
     double sum = 0, rows = 0, edges = 0;
-    for (std::int64_t k = threadIdx.x; k < count; k += kThreads) {
-        sum += totals[k].sum;
-        rows += totals[k].rows;
-        edges += totals[k].edges;
+    for (std::int64_t k = threadIdx.x; k < blocks; k += kThreads) {
+        sum += a.totals[k].sum;
+        rows += a.totals[k].rows;
+        edges += a.totals[k].edges;
     }
     sum = block_sum(sum, scratch);
     rows = block_sum(rows, scratch);
     edges = block_sum(edges, scratch);
     if (threadIdx.x != 0) return;
+    if (!count) {
+        *a.loss = A(sum * *a.scale);
+        return;
+    }
     double by = 1;
     if (a.reduction == Reduction::mean) by = double(a.g.rows);
     if (a.reduction == Reduction::mean_active) by = rows;
     if (a.reduction == Reduction::mean_edges) by = edges;
     *a.scale = by > 0 ? 1 / by : 0;
-    if (a.reduction != Reduction::none) *a.loss = A(sum * *a.scale);
-}
-
-template <class A> __global__ void __launch_bounds__(kThreads) coefficients_kernel(Args<A> a) {
-    const int lane = threadIdx.x % 32;
-    const std::int64_t first = std::int64_t(blockIdx.x) * kThreads + threadIdx.x - lane, x = first + lane;
-    if (first >= a.g.edges) return;
-    const std::int64_t i = row_of_lane(a.g, first, lane);
-    if (x >= a.g.edges) return;
-    const std::int64_t j = a.g.col[x];
-    const auto v = a.weighted(x, a.plain(x));
-    auto gradient_in = [&](const RowStats<A>& row) {
-        return edge_gradient(a.teacher_student, v.s, v.t, row);
-    };
-    A gradient = gradient_in(a.stats[i]);
-    if (a.fold) gradient += gradient_in(a.stats[j]);
-    A factor = A(metric_factor(a.student.metric) * *a.scale);
-    if (a.src_inv_norm) factor *= a.dst_inv_norm[i] * a.src_inv_norm[j];
-    a.r_s[x] = gradient * slope_of(a.student, a.r_s[x]) * factor;
 }
 
 template <class A>
@@ -365,59 +360,68 @@ __global__ void __launch_bounds__(kThreads)
     values[x] = value_of(kernel, r[reverse && g.col[x] > i ? reverse[x] : x]);
 }
 
-// Scratch memory, in this order.
-template <class A> struct Workspace {
-    double* scale;
-    Total* totals;
-    Sums* sums;
-    Part<A>* parts;
-    std::int64_t bytes;
-
-    Workspace(const Divergences& op, bool hubs) {
-        const std::int64_t blocks = hubs ? ceil_div(op.graph.rows + op.graph.edges, kBlock) : 0;
-        char* base = static_cast<char*>(op.workspace);
-        std::int64_t at = 0;
-        auto take = [&](std::int64_t size) {
-            char* p = base + at;
-            at += ceil_div(size, 16) * 16;
-            return p;
-        };
-        scale = reinterpret_cast<double*>(take(sizeof(double)));
-        totals = reinterpret_cast<Total*>(take(ceil_div(op.graph.rows, kRowsPerBlock) * sizeof(Total)));
-        sums = reinterpret_cast<Sums*>(take(2 * blocks * sizeof(Sums)));
-        parts = reinterpret_cast<Part<A>*>(take(4 * blocks * sizeof(Part<A>)));
-        bytes = at;
-    }
-};
-
 bool may_have_hubs(const Divergences& op) {
     return op.graph.edges > kBlock && (op.max_degree < 0 || op.max_degree > kBlock);
 }
 
+// Places the scratch arrays of args at base; returns their size.
+template <class A> std::int64_t place(const Divergences& op, char* base, Args<A>& args) {
+    const std::int64_t blocks = may_have_hubs(op) ? ceil_div(op.graph.rows + op.graph.edges, kBlock) : 0;
+    std::int64_t at = 0;
+    auto take = [&](auto*& array, std::int64_t count) {
+        array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(base + at);
+        at += ceil_div(count * std::int64_t(sizeof(*array)), 16) * 16;
+    };
+    take(args.scale, 1);
+    take(args.totals, ceil_div(op.graph.rows, kRowsPerBlock));
+    take(args.parts, 4 * blocks);
+    take(args.sums, 2 * blocks);
+    take(args.hubs, 2 * blocks);
+    return at;
+}
+
 template <class A> void run(const Divergences& op, void* stream) {
-    const bool hubs = may_have_hubs(op);
-    const Workspace<A> work(op, hubs);
-    const Args<A> args{
-        graph_of(op.graph), {op.reverse, op.graph.wide}, op.student, op.teacher,
-        op.divergence == Divergence::teacher_student, op.teacher_is_values, op.fold, op.reduction,
-        static_cast<A*>(op.r_s), static_cast<A*>(op.r_t), static_cast<const A*>(op.weight),
-        static_cast<const A*>(op.src_inv_norm), static_cast<const A*>(op.dst_inv_norm),
-        static_cast<RowStats<A>*>(op.stats), static_cast<A*>(op.loss),
-        reinterpret_cast<unsigned long long*>(op.diagnostics), work.scale};
+    Args<A> args{};
+    args.g = graph_of(op.graph);
+    args.reverse = {op.reverse, op.graph.wide};
+    args.student = op.student;
+    args.teacher = op.teacher;
+    args.teacher_student = op.divergence == Divergence::teacher_student;
+    args.teacher_is_values = op.teacher_is_values;
+    args.reduction = op.reduction;
+    args.r_s = static_cast<const A*>(op.r_s);
+    args.r_t = static_cast<const A*>(op.r_t);
+    args.weight = static_cast<const A*>(op.weight);
+    args.src_inv_norm = static_cast<const A*>(op.src_inv_norm);
+    args.dst_inv_norm = static_cast<const A*>(op.dst_inv_norm);
+    args.coef = static_cast<A*>(op.coef);
+    args.rows = static_cast<A*>(op.rows);
+    args.loss = static_cast<A*>(op.loss);
+    args.diagnostics = reinterpret_cast<unsigned long long*>(op.diagnostics);
+    place(op, static_cast<char*>(op.workspace), args);
+
     const std::int64_t rows = op.graph.rows, edges = op.graph.edges;
-    const std::int64_t blocks = ceil_div(rows + edges, kBlock), totals = ceil_div(rows, kRowsPerBlock);
+    const std::int64_t blocks = ceil_div(rows + edges, kBlock);
     check(cudaMemsetAsync(op.diagnostics, 0, 3 * sizeof(std::int64_t), static_cast<cudaStream_t>(stream)),
           "clearing the diagnostics");
-    launch("rows", rows_kernel<A>, ceil_div(rows, kWarps), stream, args);
-    if (hubs) {
-        launch("hub parts", hub_parts_kernel<A>, blocks, stream, args, work.parts);
-        launch("hub stats", hub_stats_kernel<A>, ceil_div(rows, kThreads), stream, args, work.parts);
-        launch("hub divergence", hub_divergence_kernel<A>, blocks, stream, args, work.sums);
-        launch("hub finish", hub_finish_kernel<A>, ceil_div(rows, kThreads), stream, args, work.sums);
+    // The scale comes first: the coefficients carry it. Only two reductions have to count for it.
+    std::int64_t counted = 0;
+    if (op.reduction == Reduction::mean_active || op.reduction == Reduction::mean_edges) {
+        counted = ceil_div(rows, kRowsPerBlock);
+        launch("counts", totals_kernel<A>, counted, stream, args, true);
     }
-    launch("totals", totals_kernel<A>, totals, stream, args, work.totals);
-    launch("loss", loss_kernel<A>, 1, stream, args, work.totals, totals);
-    if (op.want_coef) launch("coefficients", coefficients_kernel<A>, ceil_div(edges, kThreads), stream, args);
+    launch("scale", finish_kernel<A>, 1, stream, args, counted, true);
+    launch("rows", rows_kernel<A>, ceil_div(rows, kWarps), stream, args);
+    if (may_have_hubs(op)) {
+        launch("hub parts", hub_parts_kernel<A>, blocks, stream, args);
+        launch("hub statistics", hub_stats_kernel<A>, ceil_div(rows, kThreads), stream, args);
+        launch("hub sums", hub_sums_kernel<A>, blocks, stream, args);
+        launch("hub results", hub_finish_kernel<A>, ceil_div(rows, kThreads), stream, args);
+        if (op.coef) launch("hub coefficients", hub_coef_kernel<A>, blocks, stream, args);
+    }
+    if (!op.loss) return;
+    launch("totals", totals_kernel<A>, ceil_div(rows, kRowsPerBlock), stream, args, false);
+    launch("loss", finish_kernel<A>, 1, stream, args, ceil_div(rows, kRowsPerBlock), false);
 }
 
 }  // namespace
@@ -425,7 +429,8 @@ template <class A> void run(const Divergences& op, void* stream) {
 std::int64_t workspace_bytes(const Divergences& op) {
     std::int64_t bytes = 0;
     dispatch_acc(op.acc, [&](auto acc) {
-        bytes = Workspace<typename decltype(acc)::type>(op, may_have_hubs(op)).bytes;
+        Args<typename decltype(acc)::type> args{};
+        bytes = place(op, nullptr, args);
     });
     return bytes;
 }

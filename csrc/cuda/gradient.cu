@@ -11,8 +11,8 @@ constexpr int C = 2;  // vectors of a row per lane and pass
 template <class T> struct List {
     Graph g;
     Indices perm;
+    bool mirrored;
     Matrix<T> other;
-    bool grad_by_other;
 };
 
 template <class T> struct Args {
@@ -67,8 +67,8 @@ template <Metric M, class T, int V> struct Pass {
                 A w = 0;
                 if (x + lane < to) {
                     j = list.g.col[x + lane];
-                    w = a.coef[list.perm ? list.perm[x + lane] : x + lane] *
-                        a.grad[a.grad_per_row ? (list.grad_by_other ? j : i) : 0];
+                    if (!list.perm || list.mirrored) w = a.coef[x + lane] * a.grad[a.grad_per_row ? i : 0];
+                    if (list.perm) w += a.coef[list.perm[x + lane]] * a.grad[a.grad_per_row ? j : 0];
                 }
                 const int count = to - x < 32 ? int(to - x) : 32;
                 for (int s = 0; s < count; s += 2 * groups) {
@@ -254,8 +254,8 @@ void gradient(const Gradient& op, void* stream) {
         bool wide = vectorizable(op.self);
         for (int k = 0; k < op.num_lists; ++k) {
             const Incidence& list = op.lists[k];
-            args.lists[k] = {graph_of(list.graph), {list.perm, list.graph.wide}, matrix_of<T>(list.other),
-                             list.grad_by_other};
+            args.lists[k] = {graph_of(list.graph), {list.perm, list.graph.wide}, list.mirrored,
+                             matrix_of<T>(list.other)};
             wide = wide && vectorizable(list.other);
         }
         args.cosine = op.metric == Metric::cosine;
