@@ -1,25 +1,25 @@
 """The strong baseline: sparse products of stock torch, put together by hand.
 
-With a_e = exp(-d_e^2 / 2 sigma) and b_e the kernel values of student and teacher on an edge e = (j -> i),
-Z_i = sum_j exp(a), m = exp(a) (a - b), U_i = sum_j m and q_i = U_i / Z_i:
+With a_e = exp(-d_e^2 / 2 sigma) and b_e the kernel values of student and teacher on an edge
+e = (j -> i), Z_i = sum_j exp(a), m = exp(a) (a - b), U_i = sum_j m and q_i = U_i / Z_i:
 
     S_i = q_i - log Z_i + log Z^t_i          dS_i / da_e = (m_e - q_i exp(a_e)) / Z_i
 
-What makes it fast, each measured on a CPU with AVX2 (one thread, E = 1.6 M, N = 57,000, D = 136):
+What makes it fast, measured on a CPU with AVX2 (one thread, E = 1.6 M, N = 57,000, D = 136):
 
-* d^2 = |z_i|^2 + |z_j|^2 - 2 z_i . z_j with the dot products from one torch.sparse.sampled_addmm; on
-  a symmetric graph for the pairs j <= i alone: 37 ms instead of 103.
+* d^2 = |z_i|^2 + |z_j|^2 - 2 z_i . z_j with the dot products from torch.sparse.sampled_addmm; on a
+  symmetric graph for the pairs j <= i alone: 37 ms instead of 103.
 * The kernel's values lie in [0, 1], so the softmax needs no maximum subtracted.
 * A segment sum is the product of the CSR matrix with ones: 1.3 ms, where torch.segment_reduce takes
   2.1, scatter_add_ 3.6 and index_add_ 4.7.
 * index_select reads a vector by edge in 1.0 ms; x[index] and gather take 4.1.
 * int32 indices: sampled_addmm takes 0.6 to 1.0 of its time with int64, MKL's products 0.6 to 0.9
   (its interface is 32-bit: torch converts in every call).
-* The backward pass is one product with C + C^T. On a directed graph its rows are the in- and the
-  out-edges together (2 E entries): no second product, no sum of two results.
-* That product is either MKL's (torch.addmm, here 270 ms) or torch's own (torch.sparse.mm with "sum",
-  150 ms). MKL's is ahead, by up to a fifth, where all features fit the cache. Which one is faster is
-  found out per case, when the plan is made.
+* The backward pass is one product with C + C^T. On a directed graph its rows are the in-edges and
+  the out-edges together (2 E entries): no second product, no sum of two results.
+* That product is either MKL's (torch.addmm, here 270 ms) or torch's own (torch.sparse.mm with
+  "sum", 150 ms). MKL's is ahead, by up to a fifth, where all features fit the cache. Which one is
+  faster is found out per case, when the plan is made.
 
 torch.compile of the operations between the products gained nothing (0.9 to 1.6 times the time), and
 it does not take the values of a sparse matrix without a copy.

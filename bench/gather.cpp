@@ -5,8 +5,8 @@
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 constexpr int kChains = 8;  // independent additions in flight, enough to hide their latency
 
-// The sum over n rows of x [N, dim] chosen by index [n]: every byte of a row is read once, and nothing
-// is written. Prefetches `ahead` rows ahead (0: never).
+// The sum over n rows of x [N, dim] chosen by index [n]: every byte of a row is read once, and
+// nothing is written. Prefetches `ahead` rows ahead (0: never).
 extern "C" float gather_sum(const float* x, const std::int32_t* index, std::int64_t n,
                             std::int64_t dim, std::int64_t ahead, int threads) {
     float total = 0;

@@ -80,7 +80,8 @@ def measure(case: Case, peer: str, cached: bool, loss: Callable[[], Tensor]) -> 
     if not Path("/proc/self/clear_refs").exists():
         return None
     # A fresh process: here, memory that earlier peers left in the heap would be used again unseen.
-    command = [sys.executable, "-m", "bench.memory", case.name, peer, "cached" if cached else "full"]
+    form = "cached" if cached else "full"
+    command = [sys.executable, "-m", "bench.memory", case.name, peer, form]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         print(f"memory of {peer} on {case.name}: {done.stderr[-500:]}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """The ways to compute one step: loss, and its gradient to the student.
 
-All compute the same thing: RBF of sigma 100, KL(student||teacher), mean over nodes. Every peer is a
-function (case, cached) -> loss, where loss() is a scalar to differentiate. What depends on the graph
-alone is made beforehand and not timed. ``cached`` gives the teacher's side beforehand, too.
+All compute the same thing: RBF of sigma 100, KL(student||teacher), mean over nodes. Every peer is
+a function (case, cached) -> loss, where loss() is a scalar to differentiate. What depends on the
+graph alone is made beforehand and not timed. ``cached`` gives the teacher's side beforehand, too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ def _ends(case: Case) -> tuple[Tensor, Tensor]:
     return graph.col.long(), torch.repeat_interleave(nodes, degree, output_size=case.num_edges)
 
 
+def _teacher_log_prob(case: Case) -> Tensor:
+    """[E] in the order of _ends. By fastkd: made by a peer it would take E x D memory."""
+    log_prob = fastkd.teacher_structure(case.teacher, case.graph).log_prob
+    return log_prob if case.graph.perm is None else log_prob[case.graph.perm.long()]
+
+
 # --- gather and scatter, as with PyG --------------------------------------------------------------
 
 def _gather_log_prob(x: Tensor, src: Tensor, dst: Tensor) -> Tensor:
@@ -58,7 +64,8 @@ def _gather_log_prob(x: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     return shifted - total.log().index_select(0, dst)
 
 
-def _gather_divergence(student: Tensor, teacher_log_prob: Tensor, src: Tensor, dst: Tensor) -> Tensor:
+def _gather_divergence(student: Tensor, teacher_log_prob: Tensor, src: Tensor, dst: Tensor
+                       ) -> Tensor:
     log_prob = _gather_log_prob(student, src, dst)
     return (log_prob.exp() * (log_prob - teacher_log_prob)).sum() / student.shape[0]
 
@@ -75,8 +82,7 @@ def gather(case: Case, cached: bool, wrap: Callable = lambda f: f) -> Loss:
     if not cached:
         function = wrap(_gather_loss)
         return lambda: function(student, teacher, src, dst)
-    with torch.no_grad():
-        log_prob = _gather_log_prob(teacher, src, dst)
+    log_prob = _teacher_log_prob(case)
     function = wrap(_gather_divergence)
     return lambda: function(student, log_prob, src, dst)
 
@@ -108,14 +114,15 @@ def scatter(case: Case, cached: bool) -> Loss:
         student_log_prob = log_prob(student)
         return (student_log_prob.exp() * (student_log_prob - teacher_log_prob)).sum() / nodes
 
-    def teacher_side() -> Tensor:
+    def full() -> Tensor:
         with torch.no_grad():
-            return log_prob(teacher)
+            teacher_log_prob = log_prob(teacher)
+        return divergence(teacher_log_prob)
 
     if cached:
-        teacher_log_prob = teacher_side()
-        return lambda: divergence(teacher_log_prob)
-    return lambda: divergence(teacher_side())
+        cached_log_prob = _teacher_log_prob(case)
+        return lambda: divergence(cached_log_prob)
+    return full
 
 
 PEERS: dict[str, Callable[[Case, bool], Loss]] = {
@@ -128,13 +135,13 @@ PEERS: dict[str, Callable[[Case, bool], Loss]] = {
 
 # --- what can be run ------------------------------------------------------------------------------
 
-# E x D temporaries alive at the peak, for the student (with autograd) and for the teacher (without).
+# E x D temporaries alive at the peak, as measured: for the student (with autograd) and the teacher.
 _TEMPORARIES = {"gather": (4, 3), "torch_scatter": (4, 3)}
 _PER_EDGE = 64  # bytes, an upper limit on the vectors of length E of any peer
 
 
 def predicted_peak(case: Case, peer: str, cached: bool) -> int:
-    """Bytes beyond the inputs: max(student's, teacher's count x E x D x 4) + 64 E + the gradient."""
+    """Bytes beyond the inputs: max(student's, teacher's count x E x D x 4) + 64 E + 2 gradients."""
     student, teacher = _TEMPORARIES.get(peer, (0, 0))
     wide = max(student * case.student.shape[1], 0 if cached else teacher * case.teacher.shape[1])
     return case.num_edges * (4 * wide + _PER_EDGE) + 2 * 4 * case.student.numel()

@@ -1,0 +1,76 @@
+# make test    sets everything up and runs the tests
+# make demo    sets everything up, trains a teacher and distils it into a small student
+# make bench   benchmarks against every peer; writes bench/results/cpu.{json,md,png}
+# All work happens in .venv and .build; `make clean` removes both.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUILD := .build
+# What an installation depends on: a change of any of these installs the package anew.
+SOURCES := $(shell find csrc fastkd -type f -not -name '*.so' -not -path '*/__pycache__/*') \
+           CMakeLists.txt pyproject.toml setup.py constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+export FASTKD_SIMT_DIR := $(abspath $(BUILD)/simt)
+
+.PHONY: setup test test-large sanitize demo bench lint simt clean
+.DELETE_ON_ERROR:
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+
+# torch first and by itself, so that the constraint decides which one.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(PIP) torch numpy
+	@touch $@
+
+# pip's isolated build would have its constraints from nowhere; the build needs no torch.
+$(VENV)/.fastkd: $(SOURCES) $(VENV)/.torch
+	$(PIP) --force-reinstall --no-deps .
+	$(PIP) "fastkd[demo,test,bench] @ file://$(CURDIR)"
+	@touch $@
+
+setup: $(VENV)/.fastkd
+
+# The CUDA sources, built for the host.
+$(BUILD)/simt/.built: $(SOURCES) $(wildcard tests/simt/*) $(VENV)/.fastkd
+	$(BIN)/python scripts/build_simt.py $(BUILD)/simt
+	@touch $@
+
+simt: $(BUILD)/simt/.built
+
+$(BUILD)/sanitize/.built: $(SOURCES) $(wildcard tests/simt/*) $(VENV)/.fastkd
+	$(BIN)/python scripts/build_simt.py $(BUILD)/sanitize --sanitize address,undefined
+	@touch $@
+
+test: setup simt sanitize
+	$(BIN)/pytest -m "not large"
+
+test-large: setup simt
+	$(BIN)/pytest -m large
+
+# Both back ends under AddressSanitizer and UBSan, on a part of the table. Leaks are not looked for:
+# Python and torch keep what they allocate. torch ships no instrumented C++ runtime, hence the
+# exceptions below.
+sanitize: setup $(BUILD)/sanitize/.built
+	FASTKD_SANITIZED=1 FASTKD_SIMT_DIR=$(abspath $(BUILD)/sanitize) \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(BIN)/pytest tests/test_ops.py -m "not large" \
+	    -k "(layout or index_dtypes or reduction) and not cuda"
+
+demo: setup
+	$(BIN)/fastkd demo
+
+bench: setup
+	$(BIN)/pytest bench --benchmark-json=bench/results/cpu.json
+	$(BIN)/python -m bench.report bench/results/cpu.json
+
+lint: setup
+	$(PIP) ruff mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy fastkd
+
+clean:
+	rm -rf $(VENV) $(BUILD) build *.egg-info

@@ -1,0 +1,38 @@
+"""The native core. Arguments are addresses and tuples of integers; see csrc/bindings.cpp."""
+
+from typing import Any
+
+__version__: str
+compiler: str
+cuda_version: str
+cuda_architectures: str
+
+def isa() -> str: ...
+
+class cpu:
+    uses_workspace: bool
+    @staticmethod
+    def inverse_norm(x: tuple[int, ...], out: int, where: int) -> None: ...
+    @staticmethod
+    def similarity(
+        graph: tuple[int, ...], src: tuple[int, ...], dst: tuple[int, ...], src_inv_norm: int,
+        dst_inv_norm: int, metric: int, lower_only: bool, r: int, where: int,
+    ) -> None: ...
+    @staticmethod
+    def kernel_values(
+        graph: tuple[int, ...], reverse: int, kernel: tuple[float, ...], acc: int, r: int, values: int,
+        where: int,
+    ) -> None: ...
+    @staticmethod
+    def divergences(*args: Any) -> int: ...
+    @staticmethod
+    def gradient(*args: Any) -> int: ...
+    @staticmethod
+    def csr_from_coo(
+        src: int, dst: int, wide_in: bool, edges: int, num_src: int, num_dst: int, wide_out: bool,
+        rowptr: int, col: int, perm: int, threads: int,
+    ) -> int: ...
+    @staticmethod
+    def csr_transpose(graph: tuple[int, ...], rowptr: int, col: int, perm: int, threads: int) -> None: ...
+    @staticmethod
+    def csr_union(a: tuple[int, ...], b: tuple[int, ...], rowptr: int, col: int, threads: int) -> None: ...
