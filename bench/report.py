@@ -59,8 +59,8 @@ def heading(results: dict[str, Any], rows: Rows) -> str:
         f"{machine['system']}; fastkd {info['fastkd']} ({info['compiler']}), "
         f"torch {info['torch']}, Python {info['python']}; {results['datetime'][:10]}.",
         "",
-        "RBF, KL(student\\|\\|teacher), mean over nodes. Times are medians; the interquartile range "
-        f"is {statistics.median(spreads):.0%} of the median for the median benchmark, "
+        "RBF, KL(student\\|\\|teacher), mean over nodes. Times are medians; the interquartile "
+        f"range is {statistics.median(spreads):.0%} of the median for the median benchmark, "
         f"{max(spreads):.0%} at worst. Ratios are time / fastkd's time, the two run in turns: "
         "above 1 fastkd is faster. Bound: reading the feature rows at this host's speed for random "
         "rows.",
