@@ -80,27 +80,26 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
         Backend::inverse_norm(op, where);
     });
     m.def("similarity", [](const py::tuple& graph, const py::tuple& src, const py::tuple& dst,
-                           Address src_inv_norm, Address dst_inv_norm, int metric, bool lower_only,
+                           Address src_inv_norm, Address dst_inv_norm, int metric, Address reverse,
                            Address r, Where where) {
         const Similarity op{csr(graph), features(src), features(dst), pointer(src_inv_norm),
-                            pointer(dst_inv_norm), Metric(metric), lower_only, pointer(r)};
+                            pointer(dst_inv_norm), Metric(metric), pointer(reverse), pointer(r)};
         py::gil_scoped_release release;
         Backend::similarity(op, where);
     });
-    m.def("kernel_values", [](const py::tuple& graph, Address reverse, const py::tuple& k, int acc,
-                              Address r, Address values, Where where) {
-        const KernelValues op{csr(graph), pointer(reverse), kernel(k), DType(acc), pointer(r), pointer(values)};
+    m.def("kernel_values", [](int64_t edges, const py::tuple& k, int acc, Address r, Address values, Where where) {
+        const KernelValues op{edges, kernel(k), DType(acc), pointer(r), pointer(values)};
         py::gil_scoped_release release;
         Backend::kernel_values(op, where);
     });
     // With run False, returns the bytes of workspace that it needs and does nothing else.
-    m.def("divergences", [](const py::tuple& graph, Address reverse, const py::tuple& student,
-                            const py::tuple& teacher, int divergence, int reduction,
+    m.def("divergences", [](const py::tuple& graph, const py::tuple& student, const py::tuple& teacher,
+                            int divergence, int reduction,
                             bool teacher_is_values, int acc, Address r_s, Address r_t, Address weight,
                             Address src_inv_norm, Address dst_inv_norm, Address coef, Address rows,
                             Address loss, Address diagnostics, int64_t max_degree, Address workspace,
                             bool run, Where where) -> int64_t {
-        const Divergences op{csr(graph), pointer(reverse), kernel(student), kernel(teacher),
+        const Divergences op{csr(graph), kernel(student), kernel(teacher),
                              Divergence(divergence), Reduction(reduction), teacher_is_values,
                              DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
                              pointer(src_inv_norm), pointer(dst_inv_norm), pointer(coef), pointer(rows),

@@ -59,15 +59,15 @@ struct Csr {
 
 // "acc" below is float, or double where the features are f64.
 
-// r[e] for every slot e of graph (rows are destinations, cols are sources). With lower_only, only the
-// slots with col <= row are written: for a symmetric pattern the others hold the same numbers.
+// r[e] for every slot e of graph (rows are destinations, cols are sources). With reverse, the slots with
+// col <= row are computed and their mirror images get the same number.
 struct Similarity {
     Csr graph;
     Features src, dst;         // [cols, D], [rows, D]
     const void* src_inv_norm;  // acc [cols], cosine only
     const void* dst_inv_norm;  // acc [rows], cosine only
     Metric metric;
-    bool lower_only;
+    const void* reverse;       // index [edges], or null
     void* r;                   // acc [edges], out
 };
 
@@ -77,15 +77,13 @@ struct InverseNorm {
     void* inv_norm;  // acc [rows], out
 };
 
-// Turns r into kernel values in place; with reverse, the slots with col > row are filled from their
-// mirror images first.
+// SIM(r) of every edge.
 struct KernelValues {
-    Csr graph;
-    const void* reverse;  // index [edges] or null
+    std::int64_t edges;
     Kernel kernel;
-    DType acc;            // f32 or f64
-    const void* r;        // acc [edges]
-    void* values;         // acc [edges], out
+    DType acc;     // f32 or f64
+    const void* r; // acc [edges]
+    void* values;  // acc [edges], out
 };
 
 // Softmax over each row, divergence per row, reduction, and the coefficient of each edge.
@@ -96,12 +94,10 @@ struct KernelValues {
 // (see Gradient).
 struct Divergences {
     Csr graph;
-    const void* reverse;       // index [edges], or null; where given, only the slots with col <= row
-                               // of r_s and r_t are read
     Kernel student, teacher;
     Divergence divergence;
     Reduction reduction;
-    bool teacher_is_values;    // r_t holds all kernel values of the teacher, not r
+    bool teacher_is_values;    // r_t holds the teacher's kernel values, not r
     DType acc;
     const void* r_s;           // acc [edges]
     const void* r_t;           // acc [edges]

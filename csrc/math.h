@@ -128,17 +128,15 @@ FASTKD_HD double log_(double x) { return ::log(x); }
 FASTKD_HD float sqrt_(float x) { return ::sqrtf(x); }
 FASTKD_HD double sqrt_(double x) { return ::sqrt(x); }
 
-// p (log p - log q) + q - p >= 0: an edge's part of KL(p || q) without cancellation, since the
-// added terms sum to 0 over a row. Equals p (d + expm1(-d)) with d = log p - log q; the second form
-// below cannot overflow.
-template <class A> FASTKD_HD A divergence_term(A log_p, A log_q) {
-    const A d = log_p - log_q;
-    const A p = exp_(log_p);
+// p (log p - log q) + q - p >= 0: an edge's part of KL(p || q) without cancellation, since the added
+// terms sum to 0 over a row. Equals p (d + expm1(-d)) with d = log p - log q; the second form below
+// cannot overflow.
+template <class A> FASTKD_HD A divergence_term(A p, A q, A d) {
     const A limit = sizeof(A) == 4 ? A(0.5) : A(0.03);
     const A series = d * d *
         (A(0.5) + d * (A(-1.0 / 6) + d * (A(1.0 / 24) + d * (A(-1.0 / 120) + d * (A(1.0 / 720)
         + d * (A(-1.0 / 5040) + d * A(1.0 / 40320)))))));
-    const A direct = p * (d - 1) + exp_(log_q);
+    const A direct = p * (d - 1) + q;
     return d < limit && d > -limit ? p * series : direct;
 }
 
@@ -192,23 +190,33 @@ FASTKD_HD A kernel_slope(A r, A value, A scale, A param, int degree) {
 // dr/dx carries a constant factor: r = |a - b|^2 gives 2 (a - b).
 FASTKD_HD double metric_factor(Metric m) { return m == Metric::sqdist ? 2.0 : 1.0; }
 
-// What is known of a row's distributions. Maximum and log of the sum of exp(SIM - maximum) are apart,
-// since their sum would lose the digits that differences are made of. The mean of log p_s - log p_t
-// under p_s is the divergence once more, but with the same rounding as its terms: a gradient centred
-// on it sums to 0, where one centred on the (more exact) divergence would not.
+// What is known of a row's distributions: maxima, and sums of exp(SIM - maximum). The mean of
+// d = log p_s - log p_t under p_s is the divergence once more, but with the same rounding as its
+// terms: a gradient centred on it sums to 0, where one centred on the (more exact) divergence would not.
 template <class A> struct RowStats {
-    A max_s, log_sum_s, max_t, log_sum_t, mean;
-    FASTKD_HD A log_ps(A sim) const { return (sim - max_s) - log_sum_s; }
-    FASTKD_HD A log_pt(A sim) const { return (sim - max_t) - log_sum_t; }
+    A max_s, max_t, inv_sum_s, inv_sum_t;
+    A log_ratio;  // log(sum_t / sum_s)
+    A mean;
+};
+
+// The probabilities of an edge, and d. SIM less the row's maximum comes first: with it the digits that
+// d is made of are safe.
+template <class A> struct Probabilities {
+    A s, t, d;
+    FASTKD_HD Probabilities(A sim_s, A sim_t, const RowStats<A>& row) {
+        const A above_s = sim_s - row.max_s, above_t = sim_t - row.max_t;
+        s = exp_(above_s) * row.inv_sum_s;
+        t = exp_(above_t) * row.inv_sum_t;
+        d = (above_s - above_t) + row.log_ratio;
+    }
 };
 
 // An edge's part of the divergence, and dS/dSIM_s.
-template <class A> FASTKD_HD A edge_divergence(bool teacher_student, A log_ps, A log_pt) {
-    return teacher_student ? divergence_term(log_pt, log_ps) : divergence_term(log_ps, log_pt);
+template <class A> FASTKD_HD A edge_divergence(bool teacher_student, A p_s, A p_t, A d) {
+    return teacher_student ? divergence_term(p_t, p_s, -d) : divergence_term(p_s, p_t, d);
 }
-template <class A> FASTKD_HD A edge_gradient(bool teacher_student, A log_ps, A log_pt, A mean) {
-    const A ps = exp_(log_ps);
-    return teacher_student ? ps - exp_(log_pt) : ps * ((log_ps - log_pt) - mean);
+template <class A> FASTKD_HD A edge_gradient(bool teacher_student, A p_s, A p_t, A d, A mean) {
+    return teacher_student ? p_s - p_t : p_s * (d - mean);
 }
 
 // Stands for log 0: finite, so that differences of two of them are 0 and not NaN.

@@ -16,12 +16,11 @@ class cpu:
     @staticmethod
     def similarity(
         graph: tuple[int, ...], src: tuple[int, ...], dst: tuple[int, ...], src_inv_norm: int,
-        dst_inv_norm: int, metric: int, lower_only: bool, r: int, where: int,
+        dst_inv_norm: int, metric: int, reverse: int, r: int, where: int,
     ) -> None: ...
     @staticmethod
     def kernel_values(
-        graph: tuple[int, ...], reverse: int, kernel: tuple[float, ...], acc: int, r: int, values: int,
-        where: int,
+        edges: int, kernel: tuple[float, ...], acc: int, r: int, values: int, where: int,
     ) -> None: ...
     @staticmethod
     def divergences(*args: Any) -> int: ...

@@ -302,7 +302,7 @@ def _similarity(launch: _Launch, src: Tensor, dst: Tensor | None, rowptr: Tensor
     ends = src if dst is None else dst
     norm = src_norm if dst is None else dst_norm
     launch.native.similarity(_csr(rowptr, col, num_src), _features(src), _features(ends),
-                             src_norm.data_ptr(), norm.data_ptr(), metric, reverse is not None,
+                             src_norm.data_ptr(), norm.data_ptr(), metric, _ptr(reverse),
                              r.data_ptr(), launch.where)
     return r, src_norm, dst_norm
 
@@ -316,8 +316,8 @@ def _kernel_values(src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor,
     with _Launch(src.device) as launch:
         r, _, _ = _similarity(launch, src, dst, rowptr, col, reverse, num_src, kernel[0])
         values = torch.empty_like(r)
-        launch.native.kernel_values(_csr(rowptr, col, num_src), _ptr(reverse), (*kernel, *param),
-                                    DTYPES[r.dtype], r.data_ptr(), values.data_ptr(), launch.where)
+        launch.native.kernel_values(r.shape[0], (*kernel, *param), DTYPES[r.dtype], r.data_ptr(),
+                                    values.data_ptr(), launch.where)
     return values
 
 
@@ -331,6 +331,8 @@ def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, w
                    reverse, num_src) -> torch.dtype:
     """The dtype of all sums: float64 if the student is, else float32."""
     _check_graph(rowptr, col, reverse)
+    if reverse is not None and (student_dst is not None or teacher_dst is not None):
+        raise ValueError("reverse goes with one feature matrix for both ends of an edge")
     _check_side("student", student, student_dst, rowptr, num_src)
     acc = acc_dtype(student)
     if teacher is not None:
@@ -373,7 +375,7 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
         loss = rows if reduction == _NONE else student.new_empty((), dtype=acc)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
         cosine = metric == _COSINE
-        launch.run(launch.native.divergences, _csr(rowptr, col, num_src), _ptr(reverse),
+        launch.run(launch.native.divergences, _csr(rowptr, col, num_src),
                    (*student_kernel, *student_param), (*teacher_kernel, *teacher_param), divergence,
                    reduction, teacher is None, DTYPES[acc], r_s.data_ptr(), r_t.data_ptr(), _ptr(weight),
                    src_norm.data_ptr() if cosine else 0,

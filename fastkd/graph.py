@@ -54,7 +54,7 @@ class Graph:
         if num_src == self.num_dst and not torch.compiler.is_compiling():
             if torch.equal(rowptr, self.t_rowptr) and torch.equal(col, self.t_col):
                 self.reverse = self.t_perm
-                self.t_rowptr, self.t_col = rowptr, col
+                self.t_rowptr, self.t_col = rowptr.view(-1), col.view(-1)  # free the copies
         # On a CUDA graph these wait for the device: here, and not in the loss.
         self.max_degree = self.max_incident = -1
         if not torch.compiler.is_compiling():

@@ -75,8 +75,9 @@ def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf
     src, dst = _pair("teacher", teacher)
     graph = as_graph(graph, *_sizes(src, dst))
     with torch.no_grad():
+        reverse = graph.reverse if dst is None else None
         values = _ops.kernel_values(src.detach(), None if dst is None else dst.detach(), graph.rowptr,
-                                    graph.col, graph.reverse, graph.num_src, *kernel.spec(src.shape[1]))
+                                    graph.col, reverse, graph.num_src, *kernel.spec(src.shape[1]))
     return TeacherStructure(values, graph, kernel)
 
 
@@ -187,11 +188,13 @@ def lsp_loss(
 
     needs_grad = torch.is_grad_enabled() and (
         student_src.requires_grad or (student_dst is not None and student_dst.requires_grad))
+    # SIM(i, j) = SIM(j, i) saves half the work, but not where the two ends have features of their own.
+    reverse = graph.reverse if student_dst is None and teacher_dst is None else None
     args = (student_src, student_dst, teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col,
-            graph.reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
+            reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
             *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code, graph.max_degree)
     if needs_grad:
-        transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if graph.reverse is None else (None,) * 3
+        transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if reverse is None else (None,) * 3
         loss, diagnostics = _LSP.apply(*transpose, graph.max_incident, *args)
     else:
         loss, _, _, _, diagnostics = _ops.lsp_forward(*args, False)

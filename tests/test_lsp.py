@@ -54,6 +54,18 @@ def test_isolated_and_single_edges_are_exactly_zero():
         assert (g[[0, 1, 4, 5]] == 0).all() and g.isfinite().all()
 
 
+def test_pair_on_a_symmetric_square_graph():
+    """As many sources as destinations, but not the same nodes: SIM(i, j) is not SIM(j, i)."""
+    edges = SAMPLES["symmetric"].edges
+    x = tuple(features(40, 8, torch.float64, seed=s).requires_grad_() for s in (0, 1))
+    t = tuple(features(40, 6, torch.float64, seed=s) for s in (2, 3))
+    for teacher in (t, teacher_structure(t, edges, "rbf")):
+        a, b = lsp_loss(x, teacher, edges), reference.lsp_loss(x, t, edges)
+        torch.testing.assert_close(a, b)
+        for ours, theirs in zip(torch.autograd.grad(a, x), torch.autograd.grad(b, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_identical_structure_is_zero(problem):
     x, _, edges = problem
     for name in ("rbf", "linear", "cosine"):

@@ -309,10 +309,10 @@ def saturated(sigma):
 
 @pytest.mark.filterwarnings("ignore:.*saturated")
 @pytest.mark.parametrize("sigma", [1.0, 1e-3])
-def test_rbf_with_a_small_sigma_is_exactly_zero(sigma):
+def test_rbf_with_a_small_sigma_vanishes(sigma):
     criterion, *data = saturated(sigma)
     loss, grad = value_and_grad(criterion, *data)
-    assert loss == 0 and not grad.any()
+    assert loss < 1e-30 and grad.abs().max() < 1e-30
     if sigma == 1:
         assert efficient_gnns(*data, EFFICIENT_GNNS["rbf"]).abs() < 1e-7
 

@@ -119,6 +119,7 @@ template <class I, class T> struct Product {
         auto start = [this](std::int64_t i) { return begin(i); };
         const std::int64_t rows = op.self.rows, dim = op.self.cols;
         const std::int64_t blocks = num_blocks(rows, begin(rows));
+        threads = threads_for(begin(rows) * dim, threads);
         const bool hubs = op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows));
         Scratch<A> parts(hubs ? 2 * blocks * dim : 0);
         parallel_for(blocks, threads, [&](std::int64_t block) {

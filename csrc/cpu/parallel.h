@@ -17,6 +17,10 @@ namespace {  // one copy per source file: these are compiled for several instruc
 
 constexpr std::int64_t kBlock = 512;
 
+// One thread for what takes it some 50 microseconds (about a million elements of features): to wake
+// others costs a few, and on a busy machine much more.
+inline int threads_for(std::int64_t elements, int threads) { return elements < (1 << 20) ? 1 : threads; }
+
 template <class F> void parallel_for(std::int64_t n, int threads, F&& f) {
     // A parallel region of one thread would still start OpenMP, which hangs in a forked child.
     if (threads <= 1 || n <= 1) {

@@ -34,13 +34,10 @@ void reduce_pairs(const void* const* a, const void* const* b, int n, std::int64_
         for (; d + lanes <= dim; d += lanes)
 #pragma GCC unroll 4
             for (int k = 0; k < kGroup; ++k) sum[k] = accumulate<M>(sum[k], load(pa[k] + d), load(pb[k] + d));
-#pragma GCC unroll 4
-        for (int k = 0; k < kGroup; ++k) {
-            A total = reduce_add<A>(sum[k]);
-            for (std::int64_t t = d; t < dim; ++t)
-                total = accumulate<M>(total, A(widen(pa[k][t])), A(widen(pb[k][t])));
-            out[e + k] = total;
-        }
+        reduce_add4<A>(sum, out + e);
+        for (; d < dim; ++d)
+            for (int k = 0; k < kGroup; ++k)
+                out[e + k] = accumulate<M>(out[e + k], A(widen(pa[k][d])), A(widen(pb[k][d])));
     }
     for (; e < n; ++e) {
         const T* pa = static_cast<const T*>(a[e]);
@@ -62,12 +59,14 @@ template <class I, class T> void run(const Similarity& op, int threads) {
     using A = acc_t<T>;
     const I* rowptr = static_cast<const I*>(op.graph.rowptr);
     const I* col = static_cast<const I*>(op.graph.col);
+    const I* reverse = static_cast<const I*>(op.reverse);
     const A* src_norm = static_cast<const A*>(op.src_inv_norm);
     const A* dst_norm = static_cast<const A*>(op.dst_inv_norm);
     A* r = static_cast<A*>(op.r);
     void (*reduce)(const void* const*, const void* const*, int, std::int64_t, A*) = nullptr;
     dispatch(op.metric, [&](auto m) { reduce = reduce_pairs<decltype(m)::value, T>; });
     auto begin = [=](std::int64_t i) { return std::int64_t(rowptr[i]); };
+    threads = threads_for(op.graph.edges * op.src.cols, threads);
     parallel_for(num_blocks(op.graph.rows, op.graph.edges), threads, [&](std::int64_t block) {
         const void* a[kStage];
         const void* b[kStage];
@@ -79,12 +78,14 @@ template <class I, class T> void run(const Similarity& op, int threads) {
             if (op.metric == Metric::cosine)
                 for (int k = 0; k < n; ++k) out[k] *= dst_norm[row[k]] * src_norm[col[slot[k]]];
             for (int k = 0; k < n; ++k) r[slot[k]] = out[k];
+            if (reverse)
+                for (int k = 0; k < n; ++k) r[reverse[slot[k]]] = out[k];
             n = 0;
         };
         for_edges(begin, op.graph.rows, block, [&](std::int64_t i, std::int64_t first, std::int64_t last) {
             const char* self = row_address(op.dst, i, sizeof(T));
             for (std::int64_t e = first; e < last; ++e) {
-                if (op.lower_only && col[e] > i) break;
+                if (reverse && col[e] > i) break;  // ascending in col
                 a[n] = self;
                 b[n] = row_address(op.src, col[e], sizeof(T));
                 row[n] = i;
@@ -112,6 +113,7 @@ void inverse_norm(const InverseNorm& op, int threads) {
         using A = acc_t<T>;
         A* out = static_cast<A*>(op.inv_norm);
         const std::int64_t rows = op.x.rows;
+        threads = threads_for(rows * op.x.cols, threads);
         parallel_for((rows + kStage - 1) / kStage, threads, [&](std::int64_t block) {
             const void* a[kStage];
             const std::int64_t first = block * kStage;

@@ -2,6 +2,8 @@
 // extension. Arithmetic is the compiler's own; here are only loads that widen, and the reductions.
 #pragma once
 
+#include <type_traits>
+
 #include "../math.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -18,9 +20,9 @@ constexpr int kVecBytes = 32;
 constexpr int kVecBytes = 16;
 #endif
 
-template <class A> struct Vec {
-    typedef A type __attribute__((vector_size(kVecBytes)));
-    static constexpr int lanes = kVecBytes / int(sizeof(A));
+template <class A, int Bytes = kVecBytes> struct Vec {
+    typedef A type __attribute__((vector_size(Bytes)));
+    static constexpr int lanes = Bytes / int(sizeof(A));
 };
 template <class A> using vec = typename Vec<A>::type;
 
@@ -55,14 +57,52 @@ FASTKD_HD vec<float> load(const half_t* p) {
 
 template <class A> FASTKD_HD void store(A* p, vec<A> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
+// The halves of a register put together by op, down to 16 bytes.
+template <class A, int Bytes, class Op>
+FASTKD_HD typename Vec<A, 16>::type fold(typename Vec<A, Bytes>::type v, Op op) {
+    if constexpr (Bytes == 16) {
+        return v;
+    } else {
+        typename Vec<A, Bytes / 2>::type low, high;
+        __builtin_memcpy(&low, &v, Bytes / 2);
+        __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + Bytes / 2, Bytes / 2);
+        return fold<A, Bytes / 2>(op(low, high), op);
+    }
+}
+template <class A, class Op> FASTKD_HD A reduce(vec<A> v, Op op) {
+    const auto q = fold<A, kVecBytes>(v, op);
+    if constexpr (sizeof(A) == 8) return op(q[0], q[1]);
+    else return op(op(q[0], q[2]), op(q[1], q[3]));
+}
 template <class A> FASTKD_HD A reduce_add(vec<A> v) {
-    A lanes[Vec<A>::lanes];
-    store(lanes, v);
-#pragma GCC unroll 8
-    for (int width = Vec<A>::lanes / 2; width > 0; width /= 2)
-#pragma GCC unroll 8
-        for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-    return lanes[0];
+    return reduce<A>(v, [](auto a, auto b) { return a + b; });
+}
+template <class A> FASTKD_HD A reduce_max(vec<A> v) {
+    return reduce<A>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// out[k] = the sum of v[k], four at a time.
+template <class A> FASTKD_HD void reduce_add4(const vec<A> (&v)[4], A* out) {
+    if constexpr (sizeof(A) == 8) {
+        for (int k = 0; k < 4; ++k) out[k] = reduce_add<A>(v[k]);
+    } else {
+        typedef typename Vec<A, 16>::type quad;
+        auto add = [](auto a, auto b) { return a + b; };
+        const quad a = fold<A, kVecBytes>(v[0], add), b = fold<A, kVecBytes>(v[1], add);
+        const quad c = fold<A, kVecBytes>(v[2], add), d = fold<A, kVecBytes>(v[3], add);
+        const quad ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+        const quad cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+        const quad sum = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+        __builtin_memcpy(out, &sum, sizeof(sum));
+    }
+}
+
+// v, with `other` in the lanes from `count` on.
+template <class A> FASTKD_HD vec<A> keep(vec<A> v, std::int64_t count, A other) {
+    typedef std::conditional_t<sizeof(A) == 8, std::int64_t, std::int32_t> Int;
+    vec<Int> lane;
+    for (int k = 0; k < Vec<A>::lanes; ++k) lane[k] = k;
+    return lane < Int(count < Vec<A>::lanes ? count : Vec<A>::lanes) ? v : vec<A>{} + other;
 }
 
 FASTKD_HD void prefetch(const void* p, std::int64_t bytes) {

@@ -95,9 +95,6 @@ template <class A> struct Part {
         // A softmax sees absolute differences.
         return high - low > 8 * std::numeric_limits<A>::epsilon() * (size > 1 ? size : A(1));
     }
-    // Of an empty row, 0 and 0.
-    __device__ A maximum() const { return sum > 0 ? max : A(0); }
-    __device__ A log_sum() const { return sum > 0 ? log_(sum) : A(0); }
 };
 
 // Of a hub's piece; see RowStats.
@@ -110,7 +107,6 @@ struct Total {
 
 template <class A> struct Args {
     Graph g;
-    Indices reverse;
     Kernel student, teacher;
     bool teacher_student, teacher_is_values;
     Reduction reduction;
@@ -134,27 +130,26 @@ template <class A> struct Args {
     // Of one edge: student's raw reduction, kernel values, and those with weights.
     struct Edge { A r, value_s, value_t, s, t; };
 
-    __device__ Edge edge(std::int64_t i, std::int64_t x) const {
-        const std::int64_t own = reverse && g.col[x] > i ? reverse[x] : x;
+    __device__ Edge edge(std::int64_t x) const {
         Edge e;
-        e.r = r_s[own];
+        e.r = r_s[x];
         e.value_s = value_of(student, e.r);
-        e.value_t = teacher_is_values ? r_t[x] : value_of(teacher, r_t[own]);
+        e.value_t = teacher_is_values ? r_t[x] : value_of(teacher, r_t[x]);
         const A w = weight ? log_weight(weight[x]) : A(0);
         e.s = e.value_s + w;
         e.t = e.value_t + w;
         return e;
     }
     __device__ void add(const Edge& e, const RowStats<A>& row, A& divergence, A& mean) const {
-        const A log_ps = row.log_ps(e.s), log_pt = row.log_pt(e.t);
-        divergence += edge_divergence(teacher_student, log_ps, log_pt);
-        mean += exp_(log_ps) * (log_ps - log_pt);
+        const Probabilities<A> p(e.s, e.t, row);
+        divergence += edge_divergence(teacher_student, p.s, p.t, p.d);
+        mean += p.s * p.d;
     }
     __device__ void write_coef(std::int64_t i, std::int64_t x, const Edge& e, const RowStats<A>& row) const {
+        const Probabilities<A> p(e.s, e.t, row);
         A factor = A(metric_factor(student.metric) * *scale);
         if (src_inv_norm) factor *= dst_inv_norm[i] * src_inv_norm[g.col[x]];
-        coef[x] = factor * slope_of(student, e.r, e.value_s) *
-                  edge_gradient(teacher_student, row.log_ps(e.s), row.log_pt(e.t), row.mean);
+        coef[x] = factor * slope_of(student, e.r, e.value_s) * edge_gradient(teacher_student, p.s, p.t, p.d, row.mean);
     }
     __device__ bool is_hub(std::int64_t i) const { return g.begin(i + 1) - g.begin(i) > kBlock; }
     __device__ RowStats<A>& hub(std::int64_t i) const { return hubs[2 * ((g.begin(i) + i) / kBlock) + 1]; }
@@ -178,7 +173,7 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
         const std::int64_t b = a.g.begin(i), e = a.g.begin(i + 1);
         Part<A> s = Part<A>::empty(), t = Part<A>::empty();
         for (std::int64_t x = b + lane; x < e; x += 32) {
-            const auto v = a.edge(i, x);
+            const auto v = a.edge(x);
             s.extend(v.value_s);
             t.extend(v.value_t);
             s.add(v.s);
@@ -186,13 +181,13 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
         }
         s.merge_warp();
         t.merge_warp();
-        RowStats<A> row{s.maximum(), s.log_sum(), t.maximum(), t.log_sum(), 0};
+        RowStats<A> row{s.max, t.max, 1 / s.sum, 1 / t.sum, log_(t.sum / s.sum), 0};  // not used if empty
         A divergence = 0, mean = 0;
-        for (std::int64_t x = b + lane; x < e; x += 32) a.add(a.edge(i, x), row, divergence, mean);
+        for (std::int64_t x = b + lane; x < e; x += 32) a.add(a.edge(x), row, divergence, mean);
         divergence = warp_sum(divergence);
         row.mean = warp_sum(mean);
         if (a.coef)
-            for (std::int64_t x = b + lane; x < e; x += 32) a.write_coef(i, x, a.edge(i, x), row);
+            for (std::int64_t x = b + lane; x < e; x += 32) a.write_coef(i, x, a.edge(x), row);
         if (lane == 0) {
             a.rows[i] = divergence;
             if (e - b >= 2) {
@@ -212,10 +207,10 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(Args<A> a) {
     __shared__ Part<A> shared[2][kWarps];
-    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+    a.for_hub_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
         Part<A> p[2] = {Part<A>::empty(), Part<A>::empty()};
         for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
-            const auto v = a.edge(i, x);
+            const auto v = a.edge(x);
             p[0].extend(v.value_s);
             p[1].extend(v.value_t);
             p[0].add(v.s);
@@ -243,7 +238,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(
 template <class A> __global__ void __launch_bounds__(kThreads) hub_stats_kernel(Args<A> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= a.g.rows || !a.is_hub(i)) return;
-    A max[2], log_sum[2];
+    A max[2];
+    double sums[2];
     atomicAdd(&a.diagnostics[0], 1ull);
     for (int side = 0; side < 2; ++side) {
         Part<A> total = Part<A>::empty();
@@ -259,10 +255,10 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_stats_kernel(
             sum += double(p.sum) * double(exp_(p.max - total.max));
         });
         max[side] = total.max;
-        log_sum[side] = A(log_(sum));
+        sums[side] = sum;
         if (total.informative()) atomicAdd(&a.diagnostics[1 + side], 1ull);
     }
-    a.hub(i) = {max[0], log_sum[0], max[1], log_sum[1], 0};
+    a.hub(i) = {max[0], max[1], A(1 / sums[0]), A(1 / sums[1]), A(log_(sums[1] / sums[0])), 0};
 }
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_sums_kernel(Args<A> a) {
@@ -270,7 +266,7 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_sums_kernel(A
     a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
         const RowStats<A> row = a.hub(i);
         A divergence = 0, mean = 0;
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.add(a.edge(i, x), row, divergence, mean);
+        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.add(a.edge(x), row, divergence, mean);
         divergence = block_sum(divergence, scratch);
         mean = block_sum(mean, scratch);
         if (threadIdx.x == 0) a.sums[slot] = {divergence, mean};
@@ -292,7 +288,7 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_finish_kernel
 template <class A> __global__ void __launch_bounds__(kThreads) hub_coef_kernel(Args<A> a) {
     a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
         const RowStats<A> row = a.hub(i);
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.write_coef(i, x, a.edge(i, x), row);
+        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.write_coef(i, x, a.edge(x), row);
     });
 }
 
@@ -351,13 +347,9 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Args<A> a, std::int64_
 
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    values_kernel(Graph g, Indices reverse, Kernel kernel, const A* r, A* values) {
-    const int lane = threadIdx.x % 32;
-    const std::int64_t first = std::int64_t(blockIdx.x) * kThreads + threadIdx.x - lane, x = first + lane;
-    if (first >= g.edges) return;
-    const std::int64_t i = row_of_lane(g, first, lane);
-    if (x >= g.edges) return;
-    values[x] = value_of(kernel, r[reverse && g.col[x] > i ? reverse[x] : x]);
+    values_kernel(std::int64_t edges, Kernel kernel, const A* r, A* values) {
+    const std::int64_t x = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    if (x < edges) values[x] = value_of(kernel, r[x]);
 }
 
 bool may_have_hubs(const Divergences& op) {
@@ -383,7 +375,6 @@ template <class A> std::int64_t place(const Divergences& op, char* base, Args<A>
 template <class A> void run(const Divergences& op, void* stream) {
     Args<A> args{};
     args.g = graph_of(op.graph);
-    args.reverse = {op.reverse, op.graph.wide};
     args.student = op.student;
     args.teacher = op.teacher;
     args.teacher_student = op.divergence == Divergence::teacher_student;
@@ -442,9 +433,8 @@ void divergences(const Divergences& op, void* stream) {
 void kernel_values(const KernelValues& op, void* stream) {
     dispatch_acc(op.acc, [&](auto acc) {
         using A = typename decltype(acc)::type;
-        launch("values", values_kernel<A>, ceil_div(op.graph.edges, kThreads), stream, graph_of(op.graph),
-               Indices{op.reverse, op.graph.wide}, op.kernel, static_cast<const A*>(op.r),
-               static_cast<A*>(op.values));
+        launch("values", values_kernel<A>, ceil_div(op.edges, kThreads), stream, op.edges, op.kernel,
+               static_cast<const A*>(op.r), static_cast<A*>(op.values));
     });
 }
 

@@ -10,7 +10,7 @@ constexpr int kInFlight = 4;  // edges per group whose loads are independent
 template <Metric M, class T, int V>
 __global__ void __launch_bounds__(kThreads) similarity_kernel(
     Graph g, Matrix<T> src, Matrix<T> dst, const acc_t<T>* src_inv_norm, const acc_t<T>* dst_inv_norm,
-    bool lower_only, bool cosine, int lanes, acc_t<T>* r) {
+    Indices reverse, bool cosine, int lanes, acc_t<T>* r) {
     using A = acc_t<T>;
     __shared__ std::int64_t rows[kWarps][32], cols[kWarps][32];
     __shared__ int slots[kWarps][32];
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) similarity_kernel(
     // The edges to do, packed to the front: on a symmetric pattern only those with col <= row.
     const std::int64_t row = row_of_lane(g, first, lane), e = first + lane;
     const std::int64_t col = e < g.edges ? g.col[e] : 0;
-    const unsigned todo = __ballot_sync(kAll, e < g.edges && (!lower_only || col <= row));
+    const unsigned todo = __ballot_sync(kAll, e < g.edges && (!reverse || col <= row));
     if (todo >> lane & 1) {
         const int k = __popc(todo & ((1u << lane) - 1));
         rows[warp][k] = row;
@@ -61,7 +61,9 @@ __global__ void __launch_bounds__(kThreads) similarity_kernel(
             const int k = start + u * groups + group;
             if (part == 0 && k < count) {
                 if (cosine) total *= dst_inv_norm[rows[warp][k]] * src_inv_norm[cols[warp][k]];
-                r[first + slots[warp][k]] = total;
+                const std::int64_t slot = first + slots[warp][k];
+                r[slot] = total;
+                if (reverse) r[reverse[slot]] = total;
             }
         }
     }
@@ -94,7 +96,7 @@ void similarity(const Similarity& op, void* stream) {
                 launch("similarity", similarity_kernel<decltype(metric)::value, T, V>,
                        ceil_div(op.graph.edges, kThreads), stream, graph_of(op.graph), matrix_of<T>(op.src),
                        matrix_of<T>(op.dst), static_cast<const A*>(op.src_inv_norm),
-                       static_cast<const A*>(op.dst_inv_norm), op.lower_only, op.metric == Metric::cosine,
+                       static_cast<const A*>(op.dst_inv_norm), Indices{op.reverse, op.graph.wide}, op.metric == Metric::cosine,
                        lanes_for(ceil_div(op.src.cols, V)), static_cast<A*>(op.r));
             });
         });
