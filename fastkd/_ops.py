@@ -125,10 +125,11 @@ def _check_edges(name: str, x: Tensor, col: Tensor, dtype: torch.dtype) -> None:
 
 
 def _check_graph(rowptr: Tensor, col: Tensor, reverse: Tensor | None) -> None:
+    index = rowptr.dtype
     for name, x in (("rowptr", rowptr), ("col", col), ("reverse", reverse)):
         if x is None:
             continue
-        if x.dim() != 1 or x.dtype != rowptr.dtype or x.dtype not in (torch.int32, torch.int64):
+        if x.dim() != 1 or x.dtype is not index or index not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be a vector of int32 or int64 like rowptr, got {x.dtype}")
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
@@ -285,8 +286,12 @@ _lib.define(
 
 def _inverse_norms(launch: _Launch, src: Tensor, dst: Tensor | None, metric: int) -> tuple[Tensor, Tensor]:
     """Of both ends; empty unless the metric needs them, and for dst None those of src serve both."""
+    if metric != _COSINE:
+        none = torch.empty(0, dtype=acc_dtype(src), device=src.device)
+        return none, torch.empty_like(none)
+
     def of(x: Tensor | None) -> Tensor:
-        if x is None or metric != _COSINE:
+        if x is None:
             return src.new_empty(0, dtype=acc_dtype(src))
         out = x.new_empty(x.shape[0], dtype=acc_dtype(x))
         launch.native.inverse_norm(_features(x), out.data_ptr(), launch.where)
@@ -298,7 +303,7 @@ def _similarity(launch: _Launch, src: Tensor, dst: Tensor | None, rowptr: Tensor
                 reverse: Tensor | None, num_src: int, metric: int) -> tuple[Tensor, Tensor, Tensor]:
     """The raw reduction r [E], and the inverse norms that went into it."""
     src_norm, dst_norm = _inverse_norms(launch, src, dst, metric)
-    r = src.new_empty(col.shape[0], dtype=acc_dtype(src))
+    r = torch.empty(col.shape[0], dtype=acc_dtype(src), device=src.device)
     ends = src if dst is None else dst
     norm = src_norm if dst is None else dst_norm
     launch.native.similarity(_csr(rowptr, col, num_src), _features(src), _features(ends),
@@ -370,9 +375,9 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
                                     teacher_kernel[0])
         else:
             r_t = teacher_values.contiguous()
-        coef = student.new_empty(col.shape[0] if want_coef else 0, dtype=acc)
-        rows = student.new_empty(num_dst, dtype=acc)
-        loss = rows if reduction == _NONE else student.new_empty((), dtype=acc)
+        coef = torch.empty_like(r_s) if want_coef else r_s.new_empty(0)
+        rows = torch.empty(num_dst, dtype=acc, device=student.device)
+        loss = rows if reduction == _NONE else torch.empty((), dtype=acc, device=student.device)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
         cosine = metric == _COSINE
         launch.run(launch.native.divergences, _csr(rowptr, col, num_src),
@@ -414,14 +419,16 @@ def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, 
     _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src)
     student = _rows(student)
     student_dst = None if student_dst is None else _rows(student_dst)
-    grad = grad.to(coef.dtype).contiguous()
+    grad = grad.contiguous()
+    if grad.dtype != coef.dtype:
+        grad = grad.to(coef.dtype)
     per_row = grad.dim() == 1
     arriving = _csr(rowptr, col, num_src)
     leaving = None if t_rowptr is None else _csr(t_rowptr, t_col, rowptr.shape[0] - 1)
     x, y = _features(student), _features(student if student_dst is None else student_dst)
 
     def product(launch: _Launch, like: Tensor, ends: tuple, inv_norm: Tensor, *lists: tuple) -> Tensor:
-        out = like.new_empty(like.shape)
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
         launch.run(launch.native.gradient, ends, lists, metric, coef.data_ptr(), grad.data_ptr(), per_row,
                    inv_norm.data_ptr(), out.data_ptr(), max_degree)
         return out

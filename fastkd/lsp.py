@@ -190,14 +190,15 @@ def lsp_loss(
         student_src.requires_grad or (student_dst is not None and student_dst.requires_grad))
     # SIM(i, j) = SIM(j, i) saves half the work, but not where the two ends have features of their own.
     reverse = graph.reverse if student_dst is None and teacher_dst is None else None
-    args = (student_src, student_dst, teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col,
-            reverse, graph.num_src, *kernel.spec(student_src.shape[1]),
-            *teacher_kernel.spec(teacher_dim), divergence_code, reduction_code, graph.max_degree)
+    rest = (teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col, reverse, graph.num_src,
+            *kernel.spec(student_src.shape[1]), *teacher_kernel.spec(teacher_dim), divergence_code,
+            reduction_code, graph.max_degree)
     if needs_grad:
         transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if reverse is None else (None,) * 3
-        loss, diagnostics = _LSP.apply(*transpose, graph.max_incident, *args)
+        # One tuple for all that gets no gradient: autograd.Function looks at each of its arguments.
+        loss, diagnostics = _LSP.apply(student_src, student_dst, (*transpose, graph.max_incident), rest)
     else:
-        loss, _, _, _, diagnostics = _ops.lsp_forward(*args, False)
+        loss, _, _, _, diagnostics = _ops.lsp_forward(student_src, student_dst, *rest, False)
     if (not torch.compiler.is_compiling() and len(_warned) < 2
             and (diagnostics.device.type == "cpu" or check_finite)):
         _warn_if_saturated(diagnostics, kernel, teacher_kernel)
@@ -206,12 +207,13 @@ def lsp_loss(
 
 class _LSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, t_rowptr, t_col, t_perm, max_incident, *args):
-        loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(*args, True)
-        student, student_dst, rowptr, col, reverse = *args[:2], *args[6:9]
+    def forward(ctx, student, student_dst, transpose, rest):
+        loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(student, student_dst, *rest, True)
+        _, _, _, _, rowptr, col, reverse, num_src, (metric, *_), *_ = rest
+        *transpose, max_incident = transpose
         ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
-                              t_rowptr, t_col, t_perm)
-        ctx.rest = (args[9], args[10][0], max_incident)
+                              *transpose)
+        ctx.rest = (num_src, metric, max_incident)
         ctx.mark_non_differentiable(diagnostics)
         return loss, diagnostics
 
@@ -222,7 +224,7 @@ class _LSP(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             src = _NoSecondDerivative.apply(src, student)
             dst = dst if student_dst is None else _NoSecondDerivative.apply(dst, student_dst)
-        return (None,) * 4 + (src, None if student_dst is None else dst) + (None,) * 15
+        return src, None if student_dst is None else dst, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
