@@ -17,7 +17,7 @@ from torch import Tensor
 import fastkd
 
 from .cases import SIGMA, Case
-from .composite import composite
+from .composite import composite, composite_pairs
 
 Loss = Callable[[], Tensor]
 _C = -0.5 / SIGMA
@@ -131,6 +131,7 @@ PEERS: dict[str, Callable[[Case, bool], Loss]] = {
     "torch_scatter": scatter,
     "compile": compiled,
     "composite": composite,
+    "composite_pairs": composite_pairs,
 }
 
 # --- what can be run ------------------------------------------------------------------------------
