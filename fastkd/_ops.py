@@ -462,14 +462,15 @@ for _device in ("CPU", "CUDA"):
     _lib.impl("kernel_values", _kernel_values, _device)
     _lib.impl("lsp_forward", _lsp_forward, _device)
     _lib.impl("lsp_backward", _lsp_backward, _device)
-for _name, _fake in {
+_fakes: dict[str, Any] = {
     "csr_from_coo": _csr_from_coo_fake,
     "csr_transpose": _csr_transpose_fake,
     "csr_union": _csr_union_fake,
     "kernel_values": _kernel_values_fake,
     "lsp_forward": _lsp_forward_fake,
     "lsp_backward": _lsp_backward_fake,
-}.items():
+}
+for _name, _fake in _fakes.items():
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_lib)
 
 csr_from_coo = torch.ops.fastkd.csr_from_coo.default

@@ -35,6 +35,9 @@ class Graph:
     col: Tensor
     perm: Tensor | None
     reverse: Tensor | None
+    t_rowptr: Tensor
+    t_col: Tensor
+    t_perm: Tensor
     num_src: int
     num_dst: int
 
@@ -257,10 +260,7 @@ class Graph:
 
     def reversed(self) -> Graph:
         """Every edge turned round; per-edge arguments keep their order."""
-        if self.perm is None:
-            perm = self.t_perm
-        else:
-            perm = self.perm[self.t_perm.long()]
+        perm = self.t_perm if self.perm is None else self.perm[self.t_perm.long()]
         inverse = torch.empty_like(self.t_perm)
         inverse[self.t_perm.long()] = torch.arange(
             self.num_edges, dtype=inverse.dtype, device=inverse.device)
@@ -323,7 +323,7 @@ def as_graph(graph: Any, num_src: int, num_dst: int) -> Graph:
         return graph
     if isinstance(graph, Tensor):
         if graph.layout == torch.strided:
-            plain = graph.as_tensor() if hasattr(graph, "as_tensor") else graph
+            plain = graph if type(graph) is Tensor or not hasattr(graph, "as_tensor") else graph.as_tensor()
             return Graph.from_edge_index(plain, (num_src, num_dst))
         if graph.dim() != 2:
             raise ValueError(f"a sparse graph must be a matrix, got shape {tuple(graph.shape)}")

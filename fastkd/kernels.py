@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-__all__ = ["Kernel", "RBF", "Euclidean", "Linear", "Poly", "Laplacian", "Cosine", "resolve"]
+__all__ = ["RBF", "Cosine", "Euclidean", "Kernel", "Laplacian", "Linear", "Poly", "resolve"]
 
 _DOT, _COSINE, _SQDIST, _L1 = range(4)
 _LINEAR, _POWER, _EXPONENTIAL = range(3)

@@ -12,7 +12,7 @@ from . import _ops, kernels
 from .graph import Graph, as_graph
 from .kernels import Kernel
 
-__all__ = ["lsp_loss", "LSPLoss", "TeacherStructure", "teacher_structure"]
+__all__ = ["LSPLoss", "TeacherStructure", "lsp_loss", "teacher_structure"]
 
 Features = Tensor | tuple[Tensor, Tensor]
 Divergence = Literal["student||teacher", "teacher||student"]

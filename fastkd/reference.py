@@ -15,7 +15,7 @@ from .graph import as_graph
 from .kernels import Kernel
 from .lsp import TeacherStructure, _pair, _sizes
 
-__all__ = ["lsp_loss", "similarity", "edge_softmax"]
+__all__ = ["edge_softmax", "lsp_loss", "similarity"]
 
 
 def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
@@ -33,7 +33,8 @@ def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
     def cosine() -> Tensor:
         norms = a.norm(dim=-1) * b.norm(dim=-1)
         zero = norms == 0
-        return torch.where(zero, torch.zeros_like(norms), (a * b).sum(-1) / torch.where(zero, torch.ones_like(norms), norms))
+        safe = torch.where(zero, torch.ones_like(norms), norms)
+        return torch.where(zero, torch.zeros_like(norms), (a * b).sum(-1) / safe)
 
     match kernel:
         case kernels.Linear():
@@ -83,9 +84,9 @@ def lsp_loss(
         teacher_sim = torch.empty_like(teacher.values)
         teacher_sim[slice(None) if graph.perm is None else graph.perm.long()] = teacher.values
     else:
-        t_src, t_dst = (None if x is None else x.detach() for x in _pair("teacher", teacher))
+        t_src, t_dst = _pair("teacher", teacher)
         t_dst = t_src if t_dst is None else t_dst
-        teacher_sim = similarity(teacher_kernel, t_dst[dst], t_src[src])
+        teacher_sim = similarity(teacher_kernel, t_dst.detach()[dst], t_src.detach()[src])
     teacher_sim = teacher_sim.to(student_sim.dtype)
 
     row = dst

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import SAMPLES, features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import SAMPLES, features
 from fastkd import Graph, lsp_loss
 
 
@@ -80,7 +80,7 @@ def test_large_build_is_a_stable_sort(threads, order):
     edges = torch.randint(n, (2, e), generator=g)
     edges[:, :1000] = edges[:, 1000:2000]  # duplicates
     if order != "random":
-        edges = edges[:, torch.sort(edges[order == "by_destination" and 1 or 0], stable=True).indices]
+        edges = edges[:, torch.sort(edges[(order == "by_destination" and 1) or 0], stable=True).indices]
     try:
         torch.set_num_threads(threads)
         graph = Graph.from_edge_index(edges, n)
@@ -90,7 +90,7 @@ def test_large_build_is_a_stable_sort(threads, order):
     assert torch.equal(graph.perm.long(), perm)
     assert torch.equal(graph.col.long(), key % n)
     assert torch.equal(graph.rowptr.long(), torch.searchsorted(key // n, torch.arange(n + 1)))
-    t_key, t_perm = torch.sort(graph.col.long(), stable=True)
+    _t_key, t_perm = torch.sort(graph.col.long(), stable=True)
     assert torch.equal(graph.t_perm.long(), t_perm)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import DIVERGENCES, DTYPES, KERNELS, LAYOUTS, REDUCTIONS, SAMPLES, WIDTHS, features
 
+from cases import DIVERGENCES, DTYPES, KERNELS, LAYOUTS, REDUCTIONS, SAMPLES, WIDTHS, features
 from fastkd import Graph, lsp_loss, reference, teacher_structure
 
 

@@ -1,0 +1,95 @@
+"""What comes with the package: configuration, commands, packaging rules, the shim's own test."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import fastkd
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def run(*args, cwd, **env):
+    return subprocess.run([sys.executable, "-m", "fastkd", *args], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "COLUMNS": "100", **env})
+
+
+@pytest.mark.parametrize("args", [(), ("info",)])
+def test_info(tmp_path, args):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for key in fastkd.show_config():
+        assert key in done.stdout
+    assert fastkd.__version__ in done.stdout
+
+
+def test_isa_can_be_chosen(tmp_path):
+    assert "generic" in run("info", cwd=tmp_path, FASTKD_ISA="generic").stdout
+
+
+def test_unknown_command_is_an_error(tmp_path):
+    done = run("fly", cwd=tmp_path)
+    assert done.returncode == 2 and "No such command 'fly'" in done.stderr
+
+
+def test_demo_runs(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    done = run("demo", "--epochs", "3", "--seeds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in ("teacher", "student alone", "student with LSP"):
+        assert row in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_every_isa_gives_the_same_loss(tmp_path):
+    """The generic code is what machines without AVX2 run."""
+    code = """
+import torch, fastkd
+torch.manual_seed(0)
+e = torch.randint(0, 300, (2, 3000)); e = torch.cat((e, e.flip(0)), 1)
+for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+    x = torch.randn(300, 21).to(dtype).requires_grad_(); t = torch.randn(300, 40).to(dtype)
+    for kernel in ("rbf", "laplacian", "cosine"):
+        loss = fastkd.lsp_loss(x, t, e, kernel=kernel)
+        print(float(loss), float(torch.autograd.grad(loss, x)[0].double().norm()))
+"""
+    outputs = {}
+    for isa in ("generic", "avx2", "avx512"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              timeout=300, env={**os.environ, "FASTKD_ISA": isa})
+        assert done.returncode == 0, done.stderr
+        outputs[isa] = [float(v) for v in done.stdout.split()]
+    for values in outputs.values():
+        assert values == pytest.approx(outputs["generic"], rel=2e-3)  # gradients in half precision
+        assert values[:6] == pytest.approx(outputs["generic"][:6], rel=2e-5)
+
+
+def test_core_knows_no_torch():
+    for path in (ROOT / "csrc").rglob("*.*"):
+        text = path.read_text()
+        assert "torch/" not in text and "ATen" not in text and "c10::" not in text, path
+    assert "torch" not in (ROOT / "pyproject.toml").read_text().split("[project]")[0]
+
+
+def test_public_names():
+    for name in fastkd.__all__:
+        assert getattr(fastkd, name) is not None
+    assert (pathlib.Path(fastkd.__file__).parent / "py.typed").exists()
+
+
+def test_simt_selftest(tmp_path):
+    """The shim itself: collectives, shared memory, deadlocks, the order of threads."""
+    import shutil
+
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    simt = ROOT / "tests" / "simt"
+    binary = tmp_path / "selftest"
+    subprocess.run([compiler, "-std=c++20", "-O2", f"-I{simt}", simt / "simt.cpp", simt / "selftest.cpp",
+                    "-o", binary], check=True, timeout=300)
+    done = subprocess.run([binary], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
