@@ -25,9 +25,8 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(PIP) torch numpy
 	@touch $@
 
-# pip's isolated build would have its constraints from nowhere; the build needs no torch.
 $(VENV)/.fastkd: $(SOURCES) $(VENV)/.torch
-	$(PIP) --force-reinstall --no-deps .
+	$(BIN)/python -m pip uninstall --quiet --yes fastkd
 	$(PIP) "fastkd[demo,test,bench] @ file://$(CURDIR)"
 	@touch $@
 
