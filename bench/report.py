@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PEERS = ("fastkd", "gather", "torch_scatter", "compile", "composite", "composite_pairs")
+STRONG = ("compile", "composite", "composite_pairs")
 FORMS = {"full": "Teacher's features in every step", "cached": "Cached teacher"}
 # Okabe and Ito's colours: told apart with any colour vision, and in grey.
 COLOURS = {"fastkd": "#D55E00", "composite": "#0072B2", "composite_pairs": "#009E73", "compile": "#56B4E9",
@@ -88,8 +89,9 @@ def times(rows: Rows, form: str) -> str:
         info, milliseconds = fused["extra_info"], 1e3 * fused["stats"]["median"]
         bound = info["bound_ms"][form]
         ratios = {peer: ratio(rows, case, form, peer) for peer in others}
-        strong = {ratios[peer][0]: peer for peer in ("compile", "composite", "composite_pairs") if ratios[peer][0]}
-        best = f"**{number(min(strong))}x** ({strong[min(strong)]})" if strong else "–"
+        strong = {ratios[peer][0]: peer for peer in STRONG if ratios[peer][0]}
+        # Without all of them measured, the best is not known.
+        best = f"**{number(min(strong))}x** ({strong[min(strong)]})" if len(strong) == len(STRONG) else "–"
         body.append([
             case, f"{info['N']:,}", f"{info['E']:,}",
             f"{info['student_dim']} / {info['teacher_dim']}",
