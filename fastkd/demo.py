@@ -3,8 +3,8 @@
 scikit-learn's 1,797 real digits of 8 x 8 pixels are the nodes; every digit has its 8 nearest
 neighbours as in-edges, in both directions. 20 labels per class are known. The teacher is a graph
 convolutional network of width 256; the students have width 8 and are trained on the labels alone, or
-on the labels and the teacher's local structure at the hidden layer. The weight of LSP was chosen on
-the validation nodes; the table shows the test nodes.
+on the labels and the teacher's local structure at the hidden layer. The table shows
+the test nodes, at the epoch that is best on the validation nodes.
 """
 
 from __future__ import annotations
