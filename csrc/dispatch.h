@@ -55,6 +55,4 @@ template <class F> void dispatch(const Kernel& kernel, F&& f) {
     throw std::invalid_argument("fastkd: unknown kernel shape");
 }
 
-inline DType acc_of_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
 }  // namespace fastkd

@@ -146,7 +146,7 @@ template <class I, class A> struct Rows {
         for_registers<A>(b, e, [&](std::int64_t x) {
             const vec<A> p_s = load(block.p[0].data + x), p_t = load(block.p[1].data + x);
             const vec<A> d = load(block.d.data + x);
-            store<A>(block.term[0].data + x, teacher_student ? p_s - p_t : p_s * (d - mean));
+            store<A>(block.term[0].data + x, edge_gradient(teacher_student, p_s, p_t, d, vec<A>{} + mean));
         });
     }
     // From dS/dSIM in term[0] to coefficients; the rows [first, last) own the slots [b, b + n).

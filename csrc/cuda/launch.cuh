@@ -119,13 +119,6 @@ template <class A> __device__ A warp_sum(A v) {
     for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(kAll, v, o);
     return v;
 }
-template <class A> __device__ A warp_max(A v) {
-    for (int o = 16; o > 0; o /= 2) {
-        const A w = __shfl_xor_sync(kAll, v, o);
-        v = w > v ? w : v;
-    }
-    return v;
-}
 
 // The sum over the block, in all threads. scratch: one element per warp, free again on return.
 template <class A> __device__ A block_sum(A v, A* scratch) {
@@ -136,15 +129,6 @@ template <class A> __device__ A block_sum(A v, A* scratch) {
     for (int w = 0; w < kWarps; ++w) sum += scratch[w];
     __syncthreads();
     return sum;
-}
-template <class A> __device__ A block_max(A v, A* scratch) {
-    v = warp_max(v);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    A m = scratch[0];
-    for (int w = 1; w < kWarps; ++w) m = scratch[w] > m ? scratch[w] : m;
-    __syncthreads();
-    return m;
 }
 
 // V consecutive features, widened; one 16-byte load unless V is 1.
