@@ -7,61 +7,88 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-constexpr int kStage = 256;
 constexpr int kChunk = 8;              // registers of features that are summed at a time
-constexpr std::int64_t kAhead = 4096;  // bytes of rows requested ahead of use
+constexpr int kGroup = 4;              // edges that share the loads of the row itself
+constexpr int kMostAhead = 16;
+constexpr std::int64_t kAhead = 8192;  // bytes of rows requested ahead of use
 
-// acc[d] += sum_e w[e] * B(self, other[e]) for `Width` registers from d on. The edges of a stage are
-// summed on their own first: a hub's sum would otherwise lose a digit.
+// The incident edges of the rows of a block, laid out before the arithmetic, so that what comes next is
+// requested ahead across the ends of rows.
+template <class A> struct Stage {
+    const void* other[2 * kBlock + kGroup + kMostAhead];
+    A weight[2 * kBlock];
+};
+
+// acc[d] = sum_e w[e] * B(self, other[e]) for `Width` registers from d on, which are requested of the
+// rows that come `ahead` edges later.
 template <Metric M, class T, int Width>
 FASTKD_HD void sum_registers(const T* self, const void* const* other, const acc_t<T>* w, int n,
-                             std::int64_t d, std::int64_t prefetch_bytes, int ahead, acc_t<T>* acc) {
+                             std::int64_t d, int ahead, acc_t<T>* acc) {
     using A = acc_t<T>;
     constexpr int lanes = Vec<A>::lanes;
     vec<A> sum[Width];
 #pragma GCC unroll 8
     for (int k = 0; k < Width; ++k) sum[k] = vec<A>{};
-    for (int e = 0; e < n; ++e) {
-        if (prefetch_bytes && e + ahead < n) prefetch(other[e + ahead], prefetch_bytes);
-        const T* b = static_cast<const T*>(other[e]) + d;
-        const vec<A> weight = w[e] - vec<A>{};
+    auto edges = [&](int e, auto count) {
+        constexpr int group = decltype(count)::value;
+        const T* b[group];
+        const T* next[group];
+        vec<A> weight[group];
+#pragma GCC unroll 4
+        for (int g = 0; g < group; ++g) {
+            next[g] = static_cast<const T*>(other[e + g + ahead]) + d;
+            b[g] = static_cast<const T*>(other[e + g]) + d;
+            weight[g] = w[e + g] - vec<A>{};
+        }
 #pragma GCC unroll 8
-        for (int k = 0; k < Width; ++k)
-            sum[k] = accumulate_gradient<M>(sum[k], weight, load(self + d + k * lanes), load(b + k * lanes));
-    }
+        for (int k = 0; k < Width; ++k) {
+            const vec<A> a = load(self + d + k * lanes);
+#pragma GCC unroll 4
+            for (int g = 0; g < group; ++g) {
+                if (k * lanes * int(sizeof(T)) % 64 == 0) __builtin_prefetch(next[g] + k * lanes);
+                sum[k] = accumulate_gradient<M>(sum[k], weight[g], a, load(b[g] + k * lanes));
+            }
+        }
+    };
+    int e = 0;
+    for (; e + kGroup <= n; e += kGroup) edges(e, value_tag<kGroup>{});
+    for (; e < n; ++e) edges(e, value_tag<1>{});
 #pragma GCC unroll 8
-    for (int k = 0; k < Width; ++k) store<A>(acc + d + k * lanes, load(acc + d + k * lanes) + sum[k]);
+    for (int k = 0; k < Width; ++k) store<A>(acc + d + k * lanes, sum[k]);
 }
 
 template <Metric M, class T>
-void sum_rows(const void* self_row, const void* const* other, const acc_t<T>* w, int n,
-              std::int64_t dim, acc_t<T>* acc) {
+void sum_row(const void* self_row, const void* const* other, const acc_t<T>* w, int n,
+             std::int64_t dim, int ahead, acc_t<T>* acc) {
     using A = acc_t<T>;
     constexpr int lanes = Vec<A>::lanes;
     const T* self = static_cast<const T*>(self_row);
-    const std::int64_t bytes = dim * std::int64_t(sizeof(T));
-    const int ahead = int(std::clamp<std::int64_t>(kAhead / (bytes + 1), 1, 16));
-    for (int e = 0; e < std::min(ahead, n); ++e) prefetch(other[e], bytes);
     std::int64_t d = 0;
-    for (; d + kChunk * lanes <= dim; d += kChunk * lanes)
-        sum_registers<M, T, kChunk>(self, other, w, n, d, d == 0 ? bytes : 0, ahead, acc);
-    for (; d + 2 * lanes <= dim; d += 2 * lanes)
-        sum_registers<M, T, 2>(self, other, w, n, d, d == 0 ? bytes : 0, ahead, acc);
-    for (; d + lanes <= dim; d += lanes)
-        sum_registers<M, T, 1>(self, other, w, n, d, d == 0 ? bytes : 0, ahead, acc);
+    auto registers = [&](auto width) {
+        constexpr int count = decltype(width)::value;
+        for (; d + count * lanes <= dim; d += count * lanes)
+            sum_registers<M, T, count>(self, other, w, n, d, ahead, acc);
+    };
+    registers(value_tag<kChunk>{});
+    registers(value_tag<4>{});
+    registers(value_tag<2>{});
+    registers(value_tag<1>{});
     for (; d < dim; ++d) {
         A sum = 0;
         for (int e = 0; e < n; ++e)
             sum = accumulate_gradient<M>(sum, w[e], A(widen(self[d])),
                                          A(widen(static_cast<const T*>(other[e])[d])));
-        acc[d] += sum;
+        acc[d] = sum;
     }
 }
 
 template <class I, class T> struct Product {
     using A = acc_t<T>;
     const Gradient& op;
-    void (*sum)(const void*, const void* const*, const A*, int, std::int64_t, A*);
+    void (*sum)(const void*, const void* const*, const A*, int, std::int64_t, int, A*);
+    const std::int64_t dim = op.self.cols;
+    const std::int64_t row_bytes = dim * std::int64_t(sizeof(T));
+    const int ahead = int(std::clamp<std::int64_t>(kAhead / (row_bytes + 1), 1, kMostAhead));
 
     const I* rowptr(int list) const { return static_cast<const I*>(op.lists[list].graph.rowptr); }
     std::int64_t begin(std::int64_t i) const {
@@ -69,40 +96,51 @@ template <class I, class T> struct Product {
     }
     const T* self(std::int64_t i) const { return static_cast<const T*>(op.self.data) + i * op.self.stride; }
 
-    // Adds the edges [b, e) of row i, counted over both lists, to acc [D].
-    void add(std::int64_t i, std::int64_t b, std::int64_t e, A* acc) const {
+    // Lays out the edges [b, e) of the rows [first, last), counted over all rows and lists.
+    void lay_out(std::int64_t first, std::int64_t last, std::int64_t b, std::int64_t e, Stage<A>& stage) const {
         const A* coef = static_cast<const A*>(op.coef);
         const A* grad = static_cast<const A*>(op.grad);
-        const void* other[kStage];
-        A w[kStage];
+        const void** other = stage.other;
+        A* weight = stage.weight;
         int n = 0;
-        auto flush = [&] {
-            sum(self(i), other, w, n, op.self.cols, acc);
-            n = 0;
-        };
-        std::int64_t position = begin(i);
-        for (int k = 0; k < op.num_lists; ++k) {
-            const Incidence& list = op.lists[k];
+        // The slots [from, to) of a list, which belong to row i.
+        auto edges = [&](const Incidence& list, std::int64_t i, std::int64_t from, std::int64_t to) {
             const I* col = static_cast<const I*>(list.graph.col);
             const I* perm = static_cast<const I*>(list.perm);
-            const std::int64_t first = rowptr(k)[i], deg = rowptr(k)[i + 1] - first;
-            const std::int64_t from = std::max<std::int64_t>(b - position, 0);
-            const std::int64_t to = std::min(e - position, deg);
-            for (std::int64_t x = first + from; x < first + to; ++x) {
-                const std::int64_t j = col[x];
-                other[n] = static_cast<const T*>(list.other.data) + j * list.other.stride;
-                const A here = grad[op.grad_per_row ? i : 0];
-                w[n] = perm ? coef[perm[x]] * grad[op.grad_per_row ? j : 0] : coef[x] * here;
-                if (list.mirrored) w[n] += coef[x] * here;
-                if (++n == kStage) flush();
+            const A here = grad[op.grad_per_row ? i : 0];
+            auto there = [&](std::int64_t x) { return op.grad_per_row ? grad[col[x]] : here; };
+            const T* rows = static_cast<const T*>(list.other.data);
+            for (std::int64_t x = from; x < to; ++x) other[n + x - from] = rows + col[x] * list.other.stride;
+            for (std::int64_t x = from; x < to; ++x) {
+                A w = perm ? coef[perm[x]] * there(x) : coef[x] * here;
+                if (list.mirrored) w += coef[x] * here;
+                weight[n + x - from] = w;
             }
-            position += deg;
+            n += int(to - from);
+        };
+        if (op.num_lists == 1 && !op.grad_per_row) {  // what row an edge belongs to does not matter
+            edges(op.lists[0], first, b, e);
+        } else {
+            for (std::int64_t i = first; i < last; ++i) {
+                std::int64_t position = begin(i);
+                for (int k = 0; k < op.num_lists; ++k) {
+                    const std::int64_t start = rowptr(k)[i], count = rowptr(k)[i + 1] - start;
+                    const std::int64_t from = std::max(b - position, std::int64_t(0)), to = std::min(e - position, count);
+                    if (from < to) edges(op.lists[k], i, start + from, start + to);
+                    position += count;
+                }
+            }
         }
-        if (n) flush();
+        // Beyond the end something is requested that is there already.
+        std::fill_n(other + n, kGroup + kMostAhead, self(first));
+        for (int k = 0; k < ahead; ++k) prefetch(other[k], row_bytes);
+    }
+    // acc [D] = the sum over `count` edges of the stage from `first` on.
+    void add_up(std::int64_t i, const Stage<A>& stage, std::int64_t first, std::int64_t count, A* acc) const {
+        sum(self(i), stage.other + first, stage.weight + first, int(count), dim, ahead, acc);
     }
 
     void finish(std::int64_t i, A* acc) const {
-        const std::int64_t dim = op.self.cols;
         T* out = static_cast<T*>(op.out) + i * dim;
         if (op.metric == Metric::cosine) {
             const T* x = self(i);
@@ -112,30 +150,42 @@ template <class I, class T> struct Product {
             along *= inv * inv;
             for (std::int64_t d = 0; d < dim; ++d) acc[d] -= along * A(widen(x[d]));
         }
+        if constexpr (std::is_same_v<A, T>) {
+            if (acc == out) return;
+        }
         for (std::int64_t d = 0; d < dim; ++d) out[d] = narrow<T>(acc[d]);
+    }
+    // Where row i is summed: in its place, if that holds sums.
+    A* sum_of(std::int64_t i, A* scratch) const {
+        if constexpr (std::is_same_v<A, T>) return static_cast<T*>(op.out) + i * dim;
+        else return scratch;
     }
 
     void run(int threads) const {
         auto start = [this](std::int64_t i) { return begin(i); };
-        const std::int64_t rows = op.self.rows, dim = op.self.cols;
+        const std::int64_t rows = op.self.rows;
         const std::int64_t blocks = num_blocks(rows, begin(rows));
         threads = threads_for(begin(rows) * dim, threads);
         const bool hubs = op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows));
         Scratch<A> parts(hubs ? 2 * blocks * dim : 0);
         parallel_for(blocks, threads, [&](std::int64_t block) {
-            Scratch<A> acc(dim);
+            Scratch<A> acc(std::is_same_v<A, T> ? 0 : dim);
             for_rows(
                 start, rows, block,
                 [&](std::int64_t first, std::int64_t last) {
+                    Stage<A> stage;
+                    for (std::int64_t i = first; i < last; ++i) prefetch(self(i), row_bytes);
+                    lay_out(first, last, begin(first), begin(last), stage);
                     for (std::int64_t i = first; i < last; ++i) {
-                        std::fill_n(acc.data, dim, A(0));
-                        add(i, begin(i), begin(i + 1), acc.data);
-                        finish(i, acc.data);
+                        A* row = sum_of(i, acc.data);
+                        add_up(i, stage, begin(i) - begin(first), begin(i + 1) - begin(i), row);
+                        finish(i, row);
                     }
                 },
                 [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-                    std::fill_n(parts.data + slot * dim, dim, A(0));
-                    add(i, b, e, parts.data + slot * dim);
+                    Stage<A> stage;
+                    lay_out(i, i + 1, b, e, stage);
+                    add_up(i, stage, 0, e - b, parts.data + slot * dim);
                 });
         });
         if (!parts.data) return;
@@ -157,7 +207,7 @@ void gradient(const Gradient& op, int threads) {
         dispatch(op.self.dtype, [&](auto dtype) {
             dispatch(op.metric, [&](auto metric) {
                 using T = typename decltype(dtype)::type;
-                Product<typename decltype(index)::type, T>{op, sum_rows<decltype(metric)::value, T>}.run(threads);
+                Product<typename decltype(index)::type, T>{op, sum_row<decltype(metric)::value, T>}.run(threads);
             });
         });
     });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "../math.h"
 #if defined(__AVX2__)
@@ -58,15 +59,17 @@ FASTKD_HD vec<float> load(const half_t* p) {
 template <class A> FASTKD_HD void store(A* p, vec<A> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 // The halves of a register put together by op, down to 16 bytes.
+template <int From, class V, std::size_t... K> FASTKD_HD auto lanes_of(V v, std::index_sequence<K...>) {
+    return __builtin_shufflevector(v, v, (From + int(K))...);
+}
 template <class A, int Bytes, class Op>
 FASTKD_HD typename Vec<A, 16>::type fold(typename Vec<A, Bytes>::type v, Op op) {
     if constexpr (Bytes == 16) {
         return v;
     } else {
-        typename Vec<A, Bytes / 2>::type low, high;
-        __builtin_memcpy(&low, &v, Bytes / 2);
-        __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + Bytes / 2, Bytes / 2);
-        return fold<A, Bytes / 2>(op(low, high), op);
+        constexpr int half = Vec<A, Bytes / 2>::lanes;
+        constexpr std::make_index_sequence<half> lanes;
+        return fold<A, Bytes / 2>(op(lanes_of<0>(v, lanes), lanes_of<half>(v, lanes)), op);
     }
 }
 template <class A, class Op> FASTKD_HD A reduce(vec<A> v, Op op) {
