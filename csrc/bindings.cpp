@@ -4,6 +4,9 @@
 // (rowptr, col, rows, cols, edges, wide), a kernel (metric, shape, root, degree, scale, param); an
 // absent tensor is 0.
 #include <pybind11/pybind11.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "fastkd.h"
 
@@ -146,6 +149,16 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
 #ifdef FASTKD_CUDA
     bind<Cuda>(m.def_submodule("cuda"), true);
 #endif
+    // Advice only: where the system does not take it, nothing changes.
+    host.def("advise_huge_pages", [](Address begin, std::uintptr_t bytes) {
+#ifdef MADV_HUGEPAGE
+        constexpr std::uintptr_t page = 4096;  // madvise wants whole pages
+        const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+        if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+        (void)begin, (void)bytes;
+#endif
+    });
     host.def("csr_from_coo", [](Address src, Address dst, bool wide_in, int64_t edges, int64_t num_src,
                                 int64_t num_dst, bool wide_out, Address rowptr, Address col, Address perm,
                                 int threads) {

@@ -104,7 +104,7 @@ struct Divergences {
     const void* weight;        // acc [edges] >= 0, or null
     const void* src_inv_norm;  // acc [cols], student's, cosine only
     const void* dst_inv_norm;  // acc [rows]
-    void* coef;                // acc [edges], out, or null where no gradient is wanted
+    void* coef;                // acc [edges], out, or null where no gradient is wanted; may be r_s
     void* rows;                // acc [rows], out: S_i
     void* loss;                // acc [1], out, or null for Reduction::none
     // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by

@@ -27,6 +27,8 @@ class cpu:
     @staticmethod
     def gradient(*args: Any) -> int: ...
     @staticmethod
+    def advise_huge_pages(begin: int, bytes: int) -> None: ...
+    @staticmethod
     def csr_from_coo(
         src: int, dst: int, wide_in: bool, edges: int, num_src: int, num_dst: int, wide_out: bool,
         rowptr: int, col: int, perm: int, threads: int,
