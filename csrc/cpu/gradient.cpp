@@ -12,54 +12,64 @@ constexpr int kGroup = 4;              // edges that share the loads of the row 
 constexpr int kMostAhead = 16;
 constexpr std::int64_t kAhead = 8192;  // bytes of rows requested ahead of use
 
+// Edges of one row: their other ends and weights.
+template <class A> struct Segment {
+    const void* const* other;
+    const A* weight;
+    int n;
+};
+
 // The incident edges of the rows of a block, laid out before the arithmetic, so that what comes next is
 // requested ahead across the ends of rows.
 template <class A> struct Stage {
-    const void* other[2 * kBlock + kGroup + kMostAhead];
+    const void* other[2 * kBlock + 2 * (kGroup + kMostAhead)];
     A weight[2 * kBlock];
 };
 
 // acc[d] = sum_e w[e] * B(self, other[e]) for `Width` registers from d on, which are requested of the
 // rows that come `ahead` edges later.
 template <Metric M, class T, int Width>
-FASTKD_HD void sum_registers(const T* self, const void* const* other, const acc_t<T>* w, int n,
+FASTKD_HD void sum_registers(const T* self, const Segment<acc_t<T>>* segments, int num_segments,
                              std::int64_t d, int ahead, acc_t<T>* acc) {
     using A = acc_t<T>;
     constexpr int lanes = Vec<A>::lanes;
     vec<A> sum[Width];
 #pragma GCC unroll 8
     for (int k = 0; k < Width; ++k) sum[k] = vec<A>{};
-    auto edges = [&](int e, auto count) {
-        constexpr int group = decltype(count)::value;
-        const T* b[group];
-        const T* next[group];
-        vec<A> weight[group];
-#pragma GCC unroll 4
-        for (int g = 0; g < group; ++g) {
-            next[g] = static_cast<const T*>(other[e + g + ahead]) + d;
-            b[g] = static_cast<const T*>(other[e + g]) + d;
-            weight[g] = w[e + g] - vec<A>{};
-        }
-#pragma GCC unroll 8
-        for (int k = 0; k < Width; ++k) {
-            const vec<A> a = load(self + d + k * lanes);
+    for (int s = 0; s < num_segments; ++s) {
+        const auto [other, w, n] = segments[s];
+        auto edges = [&, other = other, w = w](int e, auto count) {
+            constexpr int group = decltype(count)::value;
+            const T* b[group];
+            const T* next[group];
+            vec<A> weight[group];
 #pragma GCC unroll 4
             for (int g = 0; g < group; ++g) {
-                if (k * lanes * int(sizeof(T)) % 64 == 0) __builtin_prefetch(next[g] + k * lanes);
-                sum[k] = accumulate_gradient<M>(sum[k], weight[g], a, load(b[g] + k * lanes));
+                b[g] = static_cast<const T*>(other[e + g]) + d;
+                next[g] = static_cast<const T*>(other[e + g + ahead]) + d;
+                weight[g] = w[e + g] - vec<A>{};
             }
-        }
-    };
-    int e = 0;
-    for (; e + kGroup <= n; e += kGroup) edges(e, value_tag<kGroup>{});
-    for (; e < n; ++e) edges(e, value_tag<1>{});
+#pragma GCC unroll 8
+            for (int k = 0; k < Width; ++k) {
+                const vec<A> a = load(self + d + k * lanes);
+#pragma GCC unroll 4
+                for (int g = 0; g < group; ++g) {
+                    if (k * lanes * int(sizeof(T)) % 64 == 0) __builtin_prefetch(next[g] + k * lanes);
+                    sum[k] = accumulate_gradient<M>(sum[k], weight[g], a, load(b[g] + k * lanes));
+                }
+            }
+        };
+        int e = 0;
+        for (; e + kGroup <= n; e += kGroup) edges(e, value_tag<kGroup>{});
+        for (; e < n; ++e) edges(e, value_tag<1>{});
+    }
 #pragma GCC unroll 8
     for (int k = 0; k < Width; ++k) store<A>(acc + d + k * lanes, sum[k]);
 }
 
 template <Metric M, class T>
-void sum_row(const void* self_row, const void* const* other, const acc_t<T>* w, int n,
-             std::int64_t dim, int ahead, acc_t<T>* acc) {
+void sum_row(const void* self_row, const Segment<acc_t<T>>* segments, int num_segments, std::int64_t dim,
+             int ahead, acc_t<T>* acc) {
     using A = acc_t<T>;
     constexpr int lanes = Vec<A>::lanes;
     const T* self = static_cast<const T*>(self_row);
@@ -67,7 +77,7 @@ void sum_row(const void* self_row, const void* const* other, const acc_t<T>* w, 
     auto registers = [&](auto width) {
         constexpr int count = decltype(width)::value;
         for (; d + count * lanes <= dim; d += count * lanes)
-            sum_registers<M, T, count>(self, other, w, n, d, ahead, acc);
+            sum_registers<M, T, count>(self, segments, num_segments, d, ahead, acc);
     };
     registers(value_tag<kChunk>{});
     registers(value_tag<4>{});
@@ -75,9 +85,10 @@ void sum_row(const void* self_row, const void* const* other, const acc_t<T>* w, 
     registers(value_tag<1>{});
     for (; d < dim; ++d) {
         A sum = 0;
-        for (int e = 0; e < n; ++e)
-            sum = accumulate_gradient<M>(sum, w[e], A(widen(self[d])),
-                                         A(widen(static_cast<const T*>(other[e])[d])));
+        for (int s = 0; s < num_segments; ++s)
+            for (int e = 0; e < segments[s].n; ++e)
+                sum = accumulate_gradient<M>(sum, segments[s].weight[e], A(widen(self[d])),
+                                             A(widen(static_cast<const T*>(segments[s].other[e])[d])));
         acc[d] = sum;
     }
 }
@@ -85,7 +96,7 @@ void sum_row(const void* self_row, const void* const* other, const acc_t<T>* w, 
 template <class I, class T> struct Product {
     using A = acc_t<T>;
     const Gradient& op;
-    void (*sum)(const void*, const void* const*, const A*, int, std::int64_t, int, A*);
+    void (*sum)(const void*, const Segment<A>*, int, std::int64_t, int, A*);
     const std::int64_t dim = op.self.cols;
     const std::int64_t row_bytes = dim * std::int64_t(sizeof(T));
     const int ahead = int(std::clamp<std::int64_t>(kAhead / (row_bytes + 1), 1, kMostAhead));
@@ -96,48 +107,46 @@ template <class I, class T> struct Product {
     }
     const T* self(std::int64_t i) const { return static_cast<const T*>(op.self.data) + i * op.self.stride; }
 
-    // Lays out the edges [b, e) of the rows [first, last), counted over all rows and lists.
-    void lay_out(std::int64_t first, std::int64_t last, std::int64_t b, std::int64_t e, Stage<A>& stage) const {
+    // Lays out the edges of the rows [first, last): of list k the slots [from[k], to[k]).
+    void lay_out(std::int64_t first, std::int64_t last, const std::int64_t* from, const std::int64_t* to,
+                 Stage<A>& stage, Segment<A>* segments) const {
         const A* coef = static_cast<const A*>(op.coef);
         const A* grad = static_cast<const A*>(op.grad);
         const void** other = stage.other;
         A* weight = stage.weight;
-        int n = 0;
-        // The slots [from, to) of a list, which belong to row i.
-        auto edges = [&](const Incidence& list, std::int64_t i, std::int64_t from, std::int64_t to) {
-            const I* col = static_cast<const I*>(list.graph.col);
+        for (int k = 0; k < op.num_lists; ++k) {
+            const Incidence& list = op.lists[k];
+            const I* col = static_cast<const I*>(list.graph.col) + from[k];
             const I* perm = static_cast<const I*>(list.perm);
-            const A here = grad[op.grad_per_row ? i : 0];
-            auto there = [&](std::int64_t x) { return op.grad_per_row ? grad[col[x]] : here; };
+            const int n = int(to[k] - from[k]);
+            segments[k] = {other, weight, n};
             const T* rows = static_cast<const T*>(list.other.data);
-            for (std::int64_t x = from; x < to; ++x) other[n + x - from] = rows + col[x] * list.other.stride;
-            for (std::int64_t x = from; x < to; ++x) {
-                A w = perm ? coef[perm[x]] * there(x) : coef[x] * here;
-                if (list.mirrored) w += coef[x] * here;
-                weight[n + x - from] = w;
+            for (int x = 0; x < n; ++x) other[x] = rows + col[x] * list.other.stride;
+            // Beyond the end something is requested that is there already.
+            std::fill_n(other + n, kGroup + kMostAhead, self(first));
+            for (int x = 0; x < ahead; ++x) prefetch(other[x], row_bytes);
+
+            if (perm) {
+                perm += from[k];
+                if (op.grad_per_row) for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[col[x]];
+                else for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[0];
             }
-            n += int(to - from);
-        };
-        if (op.num_lists == 1 && !op.grad_per_row) {  // what row an edge belongs to does not matter
-            edges(op.lists[0], first, b, e);
-        } else {
-            for (std::int64_t i = first; i < last; ++i) {
-                std::int64_t position = begin(i);
-                for (int k = 0; k < op.num_lists; ++k) {
-                    const std::int64_t start = rowptr(k)[i], count = rowptr(k)[i + 1] - start;
-                    const std::int64_t from = std::max(b - position, std::int64_t(0)), to = std::min(e - position, count);
-                    if (from < to) edges(op.lists[k], i, start + from, start + to);
-                    position += count;
+            if (!perm || list.mirrored) {
+                if (!perm) std::fill_n(weight, n, A(0));
+                const A* direct = coef + from[k];
+                if (!op.grad_per_row) {  // to which row an edge belongs does not matter
+                    for (int x = 0; x < n; ++x) weight[x] += direct[x] * grad[0];
+                } else {
+                    for (std::int64_t i = first; i < last; ++i) {
+                        const std::int64_t b = std::max(std::int64_t(rowptr(k)[i]), from[k]) - from[k];
+                        const std::int64_t e = std::min(std::int64_t(rowptr(k)[i + 1]), to[k]) - from[k];
+                        for (std::int64_t x = b; x < e; ++x) weight[x] += direct[x] * grad[i];
+                    }
                 }
             }
+            other += n + kGroup + kMostAhead;
+            weight += n;
         }
-        // Beyond the end something is requested that is there already.
-        std::fill_n(other + n, kGroup + kMostAhead, self(first));
-        for (int k = 0; k < ahead; ++k) prefetch(other[k], row_bytes);
-    }
-    // acc [D] = the sum over `count` edges of the stage from `first` on.
-    void add_up(std::int64_t i, const Stage<A>& stage, std::int64_t first, std::int64_t count, A* acc) const {
-        sum(self(i), stage.other + first, stage.weight + first, int(count), dim, ahead, acc);
     }
 
     void finish(std::int64_t i, A* acc) const {
@@ -173,19 +182,37 @@ template <class I, class T> struct Product {
             for_rows(
                 start, rows, block,
                 [&](std::int64_t first, std::int64_t last) {
-                    Stage<A> stage;
                     for (std::int64_t i = first; i < last; ++i) prefetch(self(i), row_bytes);
-                    lay_out(first, last, begin(first), begin(last), stage);
+                    Stage<A> stage;
+                    Segment<A> all[2], mine[2];
+                    std::int64_t from[2], to[2];
+                    for (int k = 0; k < op.num_lists; ++k) {
+                        from[k] = rowptr(k)[first];
+                        to[k] = rowptr(k)[last];
+                    }
+                    lay_out(first, last, from, to, stage, all);
                     for (std::int64_t i = first; i < last; ++i) {
+                        for (int k = 0; k < op.num_lists; ++k) {
+                            const std::int64_t offset = rowptr(k)[i] - from[k];
+                            mine[k] = {all[k].other + offset, all[k].weight + offset, int(rowptr(k)[i + 1] - rowptr(k)[i])};
+                        }
                         A* row = sum_of(i, acc.data);
-                        add_up(i, stage, begin(i) - begin(first), begin(i + 1) - begin(i), row);
+                        sum(self(i), mine, op.num_lists, dim, ahead, row);
                         finish(i, row);
                     }
                 },
                 [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
                     Stage<A> stage;
-                    lay_out(i, i + 1, b, e, stage);
-                    add_up(i, stage, 0, e - b, parts.data + slot * dim);
+                    Segment<A> piece[2];
+                    std::int64_t from[2], to[2], position = begin(i);
+                    for (int k = 0; k < op.num_lists; ++k) {  // [b, e) counts the lists one after the other
+                        const std::int64_t start = rowptr(k)[i], count = rowptr(k)[i + 1] - start;
+                        from[k] = start + std::clamp(b - position, std::int64_t(0), count);
+                        to[k] = start + std::clamp(e - position, std::int64_t(0), count);
+                        position += count;
+                    }
+                    lay_out(i, i + 1, from, to, stage, piece);
+                    sum(self(i), piece, op.num_lists, dim, ahead, parts.data + slot * dim);
                 });
         });
         if (!parts.data) return;
