@@ -14,3 +14,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda, but torch sees no GPU")
     return torch.device(name)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    machine_info.pop("node", None)  # the host's name is nobody's business

@@ -105,7 +105,7 @@ def lsp_loss(
     Rows without edges or with a single one contribute exactly 0. Sums are in float32 (float64 for
     float64 features), in log space, with each row's maximum subtracted. The result and the gradient
     are bitwise the same from run to run and for any number of threads. No tensor of size E x D is
-    ever made: beyond inputs and gradient it takes 12 bytes per edge and up to 12 per node, and partial
+    ever made: beyond inputs and gradient it takes 8 bytes per edge and up to 12 per node, and partial
     sums for nodes of more than 512 edges.
 
     Args:
