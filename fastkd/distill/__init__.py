@@ -1,0 +1,28 @@
+"""Distilling graph networks: losses, feature taps, the trainer, runs from configurations."""
+
+try:
+    import pydantic  # noqa: F401
+    import safetensors  # noqa: F401
+    import yaml  # noqa: F401
+except ImportError as error:
+    raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
+
+from .checkpoint import CheckpointError
+from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
+from .taps import Taps
+from .trainer import Distiller, Result, Stopped
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Distiller",
+    "LossConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "Result",
+    "RunConfig",
+    "Stopped",
+    "Taps",
+    "TrainConfig",
+    "load_config",
+]

@@ -1,0 +1,64 @@
+"""Files that are whole or absent: tensors in safetensors, everything else in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+__all__ = ["CheckpointError", "load", "replace", "save", "write_json"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or does not belong here."""
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes beside the file, waits for the disk, then takes its place: what was there before stays
+    whole whatever happens on the way, a full disk included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    replace(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def save(path: Path, tensors: dict[str, Tensor], state: Any) -> None:
+    """One file, so that tensors and state are always of the same moment: the JSON of `state` is the
+    metadata of the safetensors file."""
+    own = {name: x.detach().contiguous().clone() for name, x in tensors.items()}  # no shared storage
+    metadata = {"fastkd": json.dumps(state)}
+    replace(path, lambda p: safetensors.torch.save_file(own, p, metadata))
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint {path}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no whole safetensors file ({error}): it is left as it is; delete it "
+                              "to start anew, or put a copy in its place") from None
+    if "fastkd" not in metadata:
+        raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
+    return tensors, json.loads(metadata["fastkd"])

@@ -1,0 +1,137 @@
+"""From a configuration to trained networks and a record of what they reached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..config import show_config
+from ..data import Task
+from ..data import load as load_data
+from . import checkpoint, measure
+from .batches import batches
+from .config import NetworkConfig, RunConfig, TrainConfig
+from .taps import Taps
+from .trainer import SCHEMA, Distiller, Result
+
+__all__ = ["build", "distil", "environment", "teacher_of"]
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""(what is trained, epoch, epochs, latest record)"""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and threads, without names of people or machines."""
+    wanted = ("fastkd", "torch", "python", "isa", "threads", "cuda_available")
+    return {k: v for k, v in show_config().items() if k in wanted}
+
+
+def build(network: NetworkConfig, task: Task, seed: int) -> nn.Module:
+    """A network with the initial weights of a seed."""
+    torch.manual_seed(seed)
+    return models.build(network.model.name, task.num_features, task.num_classes, **network.model.args)
+
+
+def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progress | None = None,
+               device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """The trained teacher, and its record; trained only if the directory does not hold it."""
+    identity = {"network": config.teacher.model_dump(), "seed": config.teacher_seed, "data": config.data}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder = directory / f"teacher-{key}"
+    model = build(config.teacher, task, config.teacher_seed)
+    weights = folder / "weights.safetensors"
+    if not weights.exists():
+        distiller = Distiller(model, None, task, train=config.teacher.train, seed=config.teacher_seed,
+                              directory=folder, device=device, identity={"model": config.teacher.model.model_dump()})
+        result = distiller.fit(_told(progress, "teacher", config.teacher.train))
+        record = _record(result, model, task, config.teacher.train)
+        checkpoint.save(weights, model.state_dict(), record)
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    tensors, record = checkpoint.load(weights)
+    model.load_state_dict(tensors)
+    return model, record
+
+
+def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None = None,
+           progress: Progress | None = None, device: torch.device | str = "cpu",
+           teachers: Path | None = None) -> dict[str, Any]:
+    """Trains one student, after its teacher if need be; returns, and writes, the record.
+
+    In `directory`: result.json, weights.safetensors, and while it runs checkpoint.safetensors. If
+    result.json is there already, it is returned as it is.
+
+    Args:
+        teachers: where trained teachers are kept for several students; None: beside `directory`.
+    """
+    file = directory / "result.json"
+    own = json.loads(json.dumps(config.model_dump()))
+    if file.exists():
+        record = json.loads(file.read_text())
+        if record["config"] != own or record["seed"] != seed:
+            raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: take another "
+                                             "directory")
+        return record
+    task = task or load_data(config.data)
+    teacher, teacher_record = teacher_of(config, task, teachers or directory.parent, progress, device)
+    student = build(config.student, task, seed)
+    distiller = Distiller(student, teacher if config.losses else None, task, losses=config.losses,
+                          train=config.student.train, task_weight=config.task_weight, seed=seed,
+                          directory=directory, device=device,
+                          identity={"model": config.student.model.model_dump()})
+    result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train))
+    record = {"schema": SCHEMA, "seed": seed, "config": own,
+              "student": _record(result, student, task, config.student.train),
+              "teacher": teacher_record, "environment": environment()}
+    if task.kind == "shapes" and (picture := _picture(config, teacher, student, task)) is not None:
+        record["picture"] = picture
+    checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
+    checkpoint.write_json(file, record)
+    (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+    return record
+
+
+def _told(progress: Progress | None, what: str, train: TrainConfig) -> Any:
+    return None if progress is None else lambda epoch, latest: progress(what, epoch, train.epochs, latest)
+
+
+def _record(result: Result, model: nn.Module, task: Task, train: TrainConfig) -> dict[str, Any]:
+    """What a network reached and what it costs: of a forward pass over one batch of the test part."""
+    device = next(model.parameters()).device
+    batch = next(iter(batches(task, "test", train, None, device, {})))
+    out = dict(vars(result))
+    out["cost"] = measure.cost(model, batch.inputs)
+    return out
+
+
+def _picture(config: RunConfig, teacher: nn.Module, student: nn.Module, task: Task) -> dict[str, Any] | None:
+    """The paper's figure: over one test shape, the distance of every point's features to those of one
+    point, for teacher and student at the layers of the LSP loss, also where its weight is 0."""
+    lsp = config.losses.get("lsp")
+    if lsp is None or lsp.student_layer is None or lsp.teacher_layer is None:
+        return None
+    points = task.points["test"][:1]
+    out: dict[str, Any] = {"points": _rounded(points[0]), "at": 0}
+    for name, model, layer in (("teacher", teacher, lsp.teacher_layer), ("student", student, lsp.student_layer)):
+        taps = Taps(model, [layer], name)
+        try:
+            with torch.no_grad():
+                model.eval()
+                model(points.to(next(model.parameters()).device))
+            z = taps[layer].float().cpu()
+        finally:
+            taps.remove()
+        distance = (z - z[:1]).norm(dim=1)
+        out[name] = _rounded(distance / distance.max().clamp(min=1e-12))
+        out[f"{name}_layer"] = layer
+    return out
+
+
+def _rounded(x: Tensor) -> Any:
+    return torch.round(x.double(), decimals=4).tolist()

@@ -1,0 +1,72 @@
+"""Features of a network's inner layers, by module name."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import Tensor, nn
+
+__all__ = ["Taps"]
+
+
+class Taps:
+    """Forward hooks that keep what named modules return.
+
+    >>> taps = Taps(model, ["layers.1"], role="student")
+    >>> logits = model(x, adj)
+    >>> taps["layers.1"]                  # what that module returned, with its graph for autograd
+    >>> print(taps)                       # layers.1: GATConv -> [2708, 136] float32
+
+    Args:
+        model: any module.
+        names: as in ``dict(model.named_modules())``.
+        role: names the model in messages.
+
+    Raises:
+        ValueError: no module of that name; the message lists all.
+    """
+
+    def __init__(self, model: nn.Module, names: list[str], role: str = "model") -> None:
+        self.role = role
+        self._caught: dict[str, Tensor | None] = {name: None for name in names}
+        modules = {name: module for name, module in model.named_modules() if name}
+        self._modules = {}
+        self._hooks = []
+        for name in self._caught:
+            if name not in modules:
+                close = difflib.get_close_matches(name, modules, 1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ValueError(f"the {role} has no layer {name!r}{hint}: its layers are {', '.join(modules)}")
+            self._modules[name] = modules[name]
+            self._hooks.append(modules[name].register_forward_hook(self._keep(name)))
+
+    def _keep(self, name: str):
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if not isinstance(value, Tensor):
+                raise TypeError(f"layer {name!r} of the {self.role} returned {type(value).__name__}, which is "
+                                "no tensor: tap a module that returns one")
+            self._caught[name] = value
+        return hook
+
+    def __getitem__(self, name: str | None) -> Tensor:
+        """[N, D], the last output of the module."""
+        value = self._caught[name or ""]
+        if value is None:
+            raise RuntimeError(f"layer {name!r} of the {self.role} was not called in the forward pass")
+        return value.flatten(0, -2) if value.dim() > 2 else value
+
+    def clear(self) -> None:
+        for name in self._caught:
+            self._caught[name] = None
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __str__(self) -> str:
+        def line(name: str) -> str:
+            value = self._caught[name]
+            shown = "not called yet" if value is None else f"{list(value.shape)} {str(value.dtype)[6:]}"
+            return f"{name}: {type(self._modules[name]).__name__} -> {shown}"
+        return "; ".join(line(name) for name in self._caught) or "none"
