@@ -285,7 +285,7 @@ torch.save(d.student.state_dict(), sys.argv[1] + "/final.pt")
 """
     def start(folder):
         return subprocess.Popen([sys.executable, "-c", code, str(folder), os.path.dirname(__file__)],
-                                stdout=subprocess.PIPE, text=True)
+                                stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     done = start(tmp_path / "a")
     assert done.wait(120) == 0
     epoch = 0

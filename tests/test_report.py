@@ -244,7 +244,7 @@ loaded = {"fastkd.distill", "fastkd.models", "fastkd.data", "torch_geometric", "
 assert not loaded & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, runs / "student-alone", tmp_path],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
