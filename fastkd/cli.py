@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -56,7 +57,7 @@ class _Bars:
 
 
 def _fail(error: Exception) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
     raise typer.Exit(2)
 
 
@@ -70,42 +71,51 @@ def distill(
     device: str = typer.Option("cpu", help="cpu, cuda or cuda:N."),
     teacher_only: bool = typer.Option(False, help="Train, or find, the teacher and stop."),
 ) -> None:
-    """Train a teacher, if there is none yet, and distil it into students."""
+    """Train a teacher, if there is none yet, and distil it into students.
+
+    On several processes: torchrun --nproc-per-node 2 -m fastkd distill RECIPE."""
     from . import data
-    from .distill import CheckpointError, ConfigError, Stopped, load_config, runs
+    from .distill import CheckpointError, ConfigError, RankLost, Stopped, World, load_config, runs
     from .distill.checkpoint import write_json
 
-    try:
-        if resume is not None:
-            begun = resume / "config.json"
-            if not begun.exists():
-                raise ConfigError(f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd distill")
-            import json
+    directory = resume or out or Path("runs") / Path(recipe).stem
+    begun = directory / "config.json"
 
-            config, directory = load_config(json.loads(begun.read_text()), settings), resume
-        else:
-            config = load_config(recipe, settings)
-            directory = out or Path("runs") / Path(recipe).stem
-            write_json(directory / "config.json", config.model_dump())
+    def load() -> Any:
+        if resume is None:
+            return load_config(recipe, settings)
+        if not begun.exists():
+            raise ConfigError(f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd distill")
+        import json
+
+        return load_config(json.loads(begun.read_text()), settings)
+
+    try:
+        world = World.from_environment(device)
+        console.quiet = world.rank > 0
+        config = world.first(load) if resume is not None else load()
+        if resume is None and world.rank == 0:
+            write_json(begun, config.model_dump())
         task = data.load(config.data)
         console.print(f"{task.name}: {task.source}", highlight=False)
         bars = _Bars()
         records = []
         with bars.progress:
             if teacher_only:
-                _, record = runs.teacher_of(config, task, directory, bars, device)
+                _, record = runs.teacher_of(config, task, directory, bars, world.device, world)
             else:
                 for seed in range(seeds):
                     records.append(runs.distil(config, seed, directory / f"seed{seed}", task=task, progress=bars,
-                                               device=device, teachers=directory))
+                                               device=world.device, teachers=directory, world=world))
                 record = records[0]["teacher"]
         console.print(_table(record, records, config))
         console.print(f"[bold]{directory}[/]: config.json, the teacher, and per seed result.json and "
                       f"weights.safetensors. `fastkd report {directory}` makes pictures of it.")
+        world.close()
     except Stopped as stop:
         console.print(f"{stop}: fastkd distill {recipe} --resume {directory} --seeds {seeds}")
         raise typer.Exit(130) from None
-    except (ConfigError, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
+    except (ConfigError, CheckpointError, RankLost, ValueError, FileNotFoundError, ImportError) as error:
         _fail(error)
 
 

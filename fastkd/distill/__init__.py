@@ -9,6 +9,7 @@ except ImportError as error:
 
 from .checkpoint import CheckpointError
 from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
+from .distributed import RankLost, World
 from .taps import Taps
 from .trainer import Distiller, Result, Stopped
 
@@ -19,10 +20,12 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "NetworkConfig",
+    "RankLost",
     "Result",
     "RunConfig",
     "Stopped",
     "Taps",
     "TrainConfig",
+    "World",
     "load_config",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Task, augment
 from ..graph import Graph
 from .config import TrainConfig
+from .distributed import World
 
 __all__ = ["Batch", "batches"]
 
@@ -33,6 +34,8 @@ class Batch:
     """Two batches of one key are the same: what the teacher says of them can be kept."""
     seeds: int | None = None
     """Only the first rows have all their neighbours, and only these count; None: all."""
+    share: float | None = None
+    """The part of a larger batch that this rank has, by rows; None: all of it."""
 
     def labelled(self, logits: Tensor, split: str | None = None) -> tuple[Tensor, Tensor]:
         """The rows that count for the labels, and their labels."""
@@ -46,17 +49,20 @@ class Batch:
 
 
 def batches(task: Task, split: str, train: TrainConfig, generator: torch.Generator | None,
-            device: torch.device, whole: dict[int, Batch]) -> Iterator[Batch]:
-    """The batches of a part; in random order, and augmented, with a generator.
+            device: torch.device, whole: dict[int, Batch],
+            world: World | None = None) -> Iterator[Batch]:
+    """The batches of a part; in random order, and augmented, with a generator. Of several ranks, each gets
+    its share of every such batch; what is in order all ranks get.
 
     Whole graphs are kept in `whole`, which is the caller's and goes with one task and one device.
     """
+    world = world if world is not None and generator is not None else World()
     if task.kind == "shapes":
-        return _shapes(task, split, train, generator, device)
+        return _shapes(task, split, train, generator, device, world)
     if train.neighbors is not None and generator is not None:
-        return _neighbours(task, split, train, generator, device)
+        return _neighbours(task, split, train, generator, device, world)
     if train.batch_size is not None and len(task.graphs[split]) > 1 and generator is not None:
-        return _several(task, split, train.batch_size, generator, device)
+        return _several(task, split, train.batch_size, generator, device, world)
     return (_whole(data, task, split, device, whole) for data in task.graphs[split])
 
 
@@ -70,23 +76,49 @@ def _whole(data: Any, task: Task, split: str, device: torch.device, whole: dict[
     return replace(whole[key], split=split)
 
 
-def _several(task: Task, split: str, size: int, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
+def _shares(order: Tensor, size: int, world: World, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every batch of `size` the own rows, and all; batches without `least` rows for each rank are left out."""
+    if size < least * world.size:
+        raise ValueError(f"train.batch_size must be at least {least * world.size} for {world.size} ranks, got {size}")
+    for rows in order.split(size):
+        if len(rows) >= least * world.size:
+            yield rows[world.rank::world.size], rows
+
+
+def _several(task: Task, split: str, size: int, generator: torch.Generator, device: torch.device,
+             world: World) -> Iterator[Batch]:
     """Some of many graphs, as one of several components."""
+    from torch_geometric.data import Batch as Union
     from torch_geometric.loader import DataLoader
 
+    if world.size > 1:
+        graphs = task.graphs[split]
+        for own, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
+            data = Union.from_data_list([graphs[i] for i in own.tolist()]).to(device)
+            yield Batch((data.x, data.adj_t), data.y, None, split,
+                        Graph.from_edge_index(data.edge_index, data.num_nodes),
+                        share=data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist()))
+        return
     for data in DataLoader(task.graphs[split], size, shuffle=True, generator=generator):
         data = data.to(device)
         yield Batch((data.x, data.adj_t), data.y, None, split, Graph.from_edge_index(data.edge_index, data.num_nodes))
 
 
 def _neighbours(task: Task, split: str, train: TrainConfig, generator: torch.Generator,
-                device: torch.device) -> Iterator[Batch]:
+                device: torch.device, world: World) -> Iterator[Batch]:
     """Seed nodes with sampled neighbourhoods: the seeds come first, and only they are destinations of
     the local structure, since only they have their neighbours with them."""
     from torch_geometric.loader import NeighborLoader
 
     for data in task.graphs[split]:
         nodes = None if task.inductive else data[f"{split}_mask"]
+        if world.size > 1:
+            nodes = torch.arange(data.num_nodes) if nodes is None else nodes.nonzero()[:, 0]
+            sample = NeighborLoader(data, train.neighbors, input_nodes=nodes)
+            order = torch.randperm(len(nodes), generator=generator)
+            for own, rows in _shares(order, train.batch_size or 1024, world):
+                yield replace(of_neighbours(sample(own).to(device), split), share=len(own) / len(rows))
+            continue
         # Its workers draw from torch's global generator.
         loader = NeighborLoader(data, train.neighbors, input_nodes=nodes, batch_size=train.batch_size or 1024,
                                 shuffle=True)
@@ -103,13 +135,12 @@ def of_neighbours(data: Any, split: str) -> Batch:
 
 
 def _shapes(task: Task, split: str, train: TrainConfig, generator: torch.Generator | None,
-            device: torch.device) -> Iterator[Batch]:
+            device: torch.device, world: World) -> Iterator[Batch]:
     points, labels = task.points[split], task.labels[split]
     size = train.batch_size or SHAPES
     order = torch.arange(len(points)) if generator is None else torch.randperm(len(points), generator=generator)
-    for rows in order.split(size):
-        if generator is not None and len(rows) < 2:
-            continue  # batch normalisation has nothing to do with a single shape
+    least = 1 if generator is None else 2  # batch normalisation has nothing to do with a single shape
+    for own, rows in _shares(order, size, world, least):
         chosen = points[rows]
         if train.points is not None and train.points < points.shape[1]:
             some = torch.arange(train.points) if generator is None else torch.randperm(
@@ -117,4 +148,7 @@ def _shapes(task: Task, split: str, train: TrainConfig, generator: torch.Generat
             chosen = chosen[:, some]
         if generator is not None and train.augment:
             chosen = augment(chosen, generator)
-        yield Batch((chosen.to(device),), labels[rows].to(device), None, split)
+        # Drawn for all shapes, then shared: the generator stays the same on all ranks.
+        chosen = chosen[world.rank::world.size]
+        yield Batch((chosen.to(device),), labels[own].to(device), None, split,
+                    share=len(own) / len(rows) if world.size > 1 else None)

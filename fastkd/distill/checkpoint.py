@@ -13,7 +13,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load", "replace", "save", "write_json"]
+__all__ = ["CheckpointError", "differences", "load", "replace", "save", "write_json"]
 
 
 class CheckpointError(RuntimeError):
@@ -62,3 +62,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], Any]:
     if "fastkd" not in metadata:
         raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
     return tensors, json.loads(metadata["fastkd"])
+
+
+def differences(theirs: Any, ours: Any, key: str = "", *, there: str = "there", here: str = "here") -> list[str]:
+    """Of two nested mappings, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        out = []
+        for k in dict.fromkeys((*theirs, *ours)):
+            out += differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else k, there=there, here=here)
+        return out
+    return [] if theirs == ours else [f"{key} is {theirs!r} {there} and {ours!r} {here}"]

@@ -46,11 +46,14 @@ class DistillationLoss(nn.Module):
     Attributes:
         name: the name in :data:`LOSSES`.
         uses: what student and teacher are: the models' "logits", or the "features" of a layer.
+        rowwise: whether it is a mean over nodes that looks at each one alone, so that several processes
+            can share the nodes.
         max_nodes: the most nodes that are compared in one call, or None for all.
     """
 
     name: ClassVar[str]
     uses: ClassVar[Literal["logits", "features"]] = "features"
+    rowwise: ClassVar[bool] = False
     max_nodes: int | None = None
 
     def forward(self, student: Tensor, teacher: Tensor | TeacherStructure, graph: Graph | None = None,
@@ -192,6 +195,7 @@ class KD(DistillationLoss):
 
     name = "kd"
     uses = "logits"
+    rowwise = True
 
     def __init__(self, *, temperature: float = 2.0, multilabel: bool = False) -> None:
         super().__init__()
@@ -219,6 +223,7 @@ class FitNet(DistillationLoss):
     """
 
     name = "fitnet"
+    rowwise = True
 
     def __init__(self, *, student_dim: int, teacher_dim: int) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from ..data import load as load_data
 from . import checkpoint, measure
 from .batches import batches
 from .config import NetworkConfig, RunConfig, TrainConfig
+from .distributed import World
 from .taps import Taps
 from .trainer import SCHEMA, Distiller, Result
 
@@ -40,28 +41,35 @@ def build(network: NetworkConfig, task: Task, seed: int) -> nn.Module:
 
 
 def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progress | None = None,
-               device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+               device: torch.device | str = "cpu", world: World | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The trained teacher, and its record; trained only if the directory does not hold it."""
     identity = {"network": config.teacher.model_dump(), "seed": config.teacher_seed, "data": config.data}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = directory / f"teacher-{key}"
     model = build(config.teacher, task, config.teacher_seed)
     weights = folder / "weights.safetensors"
-    if not weights.exists():
+    world = world or World()
+    found = world.first(lambda: checkpoint.load(weights) if weights.exists() else None)
+    if found is None:
         distiller = Distiller(model, None, task, train=config.teacher.train, seed=config.teacher_seed,
-                              directory=folder, device=device, identity={"model": config.teacher.model.model_dump()})
-        result = distiller.fit(_told(progress, "teacher", config.teacher.train))
-        record = _record(result, model, task, config.teacher.train)
-        checkpoint.save(weights, model.state_dict(), record)
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    tensors, record = checkpoint.load(weights)
+                              directory=folder, device=device, identity={"model": config.teacher.model.model_dump()},
+                              world=world)
+        result = distiller.fit(_told(progress, "teacher", config.teacher.train, world))
+
+        def write() -> tuple[dict[str, Tensor], Any]:
+            checkpoint.save(weights, model.state_dict(), _record(result, model, task, config.teacher.train))
+            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            return checkpoint.load(weights)
+
+        found = world.first(write)
+    tensors, record = found
     model.load_state_dict(tensors)
     return model, record
 
 
 def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None = None,
            progress: Progress | None = None, device: torch.device | str = "cpu",
-           teachers: Path | None = None) -> dict[str, Any]:
+           teachers: Path | None = None, world: World | None = None) -> dict[str, Any]:
     """Trains one student, after its teacher if need be; returns, and writes, the record.
 
     In `directory`: result.json, weights.safetensors, and while it runs checkpoint.safetensors. If
@@ -69,36 +77,43 @@ def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None =
 
     Args:
         teachers: where trained teachers are kept for several students; None: beside `directory`.
+        world: the processes that train together, see `distributed`; None: this one alone.
     """
+    world = world or World()
     file = directory / "result.json"
     own = json.loads(json.dumps(config.model_dump()))
-    if file.exists():
-        record = json.loads(file.read_text())
+    world.same("configuration", {**own, "seed": seed})
+    record = world.first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    if record is not None:
         if record["config"] != own or record["seed"] != seed:
             raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: take another "
                                              "directory")
         return record
     task = task or load_data(config.data)
-    teacher, teacher_record = teacher_of(config, task, teachers or directory.parent, progress, device)
+    teacher, teacher_record = teacher_of(config, task, teachers or directory.parent, progress, device, world)
     student = build(config.student, task, seed)
     distiller = Distiller(student, teacher if config.losses else None, task, losses=config.losses,
                           train=config.student.train, task_weight=config.task_weight, seed=seed,
                           directory=directory, device=device,
-                          identity={"model": config.student.model.model_dump()})
-    result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train))
-    record = {"schema": SCHEMA, "seed": seed, "config": own,
-              "student": _record(result, student, task, config.student.train),
-              "teacher": teacher_record, "environment": environment()}
-    if task.kind == "shapes" and (picture := _picture(config, teacher, student, task)) is not None:
-        record["picture"] = picture
-    checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
-    checkpoint.write_json(file, record)
-    (directory / "checkpoint.safetensors").unlink(missing_ok=True)
-    return record
+                          identity={"model": config.student.model.model_dump()}, world=world)
+    result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train, world))
+
+    def write() -> dict[str, Any]:
+        record = {"schema": SCHEMA, "seed": seed, "config": own,
+                  "student": _record(result, student, task, config.student.train),
+                  "teacher": teacher_record, "environment": {**environment(), "processes": world.size}}
+        if task.kind == "shapes" and (picture := _picture(config, teacher, student, task)) is not None:
+            record["picture"] = picture
+        checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
+        checkpoint.write_json(file, record)
+        (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+        return record
+
+    return world.first(write)
 
 
-def _told(progress: Progress | None, what: str, train: TrainConfig) -> Any:
-    return None if progress is None else lambda epoch, latest: progress(what, epoch, train.epochs, latest)
+def _told(progress: Progress | None, what: str, train: TrainConfig, world: World) -> Any:
+    return None if progress is None or world.rank else lambda epoch, latest: progress(what, epoch, train.epochs, latest)
 
 
 def _record(result: Result, model: nn.Module, task: Task, train: TrainConfig) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 Teacher outputs of a static graph are computed once. Selection looks at the validation part alone; the
 test part is looked at once, with the selected weights. Everything that is random comes from
 one seed, and a checkpoint holds the state of every generator, so that a run that was killed and
-resumed ends with bit for bit the weights of one that was not.
+resumed ends with bit for bit the weights of one that was not. Several processes share the work of a
+step, see `distributed`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import signal
 import threading
@@ -27,6 +29,7 @@ from ..data import Task
 from . import checkpoint, losses, measure
 from .batches import Batch, batches
 from .config import LossConfig, TrainConfig
+from .distributed import LSPPart, RankLost, World
 from .taps import Taps
 
 __all__ = ["Distiller", "Result", "Stopped"]
@@ -75,6 +78,7 @@ class Distiller:
         directory: for checkpoints; None: none are written. If it holds one of the same configuration,
             training goes on from there.
         device: to which everything is moved.
+        world: the processes that train together; None: this one alone.
 
     Raises:
         ValueError: a layer or a loss that does not exist (the message lists all), losses without a
@@ -86,7 +90,9 @@ class Distiller:
     def __init__(self, student: nn.Module, teacher: nn.Module | None, task: Task, *,
                  losses: dict[str, LossConfig] | None = None, train: TrainConfig | None = None,
                  task_weight: float = 1.0, seed: int = 0, directory: str | Path | None = None,
-                 device: torch.device | str = "cpu", identity: dict[str, Any] | None = None) -> None:
+                 device: torch.device | str = "cpu", identity: dict[str, Any] | None = None,
+                 world: World | None = None) -> None:
+        self.world = world or World()
         self.device = torch.device(device)
         self.student = student.to(self.device)
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
@@ -172,7 +178,8 @@ class Distiller:
         return kind(self.parameters, c.lr, weight_decay=c.weight_decay)
 
     def _batches(self, split: str, training: bool) -> Iterator[Batch]:
-        return batches(self.task, split, self.train, self.generator if training else None, self.device, self._whole)
+        return batches(self.task, split, self.train, self.generator if training else None, self.device, self._whole,
+                       self.world)
 
     def _call(self, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.amp):
@@ -204,13 +211,12 @@ class Distiller:
         return c.weight * min(1.0, (epoch - c.start + 1) / c.ramp) if c.ramp else c.weight
 
     def loss(self, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every term without its weight."""
+        """The weighted sum, and every term without its weight; of several ranks, this one's part of them."""
         logits = self._call(self.student, batch)
         terms = {"task": self._task_loss(logits, batch)}
-        total = self.task_weight * terms["task"]
         active = {name: w for name in self.terms if (w := self.weight(name, epoch)) > 0}
         teacher = self._teacher_outputs(batch) if active else {}
-        for name, weight in active.items():
+        for name in active:
             loss, config = self.losses[name], self.terms[name]
             if loss.uses == "logits":
                 s, t = logits, teacher["logits"]
@@ -219,9 +225,13 @@ class Distiller:
                                      "both must be on the same nodes")
                 if batch.seeds is not None:
                     s, t = s[:batch.seeds], t[:batch.seeds]
-                terms[name] = loss(s, t, generator=self.generator)
+                terms[name] = self._part(loss, batch, s, t)
             else:
                 terms[name] = self._feature_loss(name, loss, config, batch, teacher)
+        if batch.share is not None:
+            terms = {name: batch.share * term for name, term in terms.items()}
+        total = self.task_weight * terms["task"]
+        for name, weight in active.items():
             total = total + weight * terms[name]
         self._taps_s.clear()
         return total, terms
@@ -243,15 +253,33 @@ class Distiller:
             key = (name, batch.key)
             if key not in self._prepared:
                 assert isinstance(loss, losses.DistillationLoss)
-                self._prepared[key] = loss.prepare(t, graph, self.generator)
+                if isinstance(loss, losses.LSP) and graph is not None and self.world.size > 1:
+                    own = self.world.range(graph.num_dst)
+                    self._prepared[key] = LSPPart(loss, t, graph, own, self.generator)
+                else:
+                    self._prepared[key] = loss.prepare(t, graph, self.generator)
             t = self._prepared[key]
-        return loss(s, t, graph, self.generator, teacher_graph)
+            if isinstance(t, LSPPart):
+                return t(s)
+        return self._part(loss, batch, s, t, graph, teacher_graph)
+
+    def _part(self, loss: nn.Module, batch: Batch, s: Any, t: Any, graph: Any = None,
+              teacher_graph: Any = None) -> Tensor:
+        """A loss; where every rank has the whole batch, this rank's part of it."""
+        assert isinstance(loss, losses.DistillationLoss)
+        generator = self.generator
+        if batch.share is not None and loss.max_nodes is not None:
+            generator = self.world.own_generator(generator)  # ranks draw from different numbers of rows
+        call = lambda s, t: loss(s, t, graph, generator, teacher_graph)
+        if self.world.size == 1 or batch.share is not None:
+            return call(s, t)
+        return self.world.part_of_mean(call, s, t) if loss.rowwise else call(s, t) / self.world.size
 
     def _task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         logits, y = batch.labelled(logits)
-        if self.task.multilabel:
-            return F.binary_cross_entropy_with_logits(logits, y)
-        return F.cross_entropy(logits, y)
+        loss: Callable[..., Tensor] = (F.binary_cross_entropy_with_logits if self.task.multilabel
+                                       else F.cross_entropy)
+        return loss(logits, y) if batch.share is not None else self.world.part_of_mean(loss, logits, y)
 
     def step(self, epoch: int) -> dict[str, float]:
         """One pass over the training part; the terms' means over its batches."""
@@ -263,12 +291,15 @@ class Distiller:
             self.optimizer.zero_grad(set_to_none=True)
             total, terms = self.loss(batch, epoch)
             total.backward()
+            values = self.world.sum_gradients(self.parameters, {"loss": total, **terms})
             if self.train.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
             self.optimizer.step()
-            for name, value in {"loss": total, **terms}.items():
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value.detach()
             count += 1
+        # Of batch normalisation: where ranks have different batches, they have seen different ones.
+        self.world.broadcast([x for x in self.student.buffers() if x.is_floating_point()])
         out = {name: float(value) / count for name, value in sums.items()}
         if not all(torch.isfinite(torch.tensor(list(out.values())))):
             raise FloatingPointError(f"epoch {epoch}: the loss is not finite ({out}); lower train.lr = "
@@ -280,7 +311,7 @@ class Distiller:
         """Accuracy, or micro-F1, of the student on a part, in percent."""
         self.student.eval()
         counts = torch.zeros(3, dtype=torch.int64)
-        for batch in self._batches(split, False):
+        for batch in itertools.islice(self._batches(split, False), self.world.rank, None, self.world.size):
             logits, y = batch.labelled(self._call(self.student, batch), split)
             if self.task.multilabel:
                 told, true = _told(logits, y, self.task.known_counts), y > 0.5
@@ -289,7 +320,7 @@ class Distiller:
                 right = logits.argmax(1) == y
                 counts += torch.stack((right.sum(), (~right).sum(), right.new_zeros(()).sum())).cpu()
         self._taps_s.clear()
-        hits, wrong, missed = counts.tolist()
+        hits, wrong, missed = self.world.sum(counts).tolist()
         if self.task.multilabel:
             return 200.0 * hits / max(2 * hits + wrong + missed, 1)
         return 100.0 * hits / max(hits + wrong, 1)
@@ -305,35 +336,51 @@ class Distiller:
         Raises:
             Stopped: Ctrl-C or SIGTERM came; the epoch was finished and a checkpoint written.
             FloatingPointError: the loss is no number any more.
+            RankLost: another of several ranks has ended.
+            ValueError: ranks differ in configuration or initial weights.
         """
         file = None if self.directory is None else self.directory / "checkpoint.safetensors"
-        if file is not None and file.exists():
+        try:
+            return self._fit(file, progress)
+        except RankLost as error:
+            remedy = ("no checkpoint had been written yet: start anew" if file is None or not file.exists() else
+                      f"the checkpoint {file} is whole: the same command, or --resume, goes on from there, with any "
+                      "number of processes")
+            raise RankLost(f"{error}; {remedy}") from None
+        finally:
+            self.close()
+
+    def _fit(self, file: Path | None, progress: Callable[[int, dict[str, Any]], None] | None) -> Result:
+        if self.world.size > 1:
+            self.world.same("configuration and initial weights", {
+                **self.identity, "writes checkpoints": file is not None,
+                "student's weights": _fingerprint(self.student), "losses' weights": _fingerprint(self.losses)})
+        if file is not None and self.world.first(file.exists):
             self._restore(file)
         else:
             torch.manual_seed(self.seed)  # of dropout: what ran since the constructor does not matter
         saved = time.monotonic()
         memory = measure.PeakMemory(self.device)
-        try:
-            with _stop_requests(file is not None) as stop:
-                while not self._finished():
-                    begin = time.perf_counter()
-                    self._epoch()
-                    self.seconds += time.perf_counter() - begin
-                    if progress is not None:
-                        progress(self.epoch, self.history[-1] if self.history else {})
-                    if file is not None and (stop.is_set() or time.monotonic() - saved >= self.train.save_every):
-                        self._save(file)
-                        saved = time.monotonic()
-                    if stop.is_set():
-                        raise Stopped(f"stopped after epoch {self.epoch}; the same command goes on from there")
-            peak = memory.mb()
-            if file is not None:
-                self._save(file)
-            self.student.load_state_dict(self.best)
-            return Result(self.evaluate("test"), self.best_val, self.best_epoch, self.epoch, self.seconds,
-                          sum(p.numel() for p in self.student.parameters()), peak, self.history)
-        finally:
-            self.close()
+        with _stop_requests(file is not None) as stop:
+            while not self._finished():
+                begin = time.perf_counter()
+                self._epoch()
+                self.seconds += time.perf_counter() - begin
+                if progress is not None:
+                    progress(self.epoch, self.history[-1] if self.history else {})
+                stopping = self.world.any(stop.is_set())
+                if file is not None and (stopping or time.monotonic() - saved >= self.train.save_every):
+                    self._save(file)
+                    saved = time.monotonic()
+                if stopping:
+                    self.world.any(True)  # torchrun ends all ranks with the first: not before the file is whole
+                    raise Stopped(f"stopped after epoch {self.epoch}; the same command goes on from there")
+        peak = memory.mb()
+        if file is not None:
+            self._save(file)
+        self.student.load_state_dict(self.best)
+        return Result(self.evaluate("test"), self.best_val, self.best_epoch, self.epoch, self.seconds,
+                      sum(p.numel() for p in self.student.parameters()), peak, self.history)
 
     def _epoch(self) -> None:
         epoch, c = self.epoch, self.train
@@ -358,6 +405,8 @@ class Distiller:
     # --- checkpoints ----------------------------------------------------------------------------
 
     def _save(self, file: Path) -> None:
+        if self.world.rank > 0:
+            return
         tensors = {f"student.{k}": v for k, v in self.student.state_dict().items()}
         tensors |= {f"losses.{k}": v for k, v in self.losses.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
@@ -376,13 +425,17 @@ class Distiller:
                  "best_epoch": self.best_epoch, "best_val": self.best_val, "seconds": self.seconds}
         checkpoint.save(file, tensors, state)
 
-    def _restore(self, file: Path) -> None:
+    def _read(self, file: Path) -> tuple[dict[str, Tensor], Any]:
         tensors, state = checkpoint.load(file)
-        differences = _differences(state["identity"], json.loads(json.dumps(self.identity)))
+        differences = checkpoint.differences(state["identity"], json.loads(json.dumps(self.identity)))
         if differences:
             raise checkpoint.CheckpointError(
                 f"{file} belongs to another configuration: " + "; ".join(differences)
                 + ". Take another directory, or the configuration of the checkpoint")
+        return tensors, state
+
+    def _restore(self, file: Path) -> None:
+        tensors, state = self.world.first(lambda: self._read(file))
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
@@ -441,15 +494,6 @@ def _fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        out = []
-        for k in dict.fromkeys((*theirs, *ours)):
-            out += _differences(theirs.get(k), ours.get(k), f"{key}.{k}" if key else k)
-        return out
-    return [] if theirs == ours else [f"{key} is {theirs!r} there and {ours!r} here"]
-
-
 @contextlib.contextmanager
 def _stop_requests(wanted: bool) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM set an event instead of ending the process in the middle of an epoch; a
@@ -468,6 +512,10 @@ def _stop_requests(wanted: bool) -> Iterator[threading.Event]:
         before[wanted_signal] = signal.signal(wanted_signal, ask)
     try:
         yield event
+    except RankLost:
+        # torchrun now ends this process too, which has to say first what happened and where to go on.
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
