@@ -30,8 +30,8 @@ double number(const py::tuple& t, int k) {
 }
 void expect(const py::tuple& t, std::size_t size, const char* what) {
     if (t.size() != size)
-        throw py::value_error(std::string(what) + ": expected a tuple of " + std::to_string(size) +
-                              ", got " + std::to_string(t.size()));
+        throw py::value_error(std::string(what) + ": expected a tuple of " + std::to_string(size) + ", got " +
+                              std::to_string(t.size()));
 }
 const void* address(const py::tuple& t, int k) {
     return pointer<const void>(static_cast<std::uintptr_t>(integer(t, k)));
@@ -47,8 +47,8 @@ Csr csr(const py::tuple& t) {
 }
 Kernel kernel(const py::tuple& t) {
     expect(t, 6, "kernel");
-    return {Metric(integer(t, 0)), Shape(integer(t, 1)), integer(t, 2) != 0, int(integer(t, 3)),
-            number(t, 4), number(t, 5)};
+    return {Metric(integer(t, 0)), Shape(integer(t, 1)), integer(t, 2) != 0,
+            int(integer(t, 3)),    number(t, 4),         number(t, 5)};
 }
 
 // Both back ends take the same arguments; `where` is the thread count or the stream.
@@ -83,53 +83,69 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
         Backend::inverse_norm(op, where);
     });
     m.def("similarity", [](const py::tuple& graph, const py::tuple& src, const py::tuple& dst,
-                           Address src_inv_norm, Address dst_inv_norm, int metric, Address reverse,
-                           Address r, Where where) {
-        const Similarity op{csr(graph), features(src), features(dst), pointer(src_inv_norm),
-                            pointer(dst_inv_norm), Metric(metric), pointer(reverse), pointer(r)};
+                           Address src_inv_norm, Address dst_inv_norm, int metric, Address reverse, Address r,
+                           Where where) {
+        const Similarity op{
+            csr(graph),     features(src),    features(dst), pointer(src_inv_norm), pointer(dst_inv_norm),
+            Metric(metric), pointer(reverse), pointer(r)};
         py::gil_scoped_release release;
         Backend::similarity(op, where);
     });
-    m.def("kernel_values", [](int64_t edges, const py::tuple& k, int acc, Address r, Address values, Where where) {
-        const KernelValues op{edges, kernel(k), DType(acc), pointer(r), pointer(values)};
-        py::gil_scoped_release release;
-        Backend::kernel_values(op, where);
-    });
+    m.def("kernel_values",
+          [](int64_t edges, const py::tuple& k, int acc, Address r, Address values, Where where) {
+              const KernelValues op{edges, kernel(k), DType(acc), pointer(r), pointer(values)};
+              py::gil_scoped_release release;
+              Backend::kernel_values(op, where);
+          });
     // With run False, returns the bytes of workspace that it needs and does nothing else.
-    m.def("divergences", [](const py::tuple& graph, const py::tuple& student, const py::tuple& teacher,
-                            int divergence, int reduction,
-                            bool teacher_is_values, int acc, Address r_s, Address r_t, Address weight,
-                            Address src_inv_norm, Address dst_inv_norm, Address coef, Address rows,
-                            Address loss, Address diagnostics, int64_t max_degree, Address workspace,
-                            bool run, Where where) -> int64_t {
-        const Divergences op{csr(graph), kernel(student), kernel(teacher),
-                             Divergence(divergence), Reduction(reduction), teacher_is_values,
-                             DType(acc), pointer(r_s), pointer(r_t), pointer(weight),
-                             pointer(src_inv_norm), pointer(dst_inv_norm), pointer(coef), pointer(rows),
-                             pointer(loss), pointer<int64_t>(diagnostics), max_degree,
-                             pointer(workspace)};
-        if (!run) return Backend::workspace_bytes(op);
-        py::gil_scoped_release release;
-        Backend::divergences(op, where);
-        return 0;
-    });
+    m.def("divergences",
+          [](const py::tuple& graph, const py::tuple& student, const py::tuple& teacher, int divergence,
+             int reduction, bool teacher_is_values, int acc, Address r_s, Address r_t, Address weight,
+             Address src_inv_norm, Address dst_inv_norm, Address coef, Address rows, Address loss,
+             Address diagnostics, int64_t max_degree, Address workspace, bool run, Where where) -> int64_t {
+              const Divergences op{csr(graph),
+                                   kernel(student),
+                                   kernel(teacher),
+                                   Divergence(divergence),
+                                   Reduction(reduction),
+                                   teacher_is_values,
+                                   DType(acc),
+                                   pointer(r_s),
+                                   pointer(r_t),
+                                   pointer(weight),
+                                   pointer(src_inv_norm),
+                                   pointer(dst_inv_norm),
+                                   pointer(coef),
+                                   pointer(rows),
+                                   pointer(loss),
+                                   pointer<int64_t>(diagnostics),
+                                   max_degree,
+                                   pointer(workspace)};
+              if (!run) return Backend::workspace_bytes(op);
+              py::gil_scoped_release release;
+              Backend::divergences(op, where);
+              return 0;
+          });
     // lists: one or two tuples (graph, perm, mirrored, other).
-    m.def("gradient", [](const py::tuple& self, const py::tuple& lists, int metric, Address coef,
-                         Address grad, bool grad_per_row, Address inv_norm, Address out,
-                         int64_t max_degree, Address workspace, bool run, Where where) -> int64_t {
-        Gradient op{features(self), {}, int(lists.size()), Metric(metric), pointer(coef), pointer(grad),
-                    grad_per_row, pointer(inv_norm), pointer(out), max_degree, pointer(workspace)};
-        if (op.num_lists < 1 || op.num_lists > 2) throw py::value_error("gradient takes one or two lists");
-        for (int k = 0; k < op.num_lists; ++k) {
-            const py::tuple list = lists[std::size_t(k)];
-            expect(list, 4, "incidence");
-            op.lists[k] = {csr(list[0]), address(list, 1), integer(list, 2) != 0, features(list[3])};
-        }
-        if (!run) return Backend::workspace_bytes(op);
-        py::gil_scoped_release release;
-        Backend::gradient(op, where);
-        return 0;
-    });
+    m.def("gradient",
+          [](const py::tuple& self, const py::tuple& lists, int metric, Address coef, Address grad,
+             bool grad_per_row, Address inv_norm, Address out, int64_t max_degree, Address workspace,
+             bool run, Where where) -> int64_t {
+              Gradient op{features(self),    {},           int(lists.size()), Metric(metric), pointer(coef),
+                          pointer(grad),     grad_per_row, pointer(inv_norm), pointer(out),   max_degree,
+                          pointer(workspace)};
+              if (op.num_lists < 1 || op.num_lists > 2)
+                  throw py::value_error("gradient takes one or two lists");
+              for (int k = 0; k < op.num_lists; ++k) {
+                  const py::tuple list = lists[std::size_t(k)];
+                  expect(list, 4, "incidence");
+                  op.lists[k] = {csr(list[0]), address(list, 1), integer(list, 2) != 0, features(list[3])};
+              }
+              if (!run) return Backend::workspace_bytes(op);
+              py::gil_scoped_release release;
+              Backend::gradient(op, where);
+              return 0;
+          });
 }
 
 }  // namespace
@@ -159,21 +175,23 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
         (void)begin, (void)bytes;
 #endif
     });
-    host.def("csr_from_coo", [](Address src, Address dst, bool wide_in, int64_t edges, int64_t num_src,
-                                int64_t num_dst, bool wide_out, Address rowptr, Address col, Address perm,
-                                int threads) {
-        py::gil_scoped_release release;
-        return cpu::csr_from_coo(pointer(src), pointer(dst), wide_in, edges, num_src, num_dst, wide_out,
-                                 pointer(rowptr), pointer(col), pointer(perm), threads);
-    });
-    host.def("csr_transpose", [](const py::tuple& graph, Address rowptr, Address col, Address perm, int threads) {
-        const Csr in = csr(graph);
-        py::gil_scoped_release release;
-        cpu::csr_transpose(in, pointer(rowptr), pointer(col), pointer(perm), threads);
-    });
-    host.def("csr_union", [](const py::tuple& a, const py::tuple& b, Address rowptr, Address col, int threads) {
-        const Csr left = csr(a), right = csr(b);
-        py::gil_scoped_release release;
-        cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
-    });
+    host.def("csr_from_coo",
+             [](Address src, Address dst, bool wide_in, int64_t edges, int64_t num_src, int64_t num_dst,
+                bool wide_out, Address rowptr, Address col, Address perm, int threads) {
+                 py::gil_scoped_release release;
+                 return cpu::csr_from_coo(pointer(src), pointer(dst), wide_in, edges, num_src, num_dst,
+                                          wide_out, pointer(rowptr), pointer(col), pointer(perm), threads);
+             });
+    host.def("csr_transpose",
+             [](const py::tuple& graph, Address rowptr, Address col, Address perm, int threads) {
+                 const Csr in = csr(graph);
+                 py::gil_scoped_release release;
+                 cpu::csr_transpose(in, pointer(rowptr), pointer(col), pointer(perm), threads);
+             });
+    host.def("csr_union",
+             [](const py::tuple& a, const py::tuple& b, Address rowptr, Address col, int threads) {
+                 const Csr left = csr(a), right = csr(b);
+                 py::gil_scoped_release release;
+                 cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
+             });
 }

@@ -7,15 +7,23 @@
 
 namespace fastkd {
 
-template <class T> struct type_tag { using type = T; };
-template <auto V> struct value_tag { static constexpr auto value = V; };
+template <class T> struct type_tag {
+    using type = T;
+};
+template <auto V> struct value_tag {
+    static constexpr auto value = V;
+};
 
 template <class F> void dispatch(DType dtype, F&& f) {
     switch (dtype) {
-        case DType::f16: return f(type_tag<half_t>{});
-        case DType::bf16: return f(type_tag<bf16_t>{});
-        case DType::f32: return f(type_tag<float>{});
-        case DType::f64: return f(type_tag<double>{});
+        case DType::f16:
+            return f(type_tag<half_t>{});
+        case DType::bf16:
+            return f(type_tag<bf16_t>{});
+        case DType::f32:
+            return f(type_tag<float>{});
+        case DType::f64:
+            return f(type_tag<double>{});
     }
     throw std::invalid_argument("fastkd: unknown dtype");
 }
@@ -34,9 +42,12 @@ template <class F> void dispatch_index(bool wide, F&& f) {
 template <class F> void dispatch(Metric metric, F&& f) {
     switch (metric) {
         case Metric::dot:
-        case Metric::cosine: return f(value_tag<Metric::dot>{});
-        case Metric::sqdist: return f(value_tag<Metric::sqdist>{});
-        case Metric::l1: return f(value_tag<Metric::l1>{});
+        case Metric::cosine:
+            return f(value_tag<Metric::dot>{});
+        case Metric::sqdist:
+            return f(value_tag<Metric::sqdist>{});
+        case Metric::l1:
+            return f(value_tag<Metric::l1>{});
     }
     throw std::invalid_argument("fastkd: unknown metric");
 }
@@ -48,9 +59,12 @@ template <class F> void dispatch(const Kernel& kernel, F&& f) {
         else f(shape, value_tag<false>{});
     };
     switch (kernel.shape) {
-        case Shape::linear: return with_root(value_tag<Shape::linear>{});
-        case Shape::power: return with_root(value_tag<Shape::power>{});
-        case Shape::exponential: return with_root(value_tag<Shape::exponential>{});
+        case Shape::linear:
+            return with_root(value_tag<Shape::linear>{});
+        case Shape::power:
+            return with_root(value_tag<Shape::power>{});
+        case Shape::exponential:
+            return with_root(value_tag<Shape::exponential>{});
     }
     throw std::invalid_argument("fastkd: unknown kernel shape");
 }

@@ -51,8 +51,8 @@ struct Features {
 // Compressed rows: row i owns the slots rowptr[i] .. rowptr[i+1], ascending in col. Indices are int64
 // if `wide`, int32 otherwise.
 struct Csr {
-    const void* rowptr;   // [rows + 1]
-    const void* col;      // [edges], values in [0, cols)
+    const void* rowptr;  // [rows + 1]
+    const void* col;     // [edges], values in [0, cols)
     std::int64_t rows, cols, edges;
     bool wide;
 };
@@ -67,8 +67,8 @@ struct Similarity {
     const void* src_inv_norm;  // acc [cols], cosine only
     const void* dst_inv_norm;  // acc [rows], cosine only
     Metric metric;
-    const void* reverse;       // index [edges], or null
-    void* r;                   // acc [edges], out
+    const void* reverse;  // index [edges], or null
+    void* r;              // acc [edges], out
 };
 
 // inv_norm[i] = 1 / |x_i|, or 0 for a zero row.
@@ -81,9 +81,9 @@ struct InverseNorm {
 struct KernelValues {
     std::int64_t edges;
     Kernel kernel;
-    DType acc;     // f32 or f64
-    const void* r; // acc [edges]
-    void* values;  // acc [edges], out
+    DType acc;      // f32 or f64
+    const void* r;  // acc [edges]
+    void* values;   // acc [edges], out
 };
 
 // Softmax over each row, divergence per row, reduction, and the coefficient of each edge.
@@ -97,7 +97,7 @@ struct Divergences {
     Kernel student, teacher;
     Divergence divergence;
     Reduction reduction;
-    bool teacher_is_values;    // r_t holds the teacher's kernel values, not r
+    bool teacher_is_values;  // r_t holds the teacher's kernel values, not r
     DType acc;
     const void* r_s;           // acc [edges]
     const void* r_t;           // acc [edges]
@@ -109,9 +109,9 @@ struct Divergences {
     void* loss;                // acc [1], out, or null for Reduction::none
     // rows with two or more edges; of those, the rows whose student (teacher) similarities differ by
     // more than rounding: 0 of many means that the kernel is saturated
-    std::int64_t* diagnostics; // [3], out
-    std::int64_t max_degree;   // of a row, or -1 if unknown
-    void* workspace;           // CUDA only: workspace_bytes(*this) bytes
+    std::int64_t* diagnostics;  // [3], out
+    std::int64_t max_degree;    // of a row, or -1 if unknown
+    void* workspace;            // CUDA only: workspace_bytes(*this) bytes
 };
 
 // One list of incident edges of every output row: their other ends and weights. An edge weighs
@@ -119,27 +119,27 @@ struct Divergences {
 //   coef[perm[x]] * grad of the other end with perm (edges that leave),
 //   both together                         if mirrored: perm is then the reverse of every edge.
 struct Incidence {
-    Csr graph;        // rows are the output's rows
-    const void* perm; // index [edges] or null
+    Csr graph;         // rows are the output's rows
+    const void* perm;  // index [edges] or null
     bool mirrored;
-    Features other;   // [cols, D]
+    Features other;  // [cols, D]
 };
 
 // out_i = sum over incident edges of  weight * B(x_i, x_j), with
 //   B = x_j (dot, cosine),  x_i - x_j (sqdist),  sign(x_i - x_j) (l1);
 // for cosine the part along x_i is then projected out.
 struct Gradient {
-    Features self;          // [rows, D]
+    Features self;  // [rows, D]
     Incidence lists[2];
     int num_lists;
     Metric metric;
-    const void* coef;       // acc [edges]
-    const void* grad;       // of the loss: acc [1], or of S: acc [destinations] if grad_per_row
+    const void* coef;  // acc [edges]
+    const void* grad;  // of the loss: acc [1], or of S: acc [destinations] if grad_per_row
     bool grad_per_row;
-    const void* inv_norm;   // acc [rows], of self, cosine only
-    void* out;              // dtype of self, [rows, D], contiguous
+    const void* inv_norm;     // acc [rows], of self, cosine only
+    void* out;                // dtype of self, [rows, D], contiguous
     std::int64_t max_degree;  // no row has more incident edges; -1 if unknown
-    void* workspace;        // CUDA only: workspace_bytes(*this) bytes
+    void* workspace;          // CUDA only: workspace_bytes(*this) bytes
 };
 
 namespace cpu {
@@ -153,8 +153,8 @@ const char* isa();  // the instruction set in use: "generic", "avx2", "avx512"
 // Sorts the edges (src[e] -> dst[e]) by (dst, src), stably: rowptr [num_dst + 1], col [edges] and
 // perm [edges] with slot -> e. Returns the position of the first edge out of range, or -1.
 std::int64_t csr_from_coo(const void* src, const void* dst, bool wide_in, std::int64_t edges,
-                          std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr,
-                          void* col, void* perm, int threads);
+                          std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr, void* col,
+                          void* perm, int threads);
 // The same edges by (src, dst): rowptr [cols + 1], col [edges], perm [edges] with slot -> slot of in.
 void csr_transpose(const Csr& in, void* rowptr, void* col, void* perm, int threads);
 // Rows of a and b merged without duplicates. First with col = null to get rowptr [rows + 1], then

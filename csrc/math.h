@@ -21,11 +21,19 @@
 namespace fastkd {
 
 // Storage only; arithmetic is in float.
-struct half_t { std::uint16_t bits; };
-struct bf16_t { std::uint16_t bits; };
+struct half_t {
+    std::uint16_t bits;
+};
+struct bf16_t {
+    std::uint16_t bits;
+};
 
-template <class T> struct acc_of { using type = float; };
-template <> struct acc_of<double> { using type = double; };
+template <class T> struct acc_of {
+    using type = float;
+};
+template <> struct acc_of<double> {
+    using type = double;
+};
 template <class T> using acc_t = typename acc_of<T>::type;
 
 template <class To, class From> FASTKD_HD To bit_cast(From from) {
@@ -133,9 +141,12 @@ FASTKD_HD double sqrt_(double x) { return ::sqrt(x); }
 // cannot overflow.
 template <class A> FASTKD_HD A divergence_term(A p, A q, A d) {
     const A limit = sizeof(A) == 4 ? A(0.5) : A(0.03);
-    const A series = d * d *
-        (A(0.5) + d * (A(-1.0 / 6) + d * (A(1.0 / 24) + d * (A(-1.0 / 120) + d * (A(1.0 / 720)
-        + d * (A(-1.0 / 5040) + d * A(1.0 / 40320)))))));
+    const A series =
+        d * d *
+        (A(0.5) +
+         d * (A(-1.0 / 6) +
+              d * (A(1.0 / 24) +
+                   d * (A(-1.0 / 120) + d * (A(1.0 / 720) + d * (A(-1.0 / 5040) + d * A(1.0 / 40320)))))));
     const A direct = p * (d - 1) + q;
     return d < limit && d > -limit ? p * series : direct;
 }
@@ -170,15 +181,15 @@ template <class A> FASTKD_HD A int_power(A base, int degree) {
     return result;
 }
 
-// SIM(r), and dSIM/dr from r and SIM(r). The shape is a template argument so that loops over edges stay branch-free.
+// SIM(r), and dSIM/dr from r and SIM(r). The shape is a template argument so that loops over edges stay
+// branch-free.
 template <Shape S, bool Root, class A> FASTKD_HD A kernel_value(A r, A scale, A param, int degree) {
     const A u = Root ? sqrt_(scale * r) : scale * r;
     if constexpr (S == Shape::linear) return param * u;
     else if constexpr (S == Shape::power) return int_power(u + param, degree);
     else return exp_(-param * u);
 }
-template <Shape S, bool Root, class A>
-FASTKD_HD A kernel_slope(A r, A value, A scale, A param, int degree) {
+template <Shape S, bool Root, class A> FASTKD_HD A kernel_slope(A r, A value, A scale, A param, int degree) {
     const A u = Root ? sqrt_(scale * r) : scale * r;
     // An unsquared distance has the subgradient 0 at 0.
     const A du = Root ? (u > 0 ? scale / (2 * u) : A(0)) : scale;

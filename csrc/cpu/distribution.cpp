@@ -32,16 +32,16 @@ template <class A> void apply_kernel(const Kernel& kernel, const A* r, std::int6
     });
 }
 // coef[x] = gradient[x] * factor * dSIM/dr.
-template <class A>
-void apply_slope(const Kernel& kernel, const A* r, const A* value, const A* gradient, A factor,
-                 std::int64_t n, A* coef) {
+template <class A> void apply_slope(const Kernel& kernel, const A* r, const A* value, const A* gradient,
+                                    A factor, std::int64_t n, A* coef) {
     const A scale = A(kernel.scale), param = A(kernel.param);
     const int degree = kernel.degree;
     dispatch(kernel, [&](auto shape, auto root) {
 #pragma omp simd
         for (std::int64_t x = 0; x < n; ++x)
             coef[x] = gradient[x] * factor *
-                      kernel_slope<decltype(shape)::value, decltype(root)::value>(r[x], value[x], scale, param, degree);
+                      kernel_slope<decltype(shape)::value, decltype(root)::value>(r[x], value[x], scale,
+                                                                                  param, degree);
     });
 }
 
@@ -82,7 +82,7 @@ template <class A> struct Block {
     Buffer<A> above[2];  // less the row's maximum
     Buffer<A> p[2];      // exp of that; then probabilities
     Buffer<A> d;
-    Buffer<A> term[2];   // of the divergence and of the mean
+    Buffer<A> term[2];  // of the divergence and of the mean
 };
 
 // What one piece of a hub contributes for student and teacher: a maximum, and a sum relative to it.
@@ -150,7 +150,8 @@ template <class I, class A> struct Rows {
         });
     }
     // From dS/dSIM in term[0] to coefficients; the rows [first, last) own the slots [b, b + n).
-    void coefficients(std::int64_t first, std::int64_t last, std::int64_t b, std::int64_t n, Block<A>& block) const {
+    void coefficients(std::int64_t first, std::int64_t last, std::int64_t b, std::int64_t n,
+                      Block<A>& block) const {
         const A factor = A(metric_factor(op.student.metric) * scale);
         A* gradient = block.term[0].data;
         if (const A* src_norm = static_cast<const A*>(op.src_inv_norm)) {
@@ -200,7 +201,8 @@ template <class I, class A> struct Rows {
         }
         for (std::int64_t i = first; i < last; ++i)
             for (int side = 0; side < 2; ++side)
-                sum[side].data[i - first] = sum_of(block.term[side].data + (begin(i) - b0), begin(i + 1) - begin(i));
+                sum[side].data[i - first] =
+                    sum_of(block.term[side].data + (begin(i) - b0), begin(i + 1) - begin(i));
 #pragma omp simd
         for (std::int64_t k = 0; k < rows; ++k) ratio.data[k] = log_(sum[1].data[k] / sum[0].data[k]);
         for (std::int64_t i = first; i < last; ++i) {
@@ -210,7 +212,8 @@ template <class I, class A> struct Rows {
             for_registers<A>(b, e, [&](std::int64_t x) {
                 store<A>(block.p[0].data + x, load(block.term[0].data + x) * inv_s);
                 store<A>(block.p[1].data + x, load(block.term[1].data + x) * inv_t);
-                store<A>(block.d.data + x, (load(block.above[0].data + x) - load(block.above[1].data + x)) + log_ratio);
+                store<A>(block.d.data + x,
+                         (load(block.above[0].data + x) - load(block.above[1].data + x)) + log_ratio);
             });
         }
         terms(n, block);
@@ -296,12 +299,15 @@ template <class I, class A> struct Rows {
                 for_rows(start, rows, block, [](std::int64_t, std::int64_t) {}, piece);
             });
         };
-        for_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) { parts[slot] = part(b, e); });
+        for_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
+            parts[slot] = part(b, e);
+        });
         for_hubs(start, rows, [&](std::int64_t i) { stats[first_slot(start, i)] = combine(i, parts); });
         for_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
             Block<A> block;
             piece_terms(b, e, stats[first_slot(start, i)], block);
-            sums[slot] = {double(sum_of(block.term[0].data, e - b)), double(sum_of(block.term[1].data, e - b))};
+            sums[slot] = {double(sum_of(block.term[0].data, e - b)),
+                          double(sum_of(block.term[1].data, e - b))};
         });
         for_hubs(start, rows, [&](std::int64_t i) {
             Sums total{0, 0};
@@ -328,8 +334,9 @@ template <class I, class A> struct Rows {
         threads = threads_for(32 * op.graph.edges, threads);
         for (int k = 0; k < 3; ++k) op.diagnostics[k] = 0;
         parallel_for(num_blocks(rows, op.graph.edges), threads, [&](std::int64_t block) {
-            for_rows(start, rows, block, [&](std::int64_t first, std::int64_t last) { whole(first, last); },
-                     [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) {});
+            for_rows(
+                start, rows, block, [&](std::int64_t first, std::int64_t last) { whole(first, last); },
+                [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) {});
         });
         if (op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows))) hubs(threads);
         if (!op.loss) return;

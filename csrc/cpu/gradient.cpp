@@ -7,8 +7,8 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-constexpr int kChunk = 8;              // registers of features that are summed at a time
-constexpr int kGroup = 4;              // edges that share the loads of the row itself
+constexpr int kChunk = 8;  // registers of features that are summed at a time
+constexpr int kGroup = 4;  // edges that share the loads of the row itself
 constexpr int kMostAhead = 16;
 constexpr std::int64_t kAhead = 8192;  // bytes of rows requested ahead of use
 
@@ -67,9 +67,8 @@ FASTKD_HD void sum_registers(const T* self, const Segment<acc_t<T>>* segments, i
     for (int k = 0; k < Width; ++k) store<A>(acc + d + k * lanes, sum[k]);
 }
 
-template <Metric M, class T>
-void sum_row(const void* self_row, const Segment<acc_t<T>>* segments, int num_segments, std::int64_t dim,
-             int ahead, acc_t<T>* acc) {
+template <Metric M, class T> void sum_row(const void* self_row, const Segment<acc_t<T>>* segments,
+                                          int num_segments, std::int64_t dim, int ahead, acc_t<T>* acc) {
     using A = acc_t<T>;
     constexpr int lanes = Vec<A>::lanes;
     const T* self = static_cast<const T*>(self_row);
@@ -128,8 +127,10 @@ template <class I, class T> struct Product {
 
             if (perm) {
                 perm += from[k];
-                if (op.grad_per_row) for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[col[x]];
-                else for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[0];
+                if (op.grad_per_row)
+                    for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[col[x]];
+                else
+                    for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[0];
             }
             if (!perm || list.mirrored) {
                 if (!perm) std::fill_n(weight, n, A(0));
@@ -194,7 +195,8 @@ template <class I, class T> struct Product {
                     for (std::int64_t i = first; i < last; ++i) {
                         for (int k = 0; k < op.num_lists; ++k) {
                             const std::int64_t offset = rowptr(k)[i] - from[k];
-                            mine[k] = {all[k].other + offset, all[k].weight + offset, int(rowptr(k)[i + 1] - rowptr(k)[i])};
+                            mine[k] = {all[k].other + offset, all[k].weight + offset,
+                                       int(rowptr(k)[i + 1] - rowptr(k)[i])};
                         }
                         A* row = sum_of(i, acc.data);
                         sum(self(i), mine, op.num_lists, dim, ahead, row);
@@ -234,7 +236,8 @@ void gradient(const Gradient& op, int threads) {
         dispatch(op.self.dtype, [&](auto dtype) {
             dispatch(op.metric, [&](auto metric) {
                 using T = typename decltype(dtype)::type;
-                Product<typename decltype(index)::type, T>{op, sum_row<decltype(metric)::value, T>}.run(threads);
+                Product<typename decltype(index)::type, T>{op, sum_row<decltype(metric)::value, T>}.run(
+                    threads);
             });
         });
     });

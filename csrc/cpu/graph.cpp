@@ -91,8 +91,8 @@ template <class F> void dispatch_key(int bits, F&& f) {
 }  // namespace
 
 std::int64_t csr_from_coo(const void* src_data, const void* dst_data, bool wide_in, std::int64_t edges,
-                          std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr,
-                          void* col, void* perm, int threads) {
+                          std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr, void* col,
+                          void* perm, int threads) {
     threads = std::max(threads, 1);
     std::int64_t bad = -1;
     dispatch_index(wide_in, [&](auto in) {

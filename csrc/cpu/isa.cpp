@@ -15,8 +15,10 @@ struct Table {
     decltype(&generic::gradient) gradient;
 };
 
-#define FASTKD_TABLE(NAME) \
-    Table { #NAME, NAME::inverse_norm, NAME::similarity, NAME::kernel_values, NAME::divergences, NAME::gradient }
+#define FASTKD_TABLE(NAME)                                                                                  \
+    Table {                                                                                                 \
+        #NAME, NAME::inverse_norm, NAME::similarity, NAME::kernel_values, NAME::divergences, NAME::gradient \
+    }
 
 // The best the processor has, or what FASTKD_ISA names if the processor has it.
 Table choose() {

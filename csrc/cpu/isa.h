@@ -3,8 +3,8 @@
 
 #include "../fastkd.h"
 
-#define FASTKD_DECLARE_ISA(NAME)                       \
-    namespace fastkd::cpu::NAME {                      \
+#define FASTKD_DECLARE_ISA(NAME)                          \
+    namespace fastkd::cpu::NAME {                         \
     void inverse_norm(const InverseNorm&, int threads);   \
     void similarity(const Similarity&, int threads);      \
     void kernel_values(const KernelValues&, int threads); \

@@ -36,8 +36,7 @@ inline std::int64_t num_blocks(std::int64_t rows, std::int64_t edges) {
 }
 
 // The first row that starts at or after a position. begin(i) is the number of edges before row i.
-template <class Begin>
-std::int64_t row_at(Begin begin, std::int64_t rows, std::int64_t position) {
+template <class Begin> std::int64_t row_at(Begin begin, std::int64_t rows, std::int64_t position) {
     std::int64_t low = 0, high = rows;
     while (low < high) {
         const std::int64_t mid = (low + high) / 2;

@@ -7,7 +7,7 @@
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
-constexpr int kGroup = 4;              // pairs reduced together, for independent chains of additions
+constexpr int kGroup = 4;  // pairs reduced together, for independent chains of additions
 constexpr int kMostAhead = 16;
 constexpr std::int64_t kAhead = 8192;  // bytes of rows requested ahead of use
 
@@ -24,7 +24,8 @@ template <Metric M, class T> void reduce_pairs(Stage& stage, int n, std::int64_t
     constexpr int line = 64 / int(sizeof(T));  // elements of a cache line
     if (!n) return;
     const std::int64_t bytes = dim * std::int64_t(sizeof(T));
-    const int ahead = int(std::clamp<std::int64_t>(kAhead / (bytes + 1), kGroup, kMostAhead)) / kGroup * kGroup;
+    const int ahead =
+        int(std::clamp<std::int64_t>(kAhead / (bytes + 1), kGroup, kMostAhead)) / kGroup * kGroup;
     std::fill_n(stage.a + n, kGroup, stage.a[n - 1]);
     std::fill_n(stage.b + n, kGroup + kMostAhead, stage.b[n - 1]);
     for (int e = 0; e < ahead; ++e) prefetch(stage.b[e], bytes);

@@ -95,7 +95,8 @@ template <class A> FASTKD_HD void reduce_add4(const vec<A> (&v)[4], A* out) {
         const quad c = fold<A, kVecBytes>(v[2], add), d = fold<A, kVecBytes>(v[3], add);
         const quad ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
         const quad cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-        const quad sum = __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+        const quad sum =
+            __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
         __builtin_memcpy(out, &sum, sizeof(sum));
     }
 }

@@ -128,7 +128,9 @@ template <class A> struct Args {
     RowStats<A>* hubs;
 
     // Of one edge: student's raw reduction, kernel values, and those with weights.
-    struct Edge { A r, value_s, value_t, s, t; };
+    struct Edge {
+        A r, value_s, value_t, s, t;
+    };
 
     __device__ Edge edge(std::int64_t x) const {
         Edge e;
@@ -149,7 +151,8 @@ template <class A> struct Args {
         const Probabilities<A> p(e.s, e.t, row);
         A factor = A(metric_factor(student.metric) * *scale);
         if (src_inv_norm) factor *= dst_inv_norm[i] * src_inv_norm[g.col[x]];
-        coef[x] = factor * slope_of(student, e.r, e.value_s) * edge_gradient(teacher_student, p.s, p.t, p.d, row.mean);
+        coef[x] = factor * slope_of(student, e.r, e.value_s) *
+                  edge_gradient(teacher_student, p.s, p.t, p.d, row.mean);
     }
     __device__ bool is_hub(std::int64_t i) const { return g.begin(i + 1) - g.begin(i) > kBlock; }
     __device__ RowStats<A>& hub(std::int64_t i) const { return hubs[2 * ((g.begin(i) + i) / kBlock) + 1]; }
@@ -321,8 +324,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) totals_kernel(Arg
 }
 
 // From the totals of `blocks` blocks: with count, the scale; else the loss.
-template <class A>
-__global__ void __launch_bounds__(kThreads) finish_kernel(Args<A> a, std::int64_t blocks, bool count) {
+template <class A> __global__ void __launch_bounds__(kThreads)
+    finish_kernel(Args<A> a, std::int64_t blocks, bool count) {
     __shared__ double scratch[kWarps];
     double sum = 0, rows = 0, edges = 0;
     for (std::int64_t k = threadIdx.x; k < blocks; k += kThreads) {
@@ -345,8 +348,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Args<A> a, std::int64_
     *a.scale = by > 0 ? 1 / by : 0;
 }
 
-template <class A>
-__global__ void __launch_bounds__(kThreads)
+template <class A> __global__ void __launch_bounds__(kThreads)
     values_kernel(std::int64_t edges, Kernel kernel, const A* r, A* values) {
     const std::int64_t x = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
     if (x < edges) values[x] = value_of(kernel, r[x]);

@@ -43,8 +43,13 @@ template <Metric M, class T, int V> struct Pass {
     Pack<T, V> self[C], sum[C];
 
     __device__ Pass(const Args<T>& args, std::int64_t row, std::int64_t first_feature)
-        : a(args), i(row), first(first_feature), lane(threadIdx.x % 32), group(lane / args.lanes),
-          part(lane % args.lanes), groups(32 / args.lanes) {
+        : a(args),
+          i(row),
+          first(first_feature),
+          lane(threadIdx.x % 32),
+          group(lane / args.lanes),
+          part(lane % args.lanes),
+          groups(32 / args.lanes) {
 #pragma unroll
         for (int c = 0; c < C; ++c) {
             self[c] = inside(c) ? Pack<T, V>::load(a.self.row(i) + feature(c)) : Pack<T, V>::zero();
@@ -99,8 +104,10 @@ template <Metric M, class T, int V> struct Pass {
             if (inside(c))
 #pragma unroll
                 for (int v = 0; v < V; ++v) {
-                    if (w0 != 0) sum[c].v[v] = accumulate_gradient<M>(sum[c].v[v], w0, self[c].v[v], x0[c].v[v]);
-                    if (w1 != 0) sum[c].v[v] = accumulate_gradient<M>(sum[c].v[v], w1, self[c].v[v], x1[c].v[v]);
+                    if (w0 != 0)
+                        sum[c].v[v] = accumulate_gradient<M>(sum[c].v[v], w0, self[c].v[v], x0[c].v[v]);
+                    if (w1 != 0)
+                        sum[c].v[v] = accumulate_gradient<M>(sum[c].v[v], w1, self[c].v[v], x1[c].v[v]);
                 }
     }
 
@@ -174,29 +181,31 @@ template <Metric M, class T, int V> __global__ void __launch_bounds__(kThreads) 
     __shared__ A shared[kWarps][32 * V * C];
     const int warp = threadIdx.x / 32;
     auto begin = [&](std::int64_t i) { return a.begin(i); };
-    for_pieces(begin, a.self.rows, blockIdx.x, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-        const std::int64_t share = (e - b + kWarps - 1) / kWarps;
-        const std::int64_t from = b + warp * share < e ? b + warp * share : e;
-        const std::int64_t to = from + share < e ? from + share : e;
-        const std::int64_t width = std::int64_t(a.lanes) * V * C;
-        for (std::int64_t first = 0; first < a.self.cols; first += width) {
-            Pass<M, T, V> pass(a, i, first);
-            pass.add(from, to);
-            pass.combine();
-            if (pass.group == 0)
+    for_pieces(begin, a.self.rows, blockIdx.x,
+               [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+                   const std::int64_t share = (e - b + kWarps - 1) / kWarps;
+                   const std::int64_t from = b + warp * share < e ? b + warp * share : e;
+                   const std::int64_t to = from + share < e ? from + share : e;
+                   const std::int64_t width = std::int64_t(a.lanes) * V * C;
+                   for (std::int64_t first = 0; first < a.self.cols; first += width) {
+                       Pass<M, T, V> pass(a, i, first);
+                       pass.add(from, to);
+                       pass.combine();
+                       if (pass.group == 0)
 #pragma unroll
-                for (int c = 0; c < C; ++c)
+                           for (int c = 0; c < C; ++c)
 #pragma unroll
-                    for (int v = 0; v < V; ++v) shared[warp][(c * a.lanes + pass.part) * V + v] = pass.sum[c].v[v];
-            __syncthreads();
-            for (int d = threadIdx.x; d < width && first + d < a.self.cols; d += kThreads) {
-                A sum = 0;
-                for (int w = 0; w < kWarps; ++w) sum += shared[w][d];
-                a.parts[slot * a.self.cols + first + d] = sum;
-            }
-            __syncthreads();
-        }
-    });
+                               for (int v = 0; v < V; ++v)
+                                   shared[warp][(c * a.lanes + pass.part) * V + v] = pass.sum[c].v[v];
+                       __syncthreads();
+                       for (int d = threadIdx.x; d < width && first + d < a.self.cols; d += kThreads) {
+                           A sum = 0;
+                           for (int w = 0; w < kWarps; ++w) sum += shared[w][d];
+                           a.parts[slot * a.self.cols + first + d] = sum;
+                       }
+                       __syncthreads();
+                   }
+               });
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads) hubs_kernel(Args<T> a) {
@@ -254,8 +263,8 @@ void gradient(const Gradient& op, void* stream) {
         bool wide = vectorizable(op.self);
         for (int k = 0; k < op.num_lists; ++k) {
             const Incidence& list = op.lists[k];
-            args.lists[k] = {graph_of(list.graph), {list.perm, list.graph.wide}, list.mirrored,
-                             matrix_of<T>(list.other)};
+            args.lists[k] = {
+                graph_of(list.graph), {list.perm, list.graph.wide}, list.mirrored, matrix_of<T>(list.other)};
             wide = wide && vectorizable(list.other);
         }
         args.cosine = op.metric == Metric::cosine;
@@ -269,9 +278,7 @@ void gradient(const Gradient& op, void* stream) {
             constexpr int V = decltype(width)::value;
             const std::int64_t vectors = ceil_div(op.self.cols, V);
             args.lanes = lanes_for(ceil_div(vectors, C));
-            dispatch(op.metric, [&](auto metric) {
-                run<decltype(metric)::value, T, V>(op, args, stream);
-            });
+            dispatch(op.metric, [&](auto metric) { run<decltype(metric)::value, T, V>(op, args, stream); });
         });
     });
 }

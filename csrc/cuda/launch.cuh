@@ -33,7 +33,7 @@ void launch(const char* name, void (*kernel)(P...), std::int64_t blocks, void* s
     (void)stream;
     simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, P(args)...);
 #else
-    kernel<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(P(args)...);
+    kernel<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)> > >(P(args)...);
 #endif
     check(cudaGetLastError(), name);
 }
@@ -108,8 +108,7 @@ __device__ void for_pieces(const Begin& begin, std::int64_t rows, std::int64_t b
 }
 
 // slot(s) for the pieces of hub i, in order.
-template <class Begin, class Slot>
-__device__ void for_slots(const Begin& begin, std::int64_t i, Slot slot) {
+template <class Begin, class Slot> __device__ void for_slots(const Begin& begin, std::int64_t i, Slot slot) {
     const std::int64_t first = (begin(i) + i) / kBlock, last = (begin(i + 1) - 1 + i) / kBlock;
     slot(2 * first + 1);
     for (std::int64_t k = first + 1; k <= last; ++k) slot(2 * k);
@@ -168,7 +167,8 @@ template <class T> Matrix<T> matrix_of(const Features& x) {
 // Whether all rows may be read 16 bytes at a time.
 inline bool vectorizable(const Features& x) {
     const std::int64_t size = x.dtype == DType::f64 ? 8 : (x.dtype == DType::f32 ? 4 : 2);
-    return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride * size % 16 == 0 && x.cols * size % 16 == 0;
+    return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride * size % 16 == 0 &&
+           x.cols * size % 16 == 0;
 }
 
 // f(value_tag<V>): 16 bytes of T, or single elements.

@@ -7,10 +7,9 @@ namespace {
 
 constexpr int kInFlight = 4;  // edges per group whose loads are independent
 
-template <Metric M, class T, int V>
-__global__ void __launch_bounds__(kThreads) similarity_kernel(
-    Graph g, Matrix<T> src, Matrix<T> dst, const acc_t<T>* src_inv_norm, const acc_t<T>* dst_inv_norm,
-    Indices reverse, bool cosine, int lanes, acc_t<T>* r) {
+template <Metric M, class T, int V> __global__ void __launch_bounds__(kThreads)
+    similarity_kernel(Graph g, Matrix<T> src, Matrix<T> dst, const acc_t<T>* src_inv_norm,
+                      const acc_t<T>* dst_inv_norm, Indices reverse, bool cosine, int lanes, acc_t<T>* r) {
     using A = acc_t<T>;
     __shared__ std::int64_t rows[kWarps][32], cols[kWarps][32];
     __shared__ int slots[kWarps][32];
@@ -69,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) similarity_kernel(
     }
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads) inverse_norm_kernel(Matrix<T> x, acc_t<T>* out) {
+template <class T, int V> __global__ void __launch_bounds__(kThreads)
+    inverse_norm_kernel(Matrix<T> x, acc_t<T>* out) {
     const int lane = threadIdx.x % 32;
     const std::int64_t i = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (i >= x.rows) return;
@@ -96,8 +95,9 @@ void similarity(const Similarity& op, void* stream) {
                 launch("similarity", similarity_kernel<decltype(metric)::value, T, V>,
                        ceil_div(op.graph.edges, kThreads), stream, graph_of(op.graph), matrix_of<T>(op.src),
                        matrix_of<T>(op.dst), static_cast<const A*>(op.src_inv_norm),
-                       static_cast<const A*>(op.dst_inv_norm), Indices{op.reverse, op.graph.wide}, op.metric == Metric::cosine,
-                       lanes_for(ceil_div(op.src.cols, V)), static_cast<A*>(op.r));
+                       static_cast<const A*>(op.dst_inv_norm), Indices{op.reverse, op.graph.wide},
+                       op.metric == Metric::cosine, lanes_for(ceil_div(op.src.cols, V)),
+                       static_cast<A*>(op.r));
             });
         });
     });
@@ -107,8 +107,9 @@ void inverse_norm(const InverseNorm& op, void* stream) {
     dispatch(op.x.dtype, [&](auto dtype) {
         using T = typename decltype(dtype)::type;
         dispatch_vector<T>(vectorizable(op.x), [&](auto width) {
-            launch("inverse_norm", inverse_norm_kernel<T, decltype(width)::value>, ceil_div(op.x.rows, kWarps),
-                   stream, matrix_of<T>(op.x), static_cast<acc_t<T>*>(op.inv_norm));
+            launch("inverse_norm", inverse_norm_kernel<T, decltype(width)::value>,
+                   ceil_div(op.x.rows, kWarps), stream, matrix_of<T>(op.x),
+                   static_cast<acc_t<T>*>(op.inv_norm));
         });
     });
 }

@@ -110,8 +110,8 @@ inline uint3 thread_index, block_index;
 inline dim3 block_size, grid_size;
 inline cudaError_t last_error = cudaSuccess;
 
-void run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-         void (*body)(const void*), const void* context);
+void run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
+         const void* context);
 cudaError_t allow_shared(const void* kernel, int bytes);
 void syncthreads(Site site);
 // Waits for the lanes of the mask. Votes give the ballot, shuffles the value of the source lane.
@@ -126,8 +126,7 @@ Segment segment(Op op, unsigned mask, int width, Site site);
 
 inline cudaError_t fail(cudaError_t error) { return last_error = error; }
 
-template <class T>
-T shuffle(Op op, unsigned mask, T value, unsigned source, Site site) {
+template <class T> T shuffle(Op op, unsigned mask, T value, unsigned source, Site site) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
                   "shuffles move 4- and 8-byte arithmetic types");
     using Bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
@@ -156,26 +155,32 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_byte
 
 }  // namespace simt
 
-inline cudaError_t cudaGetLastError() {
-    return std::exchange(simt::detail::last_error, cudaSuccess);
-}
+inline cudaError_t cudaGetLastError() { return std::exchange(simt::detail::last_error, cudaSuccess); }
 
 inline const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
-        case cudaSuccess: return "cudaSuccess";
-        case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
-        case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
-        case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+        case cudaSuccess:
+            return "cudaSuccess";
+        case cudaErrorInvalidValue:
+            return "cudaErrorInvalidValue";
+        case cudaErrorInvalidConfiguration:
+            return "cudaErrorInvalidConfiguration";
+        case cudaErrorInvalidDevice:
+            return "cudaErrorInvalidDevice";
     }
     return "unrecognized error code";
 }
 
 inline const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
-        case cudaSuccess: return "no error";
-        case cudaErrorInvalidValue: return "invalid argument";
-        case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-        case cudaErrorInvalidDevice: return "invalid device ordinal";
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorInvalidValue:
+            return "invalid argument";
+        case cudaErrorInvalidConfiguration:
+            return "invalid configuration argument";
+        case cudaErrorInvalidDevice:
+            return "invalid device ordinal";
     }
     return "unrecognized error code";
 }
@@ -192,7 +197,9 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device != 0) return simt::detail::fail(cudaErrorInvalidDevice);
     switch (attribute) {
-        case cudaDevAttrMultiProcessorCount: *value = 2; return cudaSuccess;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 2;
+            return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = simt::detail::kSharedOptin;
             return cudaSuccess;
@@ -200,8 +207,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     return simt::detail::fail(cudaErrorInvalidValue);
 }
 
-template <class T>
-cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
+template <class T> cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
     return simt::detail::allow_shared(reinterpret_cast<const void*>(kernel), value);
 }
@@ -232,33 +238,29 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, simt::Site site = simt::Site
 // Offsets count modulo 32, and a lane whose source would leave its segment keeps its own value.
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32,
-              simt::Site site = simt::Site::here()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, simt::Site site = simt::Site::here()) {
     const auto s = simt::detail::segment(simt::Op::shfl, mask, width, site);
     const unsigned from = s.first | (static_cast<unsigned>(source) & (s.last - s.first));
     return simt::detail::shuffle(simt::Op::shfl, mask, value, from, site);
 }
 
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 simt::Site site = simt::Site::here()) {
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                    simt::Site site = simt::Site::here()) {
     const auto s = simt::detail::segment(simt::Op::shfl_up, mask, width, site);
     const unsigned d = delta & 31, from = d > s.lane - s.first ? s.lane : s.lane - d;
     return simt::detail::shuffle(simt::Op::shfl_up, mask, value, from, site);
 }
 
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                   simt::Site site = simt::Site::here()) {
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                      simt::Site site = simt::Site::here()) {
     const auto s = simt::detail::segment(simt::Op::shfl_down, mask, width, site);
     const unsigned d = delta & 31, from = d > s.last - s.lane ? s.lane : s.lane + d;
     return simt::detail::shuffle(simt::Op::shfl_down, mask, value, from, site);
 }
 
 // Unlike the others, this one may read from an earlier segment.
-template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
-                  simt::Site site = simt::Site::here()) {
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                                     simt::Site site = simt::Site::here()) {
     const auto s = simt::detail::segment(simt::Op::shfl_xor, mask, width, site);
     const unsigned other = s.lane ^ (static_cast<unsigned>(lane_mask) & 31);
     const unsigned from = other > s.last ? s.lane : other;
@@ -266,18 +268,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
-    return static_cast<unsigned>(simt::detail::collective(simt::Op::ballot, mask, predicate != 0,
-                                                          simt::detail::lane(), site));
+    return static_cast<unsigned>(
+        simt::detail::collective(simt::Op::ballot, mask, predicate != 0, simt::detail::lane(), site));
 }
 
 inline int __any_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
-    return simt::detail::collective(simt::Op::any, mask, predicate != 0, simt::detail::lane(),
-                                    site) != 0;
+    return simt::detail::collective(simt::Op::any, mask, predicate != 0, simt::detail::lane(), site) != 0;
 }
 
 inline int __all_sync(unsigned mask, int predicate, simt::Site site = simt::Site::here()) {
-    return simt::detail::collective(simt::Op::all, mask, predicate == 0, simt::detail::lane(),
-                                    site) == 0;
+    return simt::detail::collective(simt::Op::all, mask, predicate == 0, simt::detail::lane(), site) == 0;
 }
 
 // CUDA does not promise that lanes converge, so the caller alone is always a right answer, and the
@@ -291,10 +291,7 @@ inline int __popcll(unsigned long long v) { return std::popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
 
-template <class T>
-T __ldg(const T* p) {
-    return *p;
-}
+template <class T> T __ldg(const T* p) { return *p; }
 
 inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
@@ -308,8 +305,7 @@ inline long long __double_as_longlong(double v) { return std::bit_cast<long long
 
 namespace simt::detail {
 
-template <class T>
-T add(T a, T b) {
+template <class T> T add(T a, T b) {
     if constexpr (std::is_floating_point_v<T>) {
         return a + b;
     } else {  // unsigned, because atomics wrap

@@ -62,15 +62,13 @@ void test_indices() {
     for (const int n : seen) CHECK(n == 1);
 }
 
-template <class T>
-__global__ void warp_sum(const T* in, T* out) {
+template <class T> __global__ void warp_sum(const T* in, T* out) {
     T v = in[threadIdx.x];
     for (unsigned d = 16; d; d /= 2) v += __shfl_down_sync(kAll, v, d);
     if (threadIdx.x % 32 == 0) out[threadIdx.x / 32] = v;
 }
 
-template <class T>
-void test_warp_sum() {
+template <class T> void test_warp_sum() {
     std::vector<T> in(128), out(4), expected(4);
     for (std::size_t i = 0; i < in.size(); ++i) expected[i / 32] += in[i] = static_cast<T>(i * i);
     simt::launch(warp_sum<T>, 1, 128, 0, in.data(), out.data());
@@ -94,9 +92,7 @@ void test_widths() {
             for (int lane = 0; lane < 32; ++lane) {
                 const int first = lane / width * width, in = lane - first;
                 const int other = lane ^ amount;
-                const auto at = [&](int i) {
-                    return out[static_cast<std::size_t>(i + lane)] - 100;
-                };
+                const auto at = [&](int i) { return out[static_cast<std::size_t>(i + lane)] - 100; };
                 CHECK(at(0) == first + amount % width);
                 CHECK(at(32) == (in < amount ? lane : lane - amount));
                 CHECK(at(64) == (in + amount >= width ? lane : lane + amount));
@@ -331,17 +327,14 @@ void test_faults() {
         return error_of([&] { simt::launch(kernel, dim3(1, 2), threads, 0); });
     };
     const char* block = orders[1] == std::string(std::getenv("FASTKD_SIMT_ORDER")) ? "(0,1,0)" : "";
-    CHECK(mentions(fault(half_at_barrier, 64),
-                   {"deadlock in block (0,", block, "threads 0-31", "__syncthreads at",
-                    "selftest.cpp:", "threads 48-63", "__syncwarp with mask 0xffffffff",
-                    "of its mask, threads 32-47 exited"}));
+    CHECK(mentions(
+        fault(half_at_barrier, 64),
+        {"deadlock in block (0,", block, "threads 0-31", "__syncthreads at", "selftest.cpp:", "threads 48-63",
+         "__syncwarp with mask 0xffffffff", "of its mask, threads 32-47 exited"}));
     CHECK(mentions(fault(two_barriers, 64), {"deadlock", "threads 0-31", "threads 32-63"}));
-    CHECK(mentions(fault(shuffle_after_exit, 32),
-                   {"threads 0-4, 6-31", "of its mask, thread 5 exited"}));
-    CHECK(mentions(fault(reads_outside_mask, 32),
-                   {"__shfl_down_sync with mask 0x000000ff", "reads lane"}));
-    CHECK(mentions(fault(outside_own_mask, 32),
-                   {"thread 1 (1,0,0)", "does not name the calling lane 1"}));
+    CHECK(mentions(fault(shuffle_after_exit, 32), {"threads 0-4, 6-31", "of its mask, thread 5 exited"}));
+    CHECK(mentions(fault(reads_outside_mask, 32), {"__shfl_down_sync with mask 0x000000ff", "reads lane"}));
+    CHECK(mentions(fault(outside_own_mask, 32), {"thread 1 (1,0,0)", "does not name the calling lane 1"}));
     CHECK(mentions(fault(odd_width, 32), {"width 12"}));
 
     int owners = 0;
@@ -359,8 +352,7 @@ void test_refused_launches() {
     CHECK(launch(1, 1025, 0) == cudaErrorInvalidConfiguration);
     CHECK(launch(1, 256, 60000) == cudaErrorInvalidValue);
     CHECK(cudaGetLastError() == cudaSuccess);
-    CHECK(cudaFuncSetAttribute(block_sum, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000) ==
-          cudaSuccess);
+    CHECK(cudaFuncSetAttribute(block_sum, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000) == cudaSuccess);
     CHECK(launch(1, 256, 60000) == cudaSuccess);
     CHECK(std::string(cudaGetErrorName(cudaErrorInvalidValue)) == "cudaErrorInvalidValue");
 }
@@ -423,8 +415,7 @@ void bench() {
         const int blocks = 20000;
         const auto start = std::chrono::steady_clock::now();
         simt::launch(kernel, blocks, 256, 0, &out);
-        const std::chrono::duration<double, std::micro> time =
-            std::chrono::steady_clock::now() - start;
+        const std::chrono::duration<double, std::micro> time = std::chrono::steady_clock::now() - start;
         std::printf("%s: %.1f us a block of 256 threads\n", name, time.count() / blocks);
     };
     for (const char* order : orders) {

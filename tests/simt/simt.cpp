@@ -57,8 +57,7 @@ struct Context {
         state.uc_stack.ss_sp = stack;
         state.uc_stack.ss_size = static_cast<std::size_t>(top - stack);
         state.uc_link = nullptr;
-        makecontext(
-            &state, [] { fiber_main(); }, 0);
+        makecontext(&state, [] { fiber_main(); }, 0);
     }
 };
 
@@ -200,8 +199,7 @@ class PooledFiber : public Fiber {
     PooledFiber() {
         const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
         bytes_ = kStackBytes + page;
-        void* memory =
-            mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) throw std::bad_alloc();
         memory_ = static_cast<char*>(memory);
         mprotect(memory_, page, PROT_NONE);  // stacks grow down
@@ -236,8 +234,7 @@ constexpr unsigned kWarp = 32;
 
 unsigned lowest(std::uint64_t bits) { return static_cast<unsigned>(std::countr_zero(bits)); }
 
-template <class F>
-void each_lane(unsigned lanes, F f) {
+template <class F> void each_lane(unsigned lanes, F f) {
     for (; lanes; lanes &= lanes - 1) f(lowest(lanes));
 }
 
@@ -346,9 +343,9 @@ bool same(Site a, Site b) {
 }
 
 [[noreturn]] void misuse(Op op, unsigned mask, Site site, const std::string& what) {
-    throw std::runtime_error("simt: block " + text(blockIdx) + ", thread " +
-                             std::to_string(current->number) + " " + text(current->index) + ": " +
-                             text(op, mask) + " at " + text(site) + ": " + what);
+    throw std::runtime_error("simt: block " + text(blockIdx) + ", thread " + std::to_string(current->number) +
+                             " " + text(current->index) + ": " + text(op, mask) + " at " + text(site) + ": " +
+                             what);
 }
 
 // All live threads wait: who for what, and why that does not come.
@@ -363,8 +360,7 @@ std::string deadlock() {
         const auto found = std::find_if(groups.begin(), groups.end(), [&](const Group& g) {
             const Thread& f = *g.first;
             return f.op == t.op && same(f.site, t.site) &&
-                   (t.op == Op::syncthreads ||
-                    (f.mask == t.mask && f.number / kWarp == t.number / kWarp));
+                   (t.op == Op::syncthreads || (f.mask == t.mask && f.number / kWarp == t.number / kWarp));
         });
         if (found == groups.end()) {
             groups.push_back({&t, {t.number}});
@@ -377,8 +373,8 @@ std::string deadlock() {
     for (const Group& g : groups) {
         const Thread& f = *g.first;
         report += "\n  " + text(g.members) + " " + text(f.index) +
-                  (g.members.size() == 1 ? " waits at " : "... wait at ") + text(f.op, f.mask) +
-                  " at " + text(f.site);
+                  (g.members.size() == 1 ? " waits at " : "... wait at ") + text(f.op, f.mask) + " at " +
+                  text(f.site);
         if (f.op == Op::syncthreads) continue;
         std::vector<unsigned> exited, elsewhere;
         const unsigned warp = f.number / kWarp;
@@ -517,8 +513,7 @@ class Order {
         if (!reverse_ && !random_ && order != "forward") {
             throw std::invalid_argument("simt: FASTKD_SIMT_ORDER is forward, reverse or random");
         }
-        if (const char* seed = std::getenv("FASTKD_SIMT_SEED"))
-            state_ += std::strtoull(seed, nullptr, 10);
+        if (const char* seed = std::getenv("FASTKD_SIMT_SEED")) state_ += std::strtoull(seed, nullptr, 10);
     }
 
     bool random() const { return random_; }
@@ -559,8 +554,7 @@ std::unordered_map<const void*, int>& shared_limits() {
 cudaError_t check(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes) {
     const auto product = [](dim3 d) { return std::uint64_t{d.x} * d.y * d.z; };
     if (block.x > 1024 || block.y > 1024 || block.z > 64 || grid.x > 0x7fffffff || grid.y > 65535 ||
-        grid.z > 65535 || product(block) == 0 || product(block) > kMaxThreads ||
-        product(grid) == 0) {
+        grid.z > 65535 || product(block) == 0 || product(block) > kMaxThreads || product(grid) == 0) {
         return cudaErrorInvalidConfiguration;
     }
     const auto limit = shared_limits().find(kernel);
@@ -593,10 +587,9 @@ void* dynamic_shared() { return dynamic_memory; }
 
 namespace detail {
 
-void run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-         void (*body)(const void*), const void* context) {
-    static std::recursive_mutex
-        mutex;  // recursive, so that a nested launch gets to the check below
+void run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, void (*body)(const void*),
+         const void* context) {
+    static std::recursive_mutex mutex;  // recursive, so that a nested launch gets to the check below
     const std::lock_guard lock(mutex);
     if (current) throw std::logic_error("simt: a kernel cannot launch a kernel");
     if (const auto refused = check(kernel, grid, block, shared_bytes); refused != cudaSuccess) {
@@ -646,8 +639,7 @@ unsigned lane() { return current->number % kWarp; }
 Segment segment(Op op, unsigned mask, int width, Site site) {
     const auto w = static_cast<unsigned>(width);
     if (w == 0 || w > kWarp || (w & (w - 1))) {
-        misuse(op, mask, site,
-               "the width " + std::to_string(width) + " is no power of two up to 32");
+        misuse(op, mask, site, "the width " + std::to_string(width) + " is no power of two up to 32");
     }
     return {lane(), lane() & ~(w - 1), lane() | (w - 1)};
 }
@@ -685,8 +677,8 @@ std::uint64_t collective(Op op, unsigned mask, std::uint64_t value, unsigned sou
     }
 
     const auto end = warp.meeting.begin() + warp.meetings;
-    const auto meeting = std::find_if(
-        warp.meeting.begin(), end, [&](const Meeting& m) { return m.op == op && m.mask == mask; });
+    const auto meeting = std::find_if(warp.meeting.begin(), end,
+                                      [&](const Meeting& m) { return m.op == op && m.mask == mask; });
     if (meeting == end) {
         *meeting = {op, mask, 0};
         ++warp.meetings;
