@@ -33,7 +33,8 @@ void launch(const char* name, void (*kernel)(P...), std::int64_t blocks, void* s
     (void)stream;
     simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, P(args)...);
 #else
-    kernel<<<unsigned(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)> > >(P(args)...);
+    const auto on = static_cast<cudaStream_t>(stream);
+    kernel<<<unsigned(blocks), kThreads, 0, on> > >(P(args)...);
 #endif
     check(cudaGetLastError(), name);
 }
