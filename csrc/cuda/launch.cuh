@@ -34,7 +34,7 @@ void launch(const char* name, void (*kernel)(P...), std::int64_t blocks, void* s
     simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, P(args)...);
 #else
     const auto on = static_cast<cudaStream_t>(stream);
-    kernel<<<unsigned(blocks), kThreads, 0, on> > >(P(args)...);
+    kernel<<<unsigned(blocks), kThreads, 0, on>>>(P(args)...);
 #endif
     check(cudaGetLastError(), name);
 }
