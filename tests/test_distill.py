@@ -127,6 +127,21 @@ def test_taps():
     assert torch.equal(taps["1"], model[0](x).relu())
     assert taps["1"].requires_grad
     assert str(taps) == "1: ReLU -> [5, 4] float32"
+    calls = []
+    model[2].register_forward_hook(lambda *_: calls.append(1))
+    taps.clear()
+    with taps.stopping():
+        model(-x)
+    assert torch.equal(taps["1"], model[0](-x).relu()) and not calls
+    model(x)
+    assert calls == [1]
+    twice = nn.Sequential(model[0], model[1], nn.Linear(4, 3), model[0])
+    taps = Taps(twice, ["0"])
+    expected = twice(x)
+    taps.clear()
+    with taps.stopping():  # the last output counts
+        twice(x)
+    assert torch.equal(taps["0"], expected)
     taps.remove()
     taps.clear()
     model(x)

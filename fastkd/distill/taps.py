@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 __all__ = ["Taps"]
+
+
+class _Enough(Exception):
+    """Ends a forward pass whose taps have all caught something."""
 
 
 class Taps:
@@ -32,6 +38,7 @@ class Taps:
         modules = {name: module for name, module in model.named_modules() if name}
         self._modules = {}
         self._hooks = []
+        self._stop = self._repeated = False
         for name in self._caught:
             if name not in modules:
                 close = difflib.get_close_matches(name, modules, 1)
@@ -46,8 +53,23 @@ class Taps:
             if not isinstance(value, Tensor):
                 raise TypeError(f"layer {name!r} of the {self.role} returned {type(value).__name__}, which is "
                                 "no tensor: tap a module that returns one")
+            self._repeated |= self._caught[name] is not None
             self._caught[name] = value
+            if self._stop and all(x is not None for x in self._caught.values()):
+                raise _Enough
         return hook
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Ends the forward pass within as soon as every layer was called, so that nothing is computed that
+        nobody looks at. Not where a layer was seen to be called twice in a pass: its last output counts."""
+        self._stop = bool(self._caught) and not self._repeated
+        try:
+            yield
+        except _Enough:
+            pass
+        finally:
+            self._stop = False
 
     def __getitem__(self, name: str | None) -> Tensor:
         """[N, D], the last output of the module."""

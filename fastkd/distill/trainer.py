@@ -192,8 +192,12 @@ class Distiller:
             return self._kept[batch.key]
         teacher = self.teacher
         assert teacher is not None  # without one there are no losses
+        out: dict[str, Any] = {}
+        logits = any(self.terms[name].weight > 0 and loss.uses == "logits" for name, loss in self.losses.items())
+        self._taps_t.clear()
         with torch.no_grad():
-            out: dict[str, Any] = {"logits": self._call(teacher, batch)}
+            with contextlib.nullcontext() if logits else self._taps_t.stopping():
+                out["logits"] = self._call(teacher, batch)
             for layer in self._layers("teacher"):
                 out[layer] = self._taps_t[layer].detach()
             out["graphs"] = {layer: batch.graph or _own_graph(teacher, layer)
