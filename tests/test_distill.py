@@ -136,12 +136,12 @@ def test_taps():
     model(x)
     assert calls == [1]
     twice = nn.Sequential(model[0], model[1], nn.Linear(4, 3), model[0])
-    taps = Taps(twice, ["0"])
+    again = Taps(twice, ["0"])
     expected = twice(x)
-    taps.clear()
-    with taps.stopping():  # the last output counts
+    again.clear()
+    with again.stopping():  # the last output counts
         twice(x)
-    assert torch.equal(taps["0"], expected)
+    assert torch.equal(again["0"], expected)
     taps.remove()
     taps.clear()
     model(x)
