@@ -70,12 +70,13 @@ def distill(
     resume: Path = typer.Option(None, help="Go on in this folder, with the configuration it was begun with."),
     device: str = typer.Option("cpu", help="cpu, cuda or cuda:N."),
     teacher_only: bool = typer.Option(False, help="Train, or find, the teacher and stop."),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="Write curves into the folder's tensorboard/."),
 ) -> None:
     """Train a teacher, if there is none yet, and distil it into students.
 
     On several processes: torchrun --nproc-per-node 2 -m fastkd distill RECIPE."""
     from . import data
-    from .distill import CheckpointError, ConfigError, RankLost, Stopped, World, load_config, runs
+    from .distill import CheckpointError, ConfigError, RankLost, Stopped, TensorBoard, World, load_config, runs
     from .distill.checkpoint import write_json
 
     directory = resume or out or Path("runs") / Path(recipe).stem
@@ -91,6 +92,7 @@ def distill(
         return load_config(json.loads(begun.read_text()), settings)
 
     try:
+        curves = TensorBoard(directory / "tensorboard") if tensorboard else None
         world = World.from_environment(device)
         console.quiet = world.rank > 0
         config = world.first(load) if resume is not None else load()
@@ -99,13 +101,19 @@ def distill(
         task = data.load(config.data)
         console.print(f"{task.name}: {task.source}", highlight=False)
         bars = _Bars()
+
+        def progress(*latest: Any) -> None:
+            bars(*latest)
+            if curves is not None:
+                curves(*latest)
+
         records = []
         with bars.progress:
             if teacher_only:
-                _, record = runs.teacher_of(config, task, directory, bars, world.device, world)
+                _, record = runs.teacher_of(config, task, directory, progress, world.device, world)
             else:
                 for seed in range(seeds):
-                    records.append(runs.distil(config, seed, directory / f"seed{seed}", task=task, progress=bars,
+                    records.append(runs.distil(config, seed, directory / f"seed{seed}", task=task, progress=progress,
                                                device=world.device, teachers=directory, world=world))
                 record = records[0]["teacher"]
         console.print(_table(record, records, config))
@@ -115,7 +123,7 @@ def distill(
     except Stopped as stop:
         console.print(f"{stop}: fastkd distill {recipe} --resume {directory} --seeds {seeds}")
         raise typer.Exit(130) from None
-    except (ConfigError, CheckpointError, RankLost, ValueError, FileNotFoundError, ImportError) as error:
+    except (ConfigError, CheckpointError, RankLost, ValueError, OSError, ImportError) as error:
         _fail(error)
 
 
@@ -173,7 +181,7 @@ def grid(
     except Stopped as stop:
         console.print(str(stop))
         raise typer.Exit(130) from None
-    except (ConfigError, CheckpointError, ValueError, FileNotFoundError, ImportError) as error:
+    except (ConfigError, CheckpointError, ValueError, OSError, ImportError) as error:
         _fail(error)
 
 
@@ -209,7 +217,7 @@ def report(directory: Path = typer.Argument(..., help="A folder of runs, or of r
 
     try:
         console.print(str(reports.write(directory, out)), highlight=False)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _fail(error)
 
 
@@ -232,7 +240,7 @@ def demo(
     except Stopped as stop:
         console.print(str(stop))
         raise typer.Exit(130) from None
-    except (ConfigError, CheckpointError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, CheckpointError, ValueError, OSError) as error:
         _fail(error)
 
 

@@ -493,6 +493,34 @@ def test_a_file_that_lacks_something(tmp_path, arrays, told):
         assert part in str(caught.value)
 
 
+def task_of(graph, **changes):
+    return data.Task("own", "nodes", 3, 2, False, False, dict.fromkeys(("train", "val", "test"), (graph,)) | changes, "here")
+
+
+@pytest.mark.parametrize("key", ["x", "y", "adj_t", "train_mask", "test_mask"])
+def test_a_graph_of_ones_own_that_lacks_something(tmp_path, key):
+    np.savez(tmp_path / "cora.npz", **tiny())
+    (graph,) = data.load("cora", root=tmp_path).graphs["train"]
+    task_of(graph)
+    del graph[key]
+    with pytest.raises(ValueError, match=rf"own: a graph of the part '(train|test)' has no {key}: needed are x, y, edge_index"):
+        task_of(graph)
+
+
+def test_a_task_of_ones_own_without_a_part(tmp_path):
+    np.savez(tmp_path / "cora.npz", **tiny())
+    (graph,) = data.load("cora", root=tmp_path).graphs["train"]
+    with pytest.raises(ValueError, match=r"graphs must have one or more .* none under 'val'"):
+        task_of(graph, val=[])
+    graph.val_mask = torch.zeros(4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="val_mask holds no node"):
+        task_of(graph)
+    points = {part: torch.zeros(2, 5, 3) for part in ("train", "val", "test")}
+    labels = {"train": torch.zeros(2), "val": torch.zeros(2)}
+    with pytest.raises(ValueError, match="2 shapes and 0 labels for 'test'"):
+        data.Task("own", "shapes", 3, 2, False, True, {}, "here", points, labels)
+
+
 def test_a_shape_file_that_lacks_something(tmp_path):
     np.savez(tmp_path / "modelnet40.npz", points=np.zeros((2, 5, 3)), split=np.array([0, 1]))
     with pytest.raises(ValueError, match="has no label"):
@@ -530,6 +558,24 @@ def test_a_damaged_file_without_checksum(tmp_path, content):
     with pytest.raises(ValueError, match="not a complete npz"):
         data.load("cora", root=tmp_path)
     assert path.read_bytes() == damaged
+
+
+def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path, monkeypatch):
+    from fastkd.data import files
+
+    path = tmp_path / "cora.npz"
+    files.write(path, tiny())
+    kept = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    assert set(kept) == {path, tmp_path / "SHA256SUMS"}
+
+    def full(file, **arrays):
+        pathlib.Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.np, "savez_compressed", full)
+    with pytest.raises(OSError, match=r"cora.npz could not be written \(No space left.*FASTKD_CACHE"):
+        files.write(path, tiny(x=np.ones((4, 3))))
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("name", ["cora", "modelnet40", "twitch7", "tu:MUTAG", "hs_ppi_node2vec", "shapes69"])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -22,17 +24,18 @@ from fastkd.distill import (
     LossConfig,
     Stopped,
     Taps,
+    TensorBoard,
     TrainConfig,
     checkpoint,
     grid,
     load_config,
     runs,
 )
-from fastkd.distill import batches as batching
 from fastkd.distill.config import merged, recipes
 
 LSP = LossConfig(weight=10, student_layer="layers.0", teacher_layer="layers.0",
                  args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}})
+SHORT = ["teacher.train.epochs=3", "student.train.epochs=3", "teacher.model.args.hidden=16"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,31 @@ def test_a_wrong_layer_lists_the_layers(task):
         Distiller(gcn(task, 8), None, task, losses={"lsp": LSP})
 
 
+class Fewer(nn.Module):
+    """A network whose features, and with them the logits if so wished, are of one node less."""
+
+    def __init__(self, task, logits):
+        super().__init__()
+        self.part, self.whole = (nn.Linear(task.num_features, task.num_classes) for _ in range(2))
+        self.logits = logits
+
+    def forward(self, x, adj):
+        part = self.part(x[1:])
+        return part if self.logits else self.whole(x)
+
+
+def test_networks_on_different_nodes(task):
+    hint = LossConfig(weight=1, student_layer="part", teacher_layer="layers.0")
+    n = task.graphs["train"][0].num_nodes
+    for name in ("fitnet", "lsp"):
+        with pytest.raises(ValueError, match=rf"losses.{name}: the student's 'part' has {n - 1} rows, the teacher's "
+                                             rf"'layers.0' {n}: both must be on the same nodes"):
+            Distiller(Fewer(task, False), gcn(task, 16), task, losses={name: hint})
+    for who, networks in (("student", (Fewer(task, True), gcn(task, 16))), ("teacher", (gcn(task, 16), Fewer(task, True)))):
+        with pytest.raises(ValueError, match=f"the {who} gives {n - 1} rows of logits, but the task has {n} nodes"):
+            Distiller(*networks, task, losses={"kd": LossConfig(weight=1)}).fit()
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -226,29 +254,123 @@ def test_patience(task):
     assert result.epochs == result.best_epoch + 4
 
 
-def test_seed_rows_are_what_the_whole_graph_gives(task):
-    """With all neighbours sampled, the first rows' loss is the whole graph's over these rows."""
-    from torch_geometric.data import Data
+# --- sampled neighbourhoods ---------------------------------------------------------------------
 
-    whole = task.graphs["train"][0]
-    order = torch.randperm(whole.num_nodes, generator=torch.Generator().manual_seed(3))
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order))
-    part = Data(x=whole.x[order], y=whole.y[order], edge_index=position[whole.edge_index])
-    part.batch_size, part.num_nodes = 100, whole.num_nodes
-    batch = batching.of_neighbours(part, "train")
-    assert (batch.graph.num_src, batch.graph.num_dst) == (whole.num_nodes, 100)
-    d = distiller(task)
+
+def sample(self, seed, seed_time=None, **options):
+    """Stands for the compiled part of PyG's NeighborSampler: per hop at most k in-edges of every new node."""
+    from torch_geometric.sampler import SamplerOutput
+
+    node, row, col, edge = seed.tolist(), [], [], []
+    place, begin = {v: i for i, v in enumerate(node)}, 0
+    for k in self.num_neighbors.get_mapped_values():
+        begin, hop = len(node), range(begin, len(node))
+        for i in hop:
+            slots = torch.arange(self.colptr[node[i]], self.colptr[node[i] + 1])
+            for slot in slots[torch.randperm(len(slots))][:None if k < 0 else k].tolist():
+                source = int(self.row[slot])
+                if source not in place:
+                    place[source] = len(node)
+                    node.append(source)
+                row, col, edge = [*row, place[source]], [*col, i], [*edge, slot]
+    node, row, col, edge = (torch.tensor(x, dtype=torch.int64) for x in (node, row, col, edge))
+    return SamplerOutput(node, row, col, edge)
+
+
+@pytest.fixture(params=["in Python", "PyG's own"])
+def sampler(request, monkeypatch):
+    from torch_geometric import typing
+    from torch_geometric.sampler import NeighborSampler
+
+    if request.param == "in Python":
+        monkeypatch.setattr(typing, "WITH_TORCH_SPARSE", True)
+        monkeypatch.setattr(NeighborSampler, "_sample", sample)
+    elif not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
+        pytest.skip("neither pyg-lib nor torch-sparse is installed")
+
+
+def sage(task, hidden, seed=0):
+    torch.manual_seed(seed)
+    return models.build("graphsage", task.num_features, task.num_classes, hidden=hidden, dropout=0.0)
+
+
+def sampled(task, neighbors, directory=None, epochs=1, **losses):
+    train = TrainConfig(epochs=epochs, neighbors=neighbors, batch_size=64, save_every=0)
+    return Distiller(sage(task, 8), sage(task, 16, 1), task, losses={"lsp": LSP, **losses}, train=train,
+                     directory=directory)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without")
+def test_seed_rows_are_what_the_whole_graph_gives(task, sampler):
+    """With all neighbours of two hops and layers that need no degree of a source, every batch gives for its
+    seeds what the whole graph does: over all batches the mean over the training nodes."""
+    d = sampled(task, [-1, -1], kd=LossConfig(weight=1))
     d.student.eval()
-    _, terms = d.loss(batch, 0)
-    _, rows = d.loss(next(d._batches("train", False)), 0)
+    (graph,) = task.graphs["train"]
+    batches = list(d._batches("train", True))
+    assert [b.seeds for b in batches] == [64, 64, 64, 8]
+    sums = {}
+    for batch in batches:
+        for name, term in d.loss(batch, 0)[1].items():
+            sums[name] = sums.get(name, 0) + batch.seeds * term.item()
     layers = Taps(d.student, ["layers.0"]), Taps(d.teacher, ["layers.0"])
-    d.student(whole.x, whole.adj_t)
-    d.teacher(whole.x, whole.adj_t)
-    each = fastkd.lsp_loss(layers[0]["layers.0"], layers[1]["layers.0"], whole.edge_index, reduction="none",
+    logits, told = d.student(graph.x, graph.adj_t), d.teacher(graph.x, graph.adj_t)
+    train = graph.train_mask
+    each = fastkd.lsp_loss(layers[0]["layers.0"], layers[1]["layers.0"], graph.edge_index, reduction="none",
                            kernel=fastkd.kernels.RBF(sigma=1.0, scale="mean"))
-    assert terms["lsp"].item() == pytest.approx(each[order[:100]].mean().item(), rel=1e-4)
-    assert rows["lsp"].item() == pytest.approx(each.mean().item(), rel=1e-4)
+    kd = fastkd.distill.losses.build("kd")
+    expected = {"task": nn.functional.cross_entropy(logits[train], graph.y[train]), "lsp": each[train].mean(),
+                "kd": kd(logits[train], told[train])}
+    assert {k: v / 200 for k, v in sums.items()} == {k: pytest.approx(v.item(), rel=1e-4) for k, v in expected.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without")
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sampled_batches(task, sampler, sparse):
+    """Each training node is a seed once; the edges are some of the graph's, at most 3 into a node of the first hop."""
+    (graph,) = task.graphs["train"]
+    marked = copy.copy(graph)
+    marked.x = torch.cat((torch.arange(1, 1 + graph.num_nodes)[:, None].float(), graph.x), 1)  # who is who
+    if sparse:
+        marked.x = marked.x.to_sparse_csr()
+    d = sampled(dataclasses.replace(task, num_features=65, graphs={part: [marked] for part in task.graphs}), [3, 2])
+    known = set(map(tuple, graph.edge_index.t().tolist()))
+    seen = []
+    for batch in d._batches("train", True):
+        x, edges = batch.inputs
+        assert x.layout == (torch.sparse_csr if sparse else torch.strided)
+        node = (x.to_dense() if sparse else x)[:, 0].long() - 1
+        seen += node[:batch.seeds].tolist()
+        assert torch.equal(batch.y, graph.y[node]) and set(map(tuple, node[edges].t().tolist())) <= known
+        assert batch.graph.num_dst == batch.seeds and batch.graph.num_src == len(node)
+        full = torch.bincount(graph.edge_index[1], minlength=graph.num_nodes)[node[:batch.seeds]]
+        assert torch.equal(batch.graph.in_degree().long(), full.clamp(max=3))
+        assert int(torch.bincount(edges[1]).max()) <= 3 and batch.graph.num_edges < edges.shape[1]
+    assert sorted(seen) == graph.train_mask.nonzero()[:, 0].tolist()
+    d.step(0)
+
+
+@pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without")
+def test_sampled_training_resumes_bit_for_bit(task, tmp_path, sampler):
+    whole, part = sampled(task, [4, 2], epochs=4), sampled(task, [4, 2], tmp_path, epochs=4)
+    result = whole.fit()
+    with pytest.raises(Stopped):
+        part.fit(lambda epoch, latest: os.kill(os.getpid(), signal.SIGINT) if epoch == 2 else None)
+    again = sampled(task, [4, 2], tmp_path, epochs=4)
+    assert again.fit().test == result.test
+    assert_same(weights(whole.student), weights(again.student))
+
+
+def test_no_sampler_is_told_before_training(task, tmp_path, monkeypatch):
+    from torch_geometric import typing
+
+    monkeypatch.setattr(typing, "WITH_PYG_LIB", False)
+    monkeypatch.setattr(typing, "WITH_TORCH_SPARSE", False)
+    with pytest.raises(ImportError, match=r"train.neighbors = \[3, 2\] needs pyg-lib.*pip install pyg-lib.*whole graphs"):
+        sampled(task, [3, 2])
+    with pytest.raises(ImportError, match="pyg-lib"):
+        runs.distil(load_config("digits", [*SHORT, "student.train.neighbors=[3, 2]"]), 0, tmp_path / "seed0")
+    assert not list(tmp_path.iterdir()), "the teacher was not trained either"
 
 
 def test_a_loss_that_is_no_number_is_an_error(task):
@@ -337,27 +459,71 @@ def test_a_truncated_checkpoint_is_refused_and_kept(task, tmp_path):
     assert file.read_bytes() == content
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    import safetensors.torch
+def full(tensors, path, metadata=None):
+    """As safetensors.torch.save_file on a full disk."""
+    path.write_bytes(b"half")
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    file = tmp_path / "a.safetensors"
-    checkpoint.save(file, {"x": torch.arange(3)}, {"epoch": 1})
 
-    def full(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
+    file = tmp_path / "b/checkpoint.safetensors"
+    kept = []
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(file, {"x": torch.arange(4)}, {"epoch": 2})
-    tensors, state = checkpoint.load(file)
-    assert state == {"epoch": 1} and torch.equal(tensors["x"], torch.arange(3))
-    assert list(tmp_path.iterdir()) == [file]
+    def progress(epoch, latest):
+        if epoch == 4:
+            kept.append(file.read_bytes())
+            monkeypatch.setattr(safetensors.torch, "save_file", full)
+
+    with pytest.raises(CheckpointError, match=r"b/checkpoint.safetensors could not be written .*No space left.* is "
+                                              "whole.*the same command goes on from the last checkpoint"):
+        distiller(task, tmp_path / "b", 6).fit(progress)
+    monkeypatch.undo()
+    assert [file.read_bytes()] == kept and list(file.parent.iterdir()) == [file]
+    assert checkpoint.load(file)[1]["epoch"] == 3
+    whole, again = distiller(task, tmp_path / "a", 6), distiller(task, tmp_path / "b", 6)
+    assert whole.fit().test == again.fit().test
+    assert_same(weights(whole.student), weights(again.student))
+
+
+@pytest.mark.parametrize("lost", ["weights.safetensors", "result.json"])
+def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, lost):
+    config = load_config("digits", SHORT)
+    replace = checkpoint.os.replace
+
+    def refuse(old, new):
+        if new == tmp_path / "seed0" / lost:
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    runs.teacher_of(config, data.load("digits"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", refuse)
+        with pytest.raises(CheckpointError, match=f"seed0/{lost} could not be written .*No space left.*none before"):
+            runs.distil(config, 0, tmp_path / "seed0")
+    assert {p.name for p in (tmp_path / "seed0").iterdir()} == (
+        {"checkpoint.safetensors"} | ({"weights.safetensors"} if lost == "result.json" else set()))
+    trained = []
+    record = runs.distil(config, 0, tmp_path / "seed0", progress=lambda *latest: trained.append(latest))
+    assert not trained and record["student"]["epochs"] == 3
+    assert {p.name for p in (tmp_path / "seed0").iterdir()} == {"result.json", "weights.safetensors"}
+
+
+def test_a_file_that_becomes_too_large(tmp_path):
+    """The system itself refuses, here by a limit of 100 KB per file: the teacher fits, the student does not."""
+    resource = pytest.importorskip("resource", reason="no resource limits on this system")
+    command = ["distill", "digits", "--set", "teacher.model.args.hidden=8", "--set", "student.model.args.hidden=256",
+               "--set", "teacher.train.epochs=2", "--set", "student.train.epochs=2"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    done = fastkd_command(*command, cwd=tmp_path, preexec_fn=limit)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "seed0/checkpoint.safetensors could not be written" in done.stderr and "too large" in done.stderr
+    left = [p for p in (tmp_path / "runs/digits").rglob("*") if p.is_file()]
+    assert {p.name for p in left} == {"config.json", "weights.safetensors"}
+    done = fastkd_command(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_foreign_files_are_refused(tmp_path):
-    import safetensors.torch
-
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoint.load(tmp_path / "none.safetensors")
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
@@ -365,9 +531,71 @@ def test_foreign_files_are_refused(tmp_path):
         checkpoint.load(tmp_path / "b.safetensors")
 
 
-# --- runs and the grid --------------------------------------------------------------------------
+# --- TensorBoard --------------------------------------------------------------------------------
 
-SHORT = ["teacher.train.epochs=3", "student.train.epochs=3", "teacher.model.args.hidden=16"]
+
+def curves_of(folder):
+    """tag -> [(step, value)] of all event files in a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def curves_of_history(history):
+    rows = [{"loss/total": h["loss"], "val": h["val"], "lr": h["lr"], **{f"loss/{k}": v for k, v in h["terms"].items()}}
+            | {"epoch": h["epoch"]} for h in history]
+    return {tag: [(row["epoch"], pytest.approx(row[tag], rel=1e-6)) for row in rows] for tag in rows[0] if tag != "epoch"}
+
+
+def test_curves_are_the_history(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    config = load_config("digits", [*SHORT, "student.train.epochs=5", "student.train.schedule=cosine",
+                                    "student.train.eval_every=2"])
+    record = runs.distil(config, 0, tmp_path / "seed0", progress=TensorBoard(tmp_path / "tensorboard"))
+    assert {p.name for p in (tmp_path / "tensorboard").iterdir()} == {"teacher", "student-seed-0"}
+    assert curves_of(tmp_path / "tensorboard/teacher") == curves_of_history(record["teacher"]["history"])
+    student = curves_of(tmp_path / "tensorboard/student-seed-0")
+    assert student == curves_of_history(record["student"]["history"])
+    assert [step for step, _ in student["loss/lsp"]] == [1, 3, 4]
+    assert student["lr"][0][1] > student["lr"][1][1] > student["lr"][2][1] > 0
+
+
+def test_resumed_curves_go_on_without_a_step_twice(task, tmp_path):
+    """Stopped after epoch 3; lost after epoch 5 without another checkpoint; so epochs 3 and 4 are told twice."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+
+    def start(act):
+        curves = TensorBoard(tmp_path / "tensorboard")
+
+        def progress(epoch, latest):
+            curves("student", epoch, 8, latest)
+            act(epoch)
+
+        return distiller(task, tmp_path / "run", 8, save_every=1000, schedule="cosine").fit(progress)
+
+    with pytest.raises(Stopped):
+        start(lambda epoch: os.kill(os.getpid(), signal.SIGINT) if epoch == 3 else None)
+    with pytest.raises(ZeroDivisionError):
+        start(lambda epoch: 1 / (5 - epoch))
+    assert [step for step, _ in curves_of(tmp_path / "tensorboard/student")["val"]] == list(range(5))
+    result = start(lambda epoch: None)
+    assert curves_of(tmp_path / "tensorboard/student") == curves_of_history(result.history)
+    assert len(result.history) == 8
+
+
+def test_no_tensorboard_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        TensorBoard(tmp_path)
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('none here')\n")
+    done = fastkd_command("distill", "digits", "--tensorboard", cwd=tmp_path)
+    assert done.returncode == 2 and "pip install tensorboard" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# --- runs and the grid --------------------------------------------------------------------------
 
 
 def test_distil(tmp_path):
@@ -435,15 +663,19 @@ def test_a_wrong_plan(tmp_path):
 # --- the command line ---------------------------------------------------------------------------
 
 
-def fastkd_command(*args, cwd):
+def fastkd_command(*args, cwd, **options):
     return subprocess.run([sys.executable, "-m", "fastkd", *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "COLUMNS": "160"})
+                          timeout=300, env={**os.environ, "COLUMNS": "160"}, **options)
 
 
 def test_command_line(tmp_path):
     settings = [x for s in SHORT for x in ("--set", s)]
-    done = fastkd_command("distill", "digits", *settings, "--seeds", "2", cwd=tmp_path)
+    curves = ["--tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    done = fastkd_command("distill", "digits", *settings, "--seeds", "2", *curves, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    if curves:
+        folders = (tmp_path / "runs/digits/tensorboard").iterdir()
+        assert {p.name for p in folders} == {"teacher", "student-seed-0", "student-seed-1"}
     assert "student (lsp)" in done.stdout and "±" in done.stdout
     done = fastkd_command("distill", "digits", "--resume", "runs/digits", "--seeds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -454,6 +686,29 @@ def test_command_line(tmp_path):
                         (["grid", "nowhere.yaml"], "nowhere.yaml")):
         done = fastkd_command(*wrong, cwd=tmp_path)
         assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_peak_memory_of_a_forward_pass():
+    from fastkd.distill.measure import cost
+
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
+    once = 1000 * 256 * 4 / 2**20
+    assert cost(model, (torch.randn(1000, 64),), 1)["peak_memory_mb"] == 2 * once  # both sides of the ReLU
+    model[1] = nn.ReLU(inplace=True)
+    assert cost(model, (torch.randn(1000, 64),), 1)["peak_memory_mb"] == once + 1000 * 10 * 4 / 2**20
+
+    class Similarities(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, graph):
+            return torch.ops.fastkd.kernel_values(x, x, graph.rowptr, graph.col, None, graph.num_src,
+                                                  *fastkd.kernels.Linear().spec(x.shape[1])).sum()
+
+    x = torch.randn(500, 8)
+    graph = fastkd.Graph.from_knn(x, 20)
+    assert cost(Similarities(), (x, graph), 1)["peak_memory_mb"] * 2**20 == pytest.approx(4 * graph.num_edges, rel=0.01)
 
 
 def test_known_counts():

@@ -168,6 +168,20 @@ def test_knn_against_brute_force():
         5, largest=False).indices.sort(1).values).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("loop", [False, True])
+def test_clouds_together_are_the_clouds_one_by_one(ties, loop):
+    """Also where some distances are equal, and for clouds of several blocks of rows or of several batches."""
+    for count, size in ((5, 40), (300, 64), (2, 1100)):
+        x = features(count * size, 3, torch.float32).view(count, size, 3)
+        if ties:
+            x = (2 * x).round()
+        graph = Graph.from_knn(x, 4, loop=loop)
+        each = [Graph.from_knn(cloud, 4, loop=loop).col.long() + i * size for i, cloud in enumerate(x)]
+        assert torch.equal(graph.col.long(), torch.cat(each))
+        assert loop or not bool((graph.edge_index[0] == graph.edge_index[1]).any())
+
+
 def test_statistics_and_repr():
     graph = Graph.from_edge_index(SAMPLES["star"].edges, 60)
     assert graph.degree_stats() == {"min": 1, "mean": 118 / 60, "max": 59, "isolated": 0}

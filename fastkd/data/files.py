@@ -48,6 +48,28 @@ class Task:
     """Of several labels: the score is of as many labels per node as it has, those of the highest logits
     (the protocol of node2vec), instead of those above 0."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where labels or splits are missing."""
+        for part in ("train", "val", "test"):
+            if self.kind == "shapes":
+                shapes, labels = len(self.points.get(part, ())), len(self.labels.get(part, ()))
+                if shapes == 0 or shapes != labels:
+                    raise ValueError(f"{self.name}: each of train, val and test needs shapes, and as many labels, got "
+                                     f"{shapes} shapes and {labels} labels for {part!r}")
+                continue
+            if not self.graphs.get(part):
+                raise ValueError(f"{self.name}: graphs must have one or more under each of train, val and test, got "
+                                 f"none under {part!r}")
+            mask = f"{part}_mask"
+            for graph in self.graphs[part]:
+                needed = ("x", "y", "edge_index", "adj_t", *(() if self.inductive else (mask,)))
+                missing = [key for key in needed if getattr(graph, key, None) is None]
+                if missing:
+                    raise ValueError(f"{self.name}: a graph of the part {part!r} has no {', '.join(missing)}: needed "
+                                     f"are {', '.join(needed)}")
+                if not self.inductive and not bool(graph[mask].any()):
+                    raise ValueError(f"{self.name}: {mask} holds no node")
+
 
 def cache_folder() -> Path:
     return Path(os.environ.get("FASTKD_CACHE") or Path.home() / ".cache" / "fastkd")
@@ -129,17 +151,20 @@ def _stated_sum(path: Path, folder: Path) -> tuple[str, Path] | None:
 
 def write(path: Path, arrays: Arrays) -> None:
     """Writes an npz, and its checksum into SHA256SUMS beside it; each appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    digest = _sha256(file.name)
     sums = path.parent / "SHA256SUMS"
-    kept = [line for line in (sums.read_text().splitlines() if sums.exists() else ())
-            if line.split()[-1:] != [path.name]]
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as listed:
-        listed.write("\n".join([*kept, f"{digest}  {path.name}"]) + "\n")
-    os.replace(listed.name, sums)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as folder:
+            new, listed = Path(folder) / path.name, Path(folder) / sums.name
+            np.savez_compressed(new, **arrays)  # type: ignore[arg-type]
+            kept = [line for line in (sums.read_text().splitlines() if sums.exists() else ())
+                    if line.split()[-1:] != [path.name]]
+            listed.write_text("\n".join([*kept, f"{_sha256(new)}  {path.name}"]) + "\n")
+            os.replace(listed, sums)
+            os.replace(new, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}): make room there, or set "
+                                   "FASTKD_CACHE to another folder") from error
 
 
 def official(dataset: Any) -> Any:

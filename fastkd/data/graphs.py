@@ -304,14 +304,16 @@ def _selected(x: Tensor, y: Tensor, edges: Tensor, of_node: Tensor, group: Tenso
     new = torch.cumsum(chosen, 0) - 1
     kept = new[edges[:, chosen[edges[0]]]]
     rows = chosen.nonzero()[:, 0]
-    x = x[rows] if x.layout == torch.strided else _rows(x, rows)
+    x = rows_of(x, rows)
     masks = {p: torch.full((len(rows),), p == part) for p in PARTS}
     batch = torch.unique(of_node[rows], return_inverse=True)[1]
     return _data(x, y[rows], kept, masks, batch=batch)
 
 
-def _rows(x: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a torch.sparse_csr matrix."""
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a dense or torch.sparse_csr matrix."""
+    if x.layout == torch.strided:
+        return x[rows]
     length = x.crow_indices().diff()[rows]
     ends = torch.cumsum(length, 0)
     first = torch.repeat_interleave(x.crow_indices()[rows] - (ends - length), length)

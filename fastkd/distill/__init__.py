@@ -11,6 +11,7 @@ from .checkpoint import CheckpointError
 from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
 from .distributed import RankLost, World
 from .taps import Taps
+from .tensorboard import TensorBoard
 from .trainer import Distiller, Result, Stopped
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RunConfig",
     "Stopped",
     "Taps",
+    "TensorBoard",
     "TrainConfig",
     "World",
     "load_config",

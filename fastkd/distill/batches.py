@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..data import Task, augment
+from ..data.graphs import rows_of
 from ..graph import Graph
 from .config import TrainConfig
 from .distributed import World
 
-__all__ = ["Batch", "batches"]
+__all__ = ["Batch", "batches", "check_sampler"]
 
 SHAPES = 32  # per batch, unless said otherwise
 
@@ -108,30 +109,46 @@ def _neighbours(task: Task, split: str, train: TrainConfig, generator: torch.Gen
                 device: torch.device, world: World) -> Iterator[Batch]:
     """Seed nodes with sampled neighbourhoods: the seeds come first, and only they are destinations of
     the local structure, since only they have their neighbours with them."""
+    from torch_geometric.data import Data
     from torch_geometric.loader import NeighborLoader
 
     for data in task.graphs[split]:
+        # PyG's loaders know neither sparse features nor a torch.sparse_csr adj_t: they get the edges alone.
+        edges = Data(edge_index=data.edge_index, num_nodes=data.num_nodes)
         nodes = None if task.inductive else data[f"{split}_mask"]
         if world.size > 1:
             nodes = torch.arange(data.num_nodes) if nodes is None else nodes.nonzero()[:, 0]
-            sample = NeighborLoader(data, train.neighbors, input_nodes=nodes)
+            sample = NeighborLoader(edges, train.neighbors, input_nodes=nodes)
             order = torch.randperm(len(nodes), generator=generator)
             for own, rows in _shares(order, train.batch_size or 1024, world):
-                yield replace(of_neighbours(sample(own).to(device), split), share=len(own) / len(rows))
+                yield replace(of_neighbours(sample(own), data, split, device), share=len(own) / len(rows))
             continue
         # Its workers draw from torch's global generator.
-        loader = NeighborLoader(data, train.neighbors, input_nodes=nodes, batch_size=train.batch_size or 1024,
+        loader = NeighborLoader(edges, train.neighbors, input_nodes=nodes, batch_size=train.batch_size or 1024,
                                 shuffle=True)
         for part in loader:
-            yield of_neighbours(part.to(device), split)
+            yield of_neighbours(part, data, split, device)
 
 
-def of_neighbours(data: Any, split: str) -> Batch:
-    """From what PyG's neighbour loaders give: data.batch_size seeds, then the others."""
-    seeds = int(data.batch_size)
-    keep = data.edge_index[1] < seeds
-    graph = Graph.from_edge_index(data.edge_index[:, keep], (data.num_nodes, seeds))
-    return Batch((data.x, data.edge_index), data.y, None, split, graph, seeds=seeds)
+def of_neighbours(part: Any, whole: Any, split: str, device: torch.device) -> Batch:
+    """From what PyG's neighbour loaders give: part.batch_size seeds, then the others; part.n_id in `whole`."""
+    seeds = int(part.batch_size)
+    edges = part.edge_index.to(device)
+    graph = Graph.from_edge_index(edges[:, edges[1] < seeds], (len(part.n_id), seeds))
+    x, y = (rows_of(a, part.n_id).to(device) for a in (whole.x, whole.y))
+    return Batch((x, edges), y, None, split, graph, seeds=seeds)
+
+
+def check_sampler(train: TrainConfig) -> None:
+    """Raises ImportError where PyG cannot sample neighbours, which it would say in the first batch alone."""
+    from torch_geometric import typing
+
+    if train.neighbors is not None and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
+        version = torch.__version__.split("+")[0]
+        raise ImportError(f"train.neighbors = {train.neighbors} needs pyg-lib (or torch-sparse), with which PyG "
+                          "samples neighbours: pip install pyg-lib -f "
+                          f"https://data.pyg.org/whl/torch-{version}+cpu.html, or +cu126 and so on; "
+                          "train.neighbors = null takes whole graphs")
 
 
 def _shapes(task: Task, split: str, train: TrainConfig, generator: torch.Generator | None,

@@ -17,24 +17,34 @@ __all__ = ["CheckpointError", "differences", "load", "replace", "save", "write_j
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read, or does not belong here."""
+    """A file of a run that cannot be read or written, or does not belong here."""
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Writes beside the file, waits for the disk, then takes its place: what was there before stays
-    whole whatever happens on the way, a full disk included."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    whole whatever happens on the way.
+
+    Raises:
+        CheckpointError: the disk is full, or whatever else the system says.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        kept = "the one from before is whole" if path.exists() else "there was none before"
+        raise CheckpointError(f"{path} could not be written ({error}); {kept}. When that is put right, the same "
+                              "command goes on from the last checkpoint") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["PeakMemory", "cost"]
 
@@ -43,6 +47,34 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(key + ":"))
 
 
+class _LiveTensors(TorchDispatchMode):
+    """The most bytes at once of tensors made under it, by torch's operations and fastkd's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._known.setdefault(storage, True)  # was there before
+        out = func(*args, **(kwargs or {}))
+        for storage in _storages(out):
+            if storage not in self._known:
+                self._known[storage] = True
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, count: int) -> None:
+        self.held += count
+        self.peak = max(self.peak, self.held)
+
+
+def _storages(tree: Any) -> list[Any]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout == torch.strided]
+
+
 @torch.no_grad()
 def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[str, Any]:
     """Of one forward pass in eval mode.
@@ -51,6 +83,10 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
         parameters; mmacs: millions of multiply-adds as counted by torch's FlopCounterMode (dense
         products and convolutions; sparse products are not counted by it); latency_ms: median of
         `repeats`; peak_memory_mb; threads.
+
+    peak_memory_mb counts the results of all operations that are alive at once, temporary ones included,
+    beyond inputs, parameters and what the model keeps from pass to pass; on the CPU not what an operation
+    takes and gives back inside its kernel, on a GPU all that the device's allocator gave out.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +94,7 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
     was_training = model.training
     model.eval()
     model(*inputs)
-    memory = PeakMemory(device)
+    memory = PeakMemory(device) if device.type == "cuda" else None
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -68,7 +104,12 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    peak = memory.mb()
+    if memory is not None:
+        peak = memory.mb()
+    else:
+        with _LiveTensors() as live:
+            model(*inputs)
+        peak = live.peak / 2**20
     counter = FlopCounterMode(display=False)
     with counter:
         model(*inputs)

@@ -16,7 +16,7 @@ from ..config import show_config
 from ..data import Task
 from ..data import load as load_data
 from . import checkpoint, measure
-from .batches import batches
+from .batches import batches, check_sampler
 from .config import NetworkConfig, RunConfig, TrainConfig
 from .distributed import World
 from .taps import Taps
@@ -89,6 +89,7 @@ def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None =
             raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: take another "
                                              "directory")
         return record
+    check_sampler(config.student.train)  # the teacher's training may take long
     task = task or load_data(config.data)
     teacher, teacher_record = teacher_of(config, task, teachers or directory.parent, progress, device, world)
     student = build(config.student, task, seed)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..data import Task
 from . import checkpoint, losses, measure
-from .batches import Batch, batches
+from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig
 from .distributed import LSPPart, RankLost, World
 from .taps import Taps
@@ -54,7 +54,7 @@ class Result:
     peak_memory_mb: float | None
     """Taken by training beyond what the process held before (CPU), or allocated on the device."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One record per look at the validation part: epoch, loss, terms (unweighted), val, seconds."""
+    """One record per look at the validation part: epoch, loss, terms (unweighted), val, seconds, lr."""
 
 
 class Distiller:
@@ -85,6 +85,7 @@ class Distiller:
             teacher, teacher and student on different nodes.
         CheckpointError: the directory holds a checkpoint of another configuration (the message lists
             the differences), or a damaged one.
+        ImportError: PyG lacks what it samples neighbours with (train.neighbors).
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, task: Task, *,
@@ -98,6 +99,7 @@ class Distiller:
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.task = task
         self.train = train or TrainConfig()
+        check_sampler(self.train)
         self.task_weight = task_weight
         self.seed = seed
         self.directory = None if directory is None else Path(directory)
@@ -183,7 +185,12 @@ class Distiller:
 
     def _call(self, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.amp):
-            return model(*batch.inputs).float()
+            logits = model(*batch.inputs).float()
+        if len(logits) != len(batch.y):
+            who = "teacher" if model is self.teacher else "student"
+            raise ValueError(f"the {who} gives {len(logits)} rows of logits, but the task has {len(batch.y)} nodes or "
+                             "shapes: teacher and student must both be on these")
+        return logits
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -224,9 +231,6 @@ class Distiller:
             loss, config = self.losses[name], self.terms[name]
             if loss.uses == "logits":
                 s, t = logits, teacher["logits"]
-                if len(s) != len(t):
-                    raise ValueError(f"losses.{name}: the student has {len(s)} rows of logits, the teacher {len(t)}: "
-                                     "both must be on the same nodes")
                 if batch.seeds is not None:
                     s, t = s[:batch.seeds], t[:batch.seeds]
                 terms[name] = self._part(loss, batch, s, t)
@@ -395,7 +399,8 @@ class Distiller:
         if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
             val = self.evaluate("val")
             total = terms.pop("loss")
-            self.history.append({"epoch": epoch, "loss": total, "terms": terms, "val": val, "seconds": self.seconds})
+            self.history.append({"epoch": epoch, "loss": total, "terms": terms, "val": val, "seconds": self.seconds,
+                                 "lr": self.optimizer.param_groups[0]["lr"]})
             if val > self.best_val:
                 self.best_val, self.best_epoch = val, epoch
                 self.best = {name: x.detach().clone() for name, x in self.student.state_dict().items()}
