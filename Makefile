@@ -1,6 +1,6 @@
 # make test    sets everything up and runs the tests
 # make demo    sets everything up, trains a teacher and distils it into a small student
-# make bench   benchmarks against every peer; writes bench/results/cpu.{json,md,png}
+# make bench   benchmarks against every peer; writes bench/results/cpu.{json,md,png} and end_to_end.{json,md}
 # All work happens in .venv and .build; `make clean` removes both.
 
 PYTHON ?= python3
@@ -65,6 +65,7 @@ demo: setup
 bench: setup
 	$(BIN)/pytest bench --benchmark-json=bench/results/cpu.json
 	$(BIN)/python -m bench.report bench/results/cpu.json
+	$(BIN)/python -m bench.end_to_end
 
 lint: setup
 	$(PIP) ruff mypy
