@@ -123,13 +123,17 @@ def _svg(figure: Figure, title: str) -> str:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Of a row: the epochs that all its seeds have, and there the mean, the lowest and the highest value."""
+    """Of a row: the epochs that all its seeds have, and there the median and the quartiles."""
 
     row: Row
     epochs: list[int]
-    mean: list[float]
+    middle: list[float]
     low: list[float]
     high: list[float]
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, method="inclusive") if len(values) > 1 else values * 3
 
 
 def _curves(rows: list[Row], value: Value) -> list[_Curve]:
@@ -141,13 +145,13 @@ def _curves(rows: list[Row], value: Value) -> list[_Curve]:
         series = [s for s in series if s]
         if epochs := sorted(set.intersection(*map(set, series))) if series else []:
             columns = [[s[epoch] for s in series] for epoch in epochs]
-            out.append(_Curve(row, epochs, [statistics.mean(c) for c in columns], [min(c) for c in columns],
-                              [max(c) for c in columns]))
+            low, middle, high = zip(*(_quartiles(c) for c in columns), strict=True)
+            out.append(_Curve(row, epochs, list(middle), list(low), list(high)))
     return out
 
 
 def _plot(ax: Axes, curves: list[_Curve], styles: dict[str, Style], log: bool = False) -> list[End]:
-    """A line per row, with a band from the lowest seed to the highest.
+    """A line per row, with a band for the middle half of the seeds.
 
     Args:
         log: on a logarithmic axis, if the values span so much that they are not seen on another.
@@ -156,8 +160,8 @@ def _plot(ax: Axes, curves: list[_Curve], styles: dict[str, Style], log: bool = 
         style = styles[c.row.label]
         if len(c.row.runs) > 1:
             ax.fill_between(c.epochs, c.low, c.high, color=style["color"], alpha=0.15, linewidth=0)
-        ax.plot(c.epochs, c.mean, marker="o" if len(c.epochs) == 1 else None, markersize=3, **style)
-    means = [y for c in curves for y in c.mean]
+        ax.plot(c.epochs, c.middle, marker="o" if len(c.epochs) == 1 else None, markersize=3, **style)
+    means = [y for c in curves for y in c.middle]
     if log and min(means) > 0 and max(means) > 20 * min(means):
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if max(means) < 100 * min(means) else (1,)))
@@ -165,7 +169,7 @@ def _plot(ax: Axes, curves: list[_Curve], styles: dict[str, Style], log: bool = 
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     ax.margins(x=0.01)
-    return [(c.row.label, styles[c.row.label], c.epochs[-1], c.mean[-1]) for c in curves]
+    return [(c.row.label, styles[c.row.label], c.epochs[-1], c.middle[-1]) for c in curves]
 
 
 def _label(ax: Axes, ends: list[End], height: float) -> None:
@@ -214,7 +218,7 @@ def _seeds(rows: list[Row]) -> str:
 def _bands(rows: list[Row]) -> str:
     if all(len(row.runs) == 1 for row in rows):
         return "One seed per row."
-    return f"Lines: mean over {_seeds(rows)}; bands: from the lowest seed to the highest."
+    return f"Lines: median of {_seeds(rows)}; bands: the middle half of them."
 
 
 # The pictures
