@@ -47,8 +47,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    replace(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n"))
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A line per key: a record's history has thousands of numbers."""
+    lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    replace(path, lambda p: p.write_text(f"{{{lines}}}\n"))
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: Any) -> None:
