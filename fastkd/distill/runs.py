@@ -132,8 +132,13 @@ def _picture(config: RunConfig, teacher: nn.Module, student: nn.Module, task: Ta
     lsp = config.losses.get("lsp")
     if lsp is None or lsp.student_layer is None or lsp.teacher_layer is None:
         return None
-    points = task.points["test"][:1]
-    out: dict[str, Any] = {"points": _rounded(points[0]), "at": 0}
+    # A shape with limbs, from the tip of the longest: features of a ball or a stick show little.
+    centred = task.points["test"] - task.points["test"].mean(1, keepdim=True)
+    radius, axes = centred.norm(dim=2), torch.linalg.svdvals(centred)
+    shape = int((radius.std(1) / radius.mean(1) * (axes[:, 1] > 0.5 * axes[:, 0])).argmax())
+    at = int(radius[shape].argmax())
+    points = task.points["test"][shape:shape + 1]
+    out: dict[str, Any] = {"points": _rounded(points[0]), "at": at}
     for name, model, layer in (("teacher", teacher, lsp.teacher_layer), ("student", student, lsp.student_layer)):
         taps = Taps(model, [layer], name)
         try:
@@ -143,7 +148,7 @@ def _picture(config: RunConfig, teacher: nn.Module, student: nn.Module, task: Ta
             z = taps[layer].float().cpu()
         finally:
             taps.remove()
-        distance = (z - z[:1]).norm(dim=1)
+        distance = (z - z[at]).norm(dim=1)
         out[name] = _rounded(distance / distance.max().clamp(min=1e-12))
         out[f"{name}_layer"] = layer
     return out

@@ -19,7 +19,7 @@ CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ground: #16171a; --ink: #e6e6ea; --soft: #a2a2ad; --rule: #3a3b42; --tint: #1f2025; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 66rem; background: var(--ground); color: var(--ink);
   font: 1rem/1.55 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.2; margin: 2.2em 0 .6em; } h1 { margin-top: .5em; }
 h2 { border-top: 1px solid var(--rule); padding-top: 1em; } h3 { font-size: 1.05rem; }
