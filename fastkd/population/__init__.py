@@ -1,0 +1,6 @@
+"""Populations of masks over the channels of a convolutional network."""
+
+from .space import KEPT, ZERO, GeneSpace, Group, Op, Value
+from .trace import UnsupportedModelError, trace
+
+__all__ = ["KEPT", "ZERO", "GeneSpace", "Group", "Op", "UnsupportedModelError", "Value", "trace"]
