@@ -156,7 +156,7 @@ def load(name: str, root: str | Path | None = None) -> Images:
         if images.dtype != np.uint8 or images.shape != (len(labels), *chosen.shape):
             raise ValueError(f"{source}: x_{part} must be uint8 [{len(labels)}, {', '.join(map(str, chosen.shape))}], "
                              f"got {images.dtype} {list(images.shape)}")
-        x[part] = torch.from_numpy(np.ascontiguousarray(images)).reshape(len(labels), *chosen.shape[:2], -1)
+        x[part] = torch.from_numpy(images.copy()).reshape(len(labels), *chosen.shape[:2], -1)
         x[part] = x[part].permute(0, 3, 1, 2).contiguous()
         y[part] = torch.from_numpy(labels.astype(np.int64))
     held = _share(y["train"], 10, torch.Generator().manual_seed(0))

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CNNS", "AlexNet", "CifarResNet", "LeNet", "MobileNetV1", "ResNet", "VGG", "build_cnn", "load_weights",
+__all__ = ["CNNS", "VGG", "AlexNet", "CifarResNet", "LeNet", "MobileNetV1", "ResNet", "build_cnn", "load_weights",
            "resnet20", "resnet50", "resnet56", "vgg16", "vgg16_cifar"]
 
 
@@ -194,7 +194,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual networks of bottlenecks (arXiv:1512.03385) with the stride in the 3 x 3 convolution, as in torchvision."""
+    """Residual networks of bottlenecks (arXiv:1512.03385), the stride in the 3 x 3 convolution as in torchvision."""
 
     def __init__(self, blocks: Sequence[int], num_classes: int = 1000) -> None:
         super().__init__()
@@ -249,10 +249,12 @@ class MobileNetV1(nn.Module):
 
 
 def _initialise(model: nn.Module) -> None:
-    """He's initial values; torch's own for batch normalisation."""
+    """He's initial values by the filters' outputs; torch's own for batch normalisation."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            # kaiming_normal_ does not know groups, and makes depthwise filters far too small.
+            outputs = module.weight.numel() // module.weight.shape[1] // module.groups
+            nn.init.normal_(module.weight, 0, (2 / outputs) ** 0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):

@@ -149,7 +149,7 @@ class GeneSpace:
         if masks.dim() not in (1, 2) or masks.shape[-1] != self.num_genes:
             raise ValueError(f"masks must have shape [P, {self.num_genes}] or [{self.num_genes}], got "
                              f"{list(masks.shape)}")
-        masks = masks.reshape(-1, self.num_genes) if masks.dim() == 1 else masks
+        masks = masks[None] if masks.dim() == 1 else masks
         if len(masks) == 0:
             raise ValueError("masks must have at least one individual, got P = 0")
         if not empty:
@@ -176,8 +176,8 @@ class GeneSpace:
             raise ValueError(f"density must be a number or have shape [{population}], got {list(d.shape)}")
         if not bool(((d >= 0) & (d <= 1)).all()):
             raise ValueError(f"density must be in [0, 1], got {density}")
-        drawn = torch.rand(_positive("population", population), self.num_genes, generator=generator, dtype=torch.float64)
-        return drawn < d.reshape(-1, 1)
+        size = (_positive("population", population), self.num_genes)
+        return torch.rand(size, generator=generator, dtype=torch.float64) < d.reshape(-1, 1)
 
     def repair(self, masks: Tensor, k_min: int = 1) -> Tensor:
         """A copy in which every value has at least k_min channels, or all it can have.
@@ -186,7 +186,8 @@ class GeneSpace:
         ``l1``, largest first, those of equal norm in the order of genes.
         """
         _positive("k_min", k_min)
-        single, masks = masks.dim() == 1, self.check(masks, empty=True).clone()
+        population = self.check(masks, empty=True).clone()
+        single, masks = masks.dim() == 1, population
         count, kept = self._count.to(masks.device), self._kept.to(masks.device)
         order = self.l1.argsort(descending=True, stable=True).to(masks.device)
         for row in range(len(count)):
@@ -261,8 +262,8 @@ class GeneSpace:
         wide = [max(len(line[i]) for line in lines) for i in range(2)]
         chosen = self.ones(1) if mask is None else self.check(mask)[:1]
         return "\n".join([*(f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c}".rstrip() for a, b, c in lines),
-                          f"{int(chosen.sum())} of {self.num_genes} genes, {int(self.parameters(chosen)):,} parameters, "
-                          f"{int(self.macs(chosen)):,} MACs"])
+                          f"{int(chosen.sum())} of {self.num_genes} genes, "
+                          f"{int(self.parameters(chosen)):,} parameters, {int(self.macs(chosen)):,} MACs"])
 
     def __str__(self) -> str:
         return self.table()

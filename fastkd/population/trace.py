@@ -32,7 +32,7 @@ class UnsupportedModelError(ValueError):
 
 def at_positions(x: Tensor, index: tuple[Any, ...]) -> Tensor:
     """x[:, :, *index]"""
-    return x[(slice(None), slice(None), *index)]
+    return x[(slice(None),) * 2 + index]
 
 
 def reshape_positions(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -122,7 +122,7 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for path, module in model.named_modules():
-        if module.training and (path == "" or any(module.buffers(recurse=False))):
+        if module.training:
             raise ValueError(f"model must be in evaluation mode, but {path or 'it'} is in training mode: call "
                              "model.eval()")
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -133,8 +133,8 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
     seen: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dtype != x.dtype or parameter.device != x.device:
-            raise TypeError(f"example_input must be {parameter.dtype} on {parameter.device} as {path} is, got {x.dtype} "
-                            f"on {x.device}")
+            raise TypeError(f"example_input must be {parameter.dtype} on {parameter.device} as {path} is, got "
+                            f"{x.dtype} on {x.device}")
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"{path} holds values that are not finite")
         if seen.setdefault(id(parameter), path) != path:
@@ -148,8 +148,8 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
 
 def _torch_class(module: nn.Module) -> type[nn.Module]:
     """The class of torch whose forward the module has, or its own class."""
-    return next((c for c in type(module).__mro__
-                 if c.__module__.startswith("torch.nn") and c.forward is type(module).forward), type(module))
+    own: Any = type(module)
+    return next((c for c in own.__mro__ if c.__module__.startswith("torch.nn") and c.forward is own.forward), own)
 
 
 class _Tracer(fx.Tracer):
@@ -416,7 +416,8 @@ class _Builder:
     def call_contiguous(self, node: fx.Node, a: _Ref, memory_format: Any = None) -> _Ref:
         return a
 
-    def call_dropout(self, node: fx.Node, a: _Ref, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Ref:
+    def call_dropout(self, node: fx.Node, a: _Ref, p: float = 0.5, training: bool = True,
+                     inplace: bool = False) -> _Ref:
         if training:
             self.refuse(node, "dropout that is active in evaluation mode (give it training=self.training)")
         return a
@@ -570,8 +571,9 @@ class _Builder:
         genes = [torch.from_numpy(np.where(c == ZERO, ZERO, gene[root[c.clip(0)]])) for c in self.channels]
         l1 = torch.zeros(start, dtype=torch.float64)
         for op in producers:
-            weight = op.module.weight.detach()  # type: ignore[union-attr]
-            norms, on = weight.double().abs().flatten(1).sum(1).cpu(), genes[op.output] >= 0
+            assert isinstance(op.module, nn.Conv2d | nn.Linear)
+            weight = op.module.weight.detach().double()
+            norms, on = weight.abs().flatten(1).sum(1).cpu(), genes[op.output] >= 0
             l1.index_add_(0, genes[op.output][on], norms[on])
         values = [Value(n, tuple(x.shape[1:]), g) for n, x, g in zip(self.names, self.tensors, genes, strict=True)]
         return GeneSpace(self.ops, values, self.output, groups, l1, sum(p.numel() for p in self.model.parameters()))
