@@ -137,7 +137,7 @@ def masked_forward(space: GeneSpace, mask: Tensor, x: Tensor) -> Tensor:
         on = mask[space.values[op.output].genes.to(x.device)]
         values[op.output] = torch.where(on.reshape(-1, *(1,) * (y.dim() - 2)), y, 0)
         for i in op.inputs:
-            if last[i] is op:  # free its memory
+            if last[i] is op and i != space.output:  # free its memory
                 values[i] = None
     result = values[space.output]
     assert result is not None

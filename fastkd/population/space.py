@@ -153,11 +153,7 @@ class GeneSpace:
         if len(masks) == 0:
             raise ValueError("masks must have at least one individual, got P = 0")
         if not empty:
-            without = self._counts(masks) == 0
-            if bool(without.any()):
-                p, row = without.nonzero()[0].tolist()
-                raise ValueError(f"masks[{p}] leaves {self.values[self._first[row]].name} without any channel: "
-                                 "use repair(masks)")
+            self._counts(masks)
         return masks
 
     def ones(self, population: int) -> Tensor:
@@ -188,18 +184,17 @@ class GeneSpace:
         _positive("k_min", k_min)
         population = self.check(masks, empty=True).clone()
         single, masks = masks.dim() == 1, population
-        count, kept = self._count.to(masks.device), self._kept.to(masks.device)
+        have, count = self._counts(masks, empty=True), self._count.to(masks.device).long()
+        most = self._counts(torch.ones_like(masks[:1]))[0]
         order = self.l1.argsort(descending=True, stable=True).to(masks.device)
-        for row in range(len(count)):
-            need = min(k_min, int(count[row].sum() + kept[row]))
-            have = masks.double() @ count[row] + kept[row]
-            if not bool((have < need).any()):
+        for row, need in enumerate(most.clamp(max=k_min).tolist()):
+            if not bool((have[:, row] < need).any()):
                 continue
             for gene in order[count[row][order] > 0].tolist():
-                back = (have < need) & ~masks[:, gene]
+                back = (have[:, row] < need) & ~masks[:, gene]
                 masks[:, gene] |= back
-                have += back * count[row, gene]
-                if not bool((have < need).any()):
+                have += back[:, None] * count[:, gene]
+                if not bool((have[:, row] < need).any()):
                     break
         return masks[0] if single else masks
 
@@ -207,11 +202,11 @@ class GeneSpace:
 
     def channels(self, masks: Tensor) -> Tensor:
         """int64 [P, len(values)]: how many channels of each value exist."""
-        return self._counts(self.check(masks, empty=True))[:, self._row]
+        return self._counts(self.check(masks, empty=True), empty=True)[:, self._row]
 
     def macs(self, masks: Tensor) -> Tensor:
         """int64 [P]: multiplications of convolutions and linear layers for one image."""
-        have = self.channels(self.check(masks))
+        have = self._counts(self.check(masks, empty=True))[:, self._row]
         total = torch.zeros(len(have), dtype=torch.int64, device=have.device)
         for op in self.ops:
             if op.kind in ("conv", "linear"):
@@ -223,7 +218,7 @@ class GeneSpace:
 
     def parameters(self, masks: Tensor) -> Tensor:
         """int64 [P]: those of the compact network, with modules that take no part."""
-        have = self.channels(self.check(masks))
+        have = self._counts(self.check(masks, empty=True))[:, self._row]
         total = torch.full((len(have),), self._outside, dtype=torch.int64, device=have.device)
         for op in self.ops:
             m, out = op.module, have[:, op.output]
@@ -243,9 +238,14 @@ class GeneSpace:
         lookup = torch.cat((mask, mask.new_tensor([False, True])))  # at -2 ZERO, at -1 KEPT
         return lookup[self.values[value].genes.to(mask.device)].nonzero()[:, 0]
 
-    def _counts(self, masks: Tensor) -> Tensor:
-        """int64 [P, rows]"""
-        return (masks.double() @ self._count.t().to(masks.device) + self._kept.to(masks.device)).long()
+    def _counts(self, masks: Tensor, *, empty: bool = False) -> Tensor:
+        """How many channels exist, int64 [P, rows]; a row stands for all values with the same genes."""
+        have = (masks.double() @ self._count.t().to(masks.device) + self._kept.to(masks.device)).long()
+        if not empty and not bool(have.all()):
+            p, row = (have == 0).nonzero()[0].tolist()
+            raise ValueError(f"masks[{p}] leaves {self.values[self._first[row]].name} without any channel: "
+                             "use repair(masks)")
+        return have
 
     # --- printing ----------------------------------------------------------------------------------
 

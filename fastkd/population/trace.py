@@ -111,8 +111,8 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
             builder.step(node)
         expected = model(x.clone())
     result = builder.tensors[builder.output]
-    if result.shape != expected.shape or not torch.allclose(result, expected, rtol=1e-3,
-                                                            atol=1e-4 * float(expected.abs().max())):
+    near = 1e-4 * float(expected.abs().max())
+    if result.shape != expected.shape or not torch.allclose(result, expected, 1e-3, near, equal_nan=True):
         raise UnsupportedModelError(f"{type(model).__name__} computes something else than its operations in a row: "
                                     "a tensor is changed in place while another name refers to it, or a hook acts")
     return builder.finish()
@@ -135,7 +135,7 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
         if parameter.dtype != x.dtype or parameter.device != x.device:
             raise TypeError(f"example_input must be {parameter.dtype} on {parameter.device} as {path} is, got "
                             f"{x.dtype} on {x.device}")
-        if not bool(parameter.isfinite().all()):
+        if parameter.numel() and not all(bool(v.isfinite()) for v in parameter.detach().aminmax()):
             raise ValueError(f"{path} holds values that are not finite")
         if seen.setdefault(id(parameter), path) != path:
             raise UnsupportedModelError(f"{path} and {seen[id(parameter)]} are the same tensor: shared weights are not "
@@ -340,7 +340,7 @@ class _Builder:
             self.refuse(node, f"{f.__name__} with return_indices")
         if "stride" in arguments or f in (F.max_pool2d, F.avg_pool2d):
             stride = arguments.get("stride")
-            arguments["stride"] = arguments["kernel_size"] if stride is None or stride == [] else stride
+            arguments["stride"] = arguments["kernel_size"] if stride is None else stride
         return self.each(node, "elementwise" if f in ELEMENTWISE else "spatial", f, a, inplace, **arguments)
 
     def each(self, node: fx.Node, kind: Kind, f: Callable[..., Tensor], a: _Ref, inplace: bool = False,
@@ -572,8 +572,9 @@ class _Builder:
         l1 = torch.zeros(start, dtype=torch.float64)
         for op in producers:
             assert isinstance(op.module, nn.Conv2d | nn.Linear)
-            weight = op.module.weight.detach().double()
-            norms, on = weight.abs().flatten(1).sum(1).cpu(), genes[op.output] >= 0
+            weight = op.module.weight.detach().flatten(1)
+            norms = torch.linalg.vector_norm(weight, 1, 1, dtype=torch.float64).cpu()
+            on = genes[op.output] >= 0
             l1.index_add_(0, genes[op.output][on], norms[on])
         values = [Value(n, tuple(x.shape[1:]), g) for n, x, g in zip(self.names, self.tensors, genes, strict=True)]
         return GeneSpace(self.ops, values, self.output, groups, l1, sum(p.numel() for p in self.model.parameters()))
