@@ -496,6 +496,11 @@ def test_refusals_name_the_module_and_its_line():
         trace(nn.Sequential(conv(3, 6), Block()).double().eval(), IMAGES)
 
 
+def test_refusals_in_torchs_own_containers_name_the_module_alone():
+    with pytest.raises(UnsupportedModelError, match=r"^LayerNorm 1 is not supported$"):
+        trace(nn.Sequential(conv(3, 6), nn.LayerNorm([6, 8, 8])).double().eval(), IMAGES)
+
+
 def test_a_trace_that_is_not_the_model_is_refused():
     def aliased(self, x):
         x = self.a(x)

@@ -6,9 +6,10 @@ a trace that is not the model is refused.
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import operator
 import os
-import re
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -153,11 +154,21 @@ def _torch_class(module: nn.Module) -> type[nn.Module]:
 
 
 class _Tracer(fx.Tracer):
-    record_stack_traces = True
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         c = _torch_class(m)
         return c.__module__.startswith("torch.nn") and c is not nn.Sequential
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        # fx can record stack traces itself, but then imports half of torch's compiler: a second.
+        proxy = super().create_proxy(*args, **kwargs)
+        here = inspect.currentframe()
+        assert here is not None
+        frame = here.f_back
+        while frame is not None and _of_torch(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename != here.f_code.co_filename:  # a model of torch's modules alone
+            proxy.node.meta["line"] = frame.f_code.co_filename, frame.f_lineno
+        return proxy
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -169,10 +180,10 @@ def _of_torch(filename: str) -> bool:
 
 def _line(node: fx.Node) -> str:
     """Where the model calls it: "file:line: source"."""
-    frames = re.findall(r'File "(.+)", line (\d+), in .+\n\s*(.*)', node.stack_trace or "")
-    own = [f"{file}:{line}: {source}" for file, line, source in frames
-           if not _of_torch(file) and os.path.abspath(file) != os.path.abspath(__file__)]
-    return own[-1] if own else ""
+    if "line" not in node.meta:
+        return ""
+    file, number = node.meta["line"]
+    return f"{file}:{number}: {linecache.getline(file, number).strip()}"
 
 
 # --- channels --------------------------------------------------------------------------------------------
