@@ -236,6 +236,12 @@ def option_a(self, x):
     return tail(self, torch.add(self.b(x), shortcut).relu())
 
 
+def zeros_are_read(self, x):
+    x = F.relu(self.a(x))
+    x = torch.cat((F.pad(x, (0, 0, 0, 0, 2, 1)), self.b(x)), 1)
+    return tail(self, self.c(F.gelu(x)))
+
+
 def inplace(self, x):
     x = self.a(x)
     y = self.relu(x)  # x, too, is what the activation wrote
@@ -274,6 +280,7 @@ SMALL = {
     "flattened": (flattened, dict(a=conv(3, 6), fc1=nn.Linear(6 * 16, 9), fc=nn.Linear(9, 5)), [6, 9], True),
     "stated_width": (stated_width, dict(a=conv(3, 6), fc1=nn.Linear(6 * 64, 9), fc=nn.Linear(9, 5)), [6, 9], False),
     "option_a": (option_a, dict(a=conv(3, 6), b=conv(6, 10, stride=2), fc=nn.Linear(10, 5)), [6, 4], False),
+    "zeros_are_read": (zeros_are_read, dict(a=conv(3, 6), b=conv(6, 4), c=conv(13, 8), fc=nn.Linear(8, 5)), [6, 4, 8], False),
     "inplace": (inplace, dict(a=conv(3, 6), relu=nn.ReLU(True), b=conv(6, 6), fc=nn.Linear(6, 5)), [6], True),
     "scalars": (scalars, dict(a=conv(3, 6), prelu=nn.PReLU(6), fc=nn.Linear(6, 5)), [6], True),
     "unused": (unused, dict(a=conv(3, 6), aside=nn.Linear(4, 4), fc=nn.Linear(6, 5)), [6], True),

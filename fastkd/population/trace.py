@@ -166,7 +166,8 @@ class _Tracer(fx.Tracer):
         frame = here.f_back
         while frame is not None and _of_torch(frame.f_code.co_filename):
             frame = frame.f_back
-        if frame is not None and frame.f_code.co_filename != here.f_code.co_filename:  # a model of torch's modules alone
+        # A model of torch's modules alone has no line: the next frame is `trace`.
+        if frame is not None and frame.f_code.co_filename != here.f_code.co_filename:
             proxy.node.meta["line"] = frame.f_code.co_filename, frame.f_lineno
         return proxy
 
