@@ -27,7 +27,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.fastkd: $(SOURCES) $(VENV)/.torch
 	$(BIN)/python -m pip uninstall --quiet --yes fastkd
-	$(PIP) "fastkd[distill,test,bench] @ file://$(CURDIR)"
+	$(PIP) "fastkd[distill,compress,test,bench] @ file://$(CURDIR)"
 	@touch $@
 
 setup: $(VENV)/.fastkd

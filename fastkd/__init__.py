@@ -5,12 +5,14 @@ from ._C import __version__
 from .config import show_config
 from .graph import Graph
 from .lsp import LSPLoss, TeacherStructure, lsp_loss, teacher_structure
+from .population import compact
 
 __all__ = [
     "Graph",
     "LSPLoss",
     "TeacherStructure",
     "__version__",
+    "compact",
     "kernels",
     "lsp_loss",
     "reference",
