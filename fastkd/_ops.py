@@ -494,3 +494,107 @@ csr_union = torch.ops.fastkd.csr_union.default
 kernel_values = torch.ops.fastkd.kernel_values.default
 lsp_forward = torch.ops.fastkd.lsp_forward.default
 lsp_backward = torch.ops.fastkd.lsp_backward.default
+
+
+# --- masked networks ------------------------------------------------------------------------------
+
+_OPERATIONS = ("conv", "norm", "activation", "max_pool", "avg_pool", "add", "multiply", "select", "flatten")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardsigmoid", "hardswish", "tanh", "gelu",
+               "gelu_tanh")
+ALWAYS, NEVER = -1, -2  # genes of a channel that always, that never exists
+
+
+class Network:
+    """A network for ``csrc/network.h``, made of plain data.
+
+    ``values`` are tuples (channels, height, width, genes), value 0 the input; ``genes`` gives for every
+    channel its index in a mask, ALWAYS or NEVER. ``nodes`` are dictionaries in topological order, with
+    "op", "inputs" (indices of values), "output" (an index) and
+
+    * conv: weight [out, in / groups, kh, kw], bias; stride, padding, dilation (pairs), groups. A linear
+      layer is one too: its weight [out, features] is taken for a kernel of the size of its input.
+    * norm: scale, shift [channels]; for a batch norm weight, bias (or None) and eps as well.
+    * activation: name (one of ACTIVATIONS), param.
+    * max_pool, avg_pool: kernel, stride, padding, dilation (pairs), count_include_pad; a kernel (0, 0) is
+      adaptive. x[:, :, ::2, ::2] is a max_pool with kernel (1, 1) and stride (2, 2).
+    * add: two inputs or more. multiply: two, the second perhaps 1 x 1.
+    * select: source, for every channel (input, channel) or None for zeros. flatten: nothing.
+    """
+
+    def __init__(self, values: Any, nodes: Any, num_genes: int, dtype: torch.dtype, output: int | None = None) -> None:
+        self.dtype, self.num_genes = dtype, num_genes
+        self.shapes = [tuple(v[:3]) for v in values]
+        self.output = nodes[-1]["output"] if output is None else output
+        self.norms = [n["output"] for n in nodes if n["op"] == "norm"]
+        self._tensors: list[Tensor] = []  # what the native network points to
+        genes = [torch.tensor(v[3], dtype=torch.int32) for v in values]
+        self._native = _C.cpu.Network(
+            DTYPES[dtype], num_genes,
+            tuple((*shape, g.data_ptr()) for shape, g in zip(self.shapes, genes, strict=True)),
+            tuple(self._node(n) for n in nodes), self.output)
+
+    def _keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        if x is None:
+            return 0
+        x = x.detach().to("cpu", dtype or self.dtype).contiguous()
+        self._tensors.append(x)
+        return x.data_ptr()
+
+    def _node(self, n: dict[str, Any]) -> tuple:
+        weight, select = n.get("weight"), 0
+        kernel = tuple(n.get("kernel", (1, 1)))
+        if n["op"] == "conv":
+            kernel = self.shapes[n["inputs"][0]][1:] if weight.dim() == 2 else tuple(weight.shape[2:])
+        if n["op"] == "select":
+            pairs = [(-1, 0) if s is None else s for s in n["source"]]
+            select = self._keep(torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2), torch.int32)
+        geometry = (*kernel, *n.get("stride", (1, 1)), *n.get("padding", (0, 0)), *n.get("dilation", (1, 1)),
+                    n.get("groups", 1), n.get("count_include_pad", True), "eps" in n)
+        return (_OPERATIONS.index(n["op"]), tuple(n["inputs"]), n["output"], geometry,
+                ACTIVATIONS.index(n.get("name", "none")), float(n.get("eps", n.get("param", 0.0))),
+                self._keep(weight), self._keep(n.get("bias")), self._keep(n.get("scale")),
+                self._keep(n.get("shift")), select)
+
+    def bytes(self, images: int, recalibrate: bool = False) -> int:
+        """At most what a run takes beyond its arguments."""
+        return self._native.bytes(images, recalibrate, torch.get_num_threads())
+
+    def _run(self, masks: Tensor, x: Tensor, out: Tensor | None, affines: tuple, moments: tuple) -> None:
+        shared = x.dim() == 4
+        images = x.shape[0 if shared else 1]
+        x, masks = x.contiguous(), masks.contiguous()
+        self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
+                         0 if shared else x[0].numel(), images, _ptr(out),
+                         DTYPES[self.dtype if out is None else out.dtype], affines, moments, torch.get_num_threads())
+
+    def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
+                 out_dtype: torch.dtype | None = None) -> Tensor:
+        """masks bool [P, genes], x [N, C, H, W] or [P, N, C, H, W] -> [P, N, C', H', W'].
+
+        ``affines`` gives for every norm its (scale, shift), each [channels] or [P, channels], or None for
+        its own.
+        """
+        images = x.shape[-4]
+        out = _empty((masks.shape[0], images, *self.shapes[self.output]), out_dtype or self.dtype, x.device)
+        rows, kept = [], []
+        for pair in affines or ():
+            if pair is None:
+                rows.append((0, 0, 0))
+                continue
+            scale, shift = (t.to(self.dtype).contiguous() for t in pair)
+            kept += [scale, shift]
+            rows.append((scale.data_ptr(), shift.data_ptr(), scale.shape[1] if scale.dim() == 2 else 0))
+        self._run(masks, x, out, tuple(rows), ())
+        return out
+
+    def moments(self, masks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Mean and biased variance [P, channels], float64, of the batch x at every norm.
+
+        Batch norms use these while they are computed. 0 and 1 where a channel does not exist.
+        """
+        pairs = []
+        for v in self.norms:
+            shape = (masks.shape[0], self.shapes[v][0])
+            pairs.append((torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)))
+        self._run(masks, x, None, (), tuple((m.data_ptr(), v.data_ptr()) for m, v in pairs))
+        return pairs
