@@ -1,6 +1,7 @@
-"""The specification of :func:`fastkd.lsp_loss` in plain torch, readable and differentiable twice.
+"""The specification of :func:`fastkd.lsp_loss` and :func:`fastkd.masked_conv2d` in plain torch, readable
+and differentiable twice.
 
-It keeps tensors of size E x D and is slow; tests compare the kernels with it in float64.
+The loss keeps tensors of size E x D and is slow; tests compare the kernels with it in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .graph import as_graph
 from .kernels import Kernel
 from .lsp import TeacherStructure, _pair, _sizes
 
-__all__ = ["edge_softmax", "lsp_loss", "similarity"]
+__all__ = ["edge_softmax", "lsp_loss", "masked_conv2d", "similarity"]
 
 
 def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
@@ -112,3 +113,23 @@ def lsp_loss(
         "mean_edges": row.numel(),
     }[reduction]
     return rows.sum() / count if count else rows.sum() * 0
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Tensor:
+    """Same arguments and result as :func:`fastkd.masked_conv2d`: one whole convolution per individual."""
+    individuals = next(t.shape[0] for t in (in_mask, out_mask, x) if t is not None)
+
+    def kept(y: Tensor, mask: Tensor | None, p: int) -> Tensor:
+        return y if mask is None else torch.where(mask[p][:, None, None], y, torch.zeros_like(y))
+
+    results = []
+    for p in range(individuals):
+        own = kept(x if x.dim() == 4 else x[p], in_mask, p)
+        results.append(kept(torch.conv2d(own, weight, bias, stride, padding, dilation, groups), out_mask, p))
+    if results:
+        return torch.stack(results)
+    shape = torch.conv2d(x.new_zeros(1, *x.shape[-3:]), weight, None, stride, padding, dilation, groups).shape
+    return x.new_empty(0, x.shape[-4], *shape[1:])
