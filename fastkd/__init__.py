@@ -5,6 +5,7 @@ from ._C import __version__
 from .config import show_config
 from .graph import Graph
 from .lsp import LSPLoss, TeacherStructure, lsp_loss, teacher_structure
+from .masked_conv import masked_conv2d
 from .population import compact
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "compact",
     "kernels",
     "lsp_loss",
+    "masked_conv2d",
     "reference",
     "show_config",
     "teacher_structure",

@@ -1,7 +1,7 @@
 """The specification in plain torch, readable and slow; tests compare the kernels with it in float64.
 
-:func:`lsp_loss` is differentiable twice and keeps tensors of size E x D. :func:`masked_forward` is one
-individual of a population, with every channel computed.
+:func:`lsp_loss` and :func:`masked_conv2d` are differentiable twice; the loss keeps tensors of size E x D.
+:func:`masked_forward` is one individual of a population, with every channel computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .lsp import TeacherStructure, _pair, _sizes
 if TYPE_CHECKING:
     from .population.space import GeneSpace
 
-__all__ = ["edge_softmax", "lsp_loss", "masked_forward", "similarity"]
+__all__ = ["edge_softmax", "lsp_loss", "masked_conv2d", "masked_forward", "similarity"]
 
 
 def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
@@ -142,3 +142,23 @@ def masked_forward(space: GeneSpace, mask: Tensor, x: Tensor) -> Tensor:
     result = values[space.output]
     assert result is not None
     return result
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Tensor:
+    """Same arguments and result as :func:`fastkd.masked_conv2d`: one whole convolution per individual."""
+    individuals = next(t.shape[0] for t in (in_mask, out_mask, x) if t is not None)
+
+    def kept(y: Tensor, mask: Tensor | None, p: int) -> Tensor:
+        return y if mask is None else torch.where(mask[p][:, None, None], y, torch.zeros_like(y))
+
+    results = []
+    for p in range(individuals):
+        own = kept(x if x.dim() == 4 else x[p], in_mask, p)
+        results.append(kept(torch.conv2d(own, weight, bias, stride, padding, dilation, groups), out_mask, p))
+    if results:
+        return torch.stack(results)
+    shape = torch.conv2d(x.new_zeros(1, *x.shape[-3:]), weight, None, stride, padding, dilation, groups).shape
+    return x.new_empty(0, x.shape[-4], *shape[1:])
