@@ -564,7 +564,7 @@ class Network:
         images = x.shape[0 if shared else 1]
         x, masks = x.contiguous(), masks.contiguous()
         self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
-                         0 if shared else x[0].numel(), images, _ptr(out),
+                         0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
                          DTYPES[self.dtype if out is None else out.dtype], affines, moments, torch.get_num_threads())
 
     def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
