@@ -52,7 +52,9 @@ Kernel kernel(const py::tuple& t) {
             int(integer(t, 3)),    number(t, 4),         number(t, 5)};
 }
 
-void pair(const py::tuple& t, int k, int64_t (&out)[2]) { out[0] = integer(t, k), out[1] = integer(t, k + 1); }
+void pair(const py::tuple& t, int k, int64_t (&out)[2]) {
+    out[0] = integer(t, k), out[1] = integer(t, k + 1);
+}
 // (channels, height, width, address of genes)
 Value value(const py::tuple& t) {
     expect(t, 4, "value");
@@ -227,7 +229,8 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                  cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
              });
     py::class_<cpu::Network>(host, "Network")
-        .def(py::init([](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes, int output) {
+        .def(py::init([](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes,
+                         int output) {
             std::vector<Value> v;
             std::vector<Node> n;
             for (const py::handle& t : values) v.push_back(value(py::reinterpret_borrow<py::tuple>(t)));
@@ -249,10 +252,18 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                 const auto t = py::reinterpret_borrow<py::tuple>(h);
                 m.push_back({const_cast<void*>(address(t, 0)), const_cast<void*>(address(t, 1))});
             }
-            if ((!a.empty() && int64_t(a.size()) != self.norms()) || (!m.empty() && int64_t(m.size()) != self.norms()))
+            if ((!a.empty() && int64_t(a.size()) != self.norms()) ||
+                (!m.empty() && int64_t(m.size()) != self.norms()))
                 throw py::value_error("network: expected one entry per norm");
-            const NetworkRun run{pointer<const std::uint8_t>(masks), individuals, pointer(x), DType(x_dtype), x_stride,
-                                 images, pointer(out), DType(out_dtype), a.empty() ? nullptr : a.data(),
+            const NetworkRun run{pointer<const std::uint8_t>(masks),
+                                 individuals,
+                                 pointer(x),
+                                 DType(x_dtype),
+                                 x_stride,
+                                 images,
+                                 pointer(out),
+                                 DType(out_dtype),
+                                 a.empty() ? nullptr : a.data(),
                                  m.empty() ? nullptr : m.data()};
             py::gil_scoped_release release;
             self.run(run, threads);

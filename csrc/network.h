@@ -37,8 +37,8 @@ struct Value {
 };
 
 enum class Operation : int {
-    conv = 0,        // weight [out, in / groups, kernel], bias [out]; a linear layer has a kernel of the map's size
-    norm = 1,        // scale * x + shift; batch normalisation if batch
+    conv = 0,  // weight [out, in / groups, kernel], bias [out]; a linear layer has a kernel of the map's size
+    norm = 1,  // scale * x + shift; batch normalisation if batch
     activation = 2,  // activation, param
     max_pool = 3,
     avg_pool = 4,  // a kernel of 0 x 0: adaptive to the output's size
@@ -56,7 +56,7 @@ struct Node {
     std::int64_t kernel[2], stride[2], padding[2], dilation[2];  // rows, columns
     std::int64_t groups;
     bool count_padding;  // avg_pool
-    bool batch;          // norm: statistics of the batch where asked for; weight, bias and param (eps) are then used
+    bool batch;  // norm: statistics of the batch where asked for; weight, bias and param (eps) are then used
     Activation activation;
     double param;
     const void* weight;  // or null
@@ -86,10 +86,10 @@ struct NetworkRun {
     DType x_dtype;          // any
     std::int64_t x_stride;  // elements between individuals, 0 if all share x
     std::int64_t images;
-    void* out;                    // [individuals, images, channels, height, width], or null
-    DType out_dtype;              // any
-    const Affine* affines;        // [norms], or null
-    const Moments* moments;       // [norms] or null: with it, batch norms use the batch
+    void* out;               // [individuals, images, channels, height, width], or null
+    DType out_dtype;         // any
+    const Affine* affines;   // [norms], or null
+    const Moments* moments;  // [norms] or null: with it, batch norms use the batch
 };
 
 namespace cpu {

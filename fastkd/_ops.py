@@ -541,9 +541,9 @@ class Network:
         return x.data_ptr()
 
     def _node(self, n: dict[str, Any]) -> tuple:
-        weight, select = n.get("weight"), 0
-        kernel = tuple(n.get("kernel", (1, 1)))
+        select, kernel = 0, tuple(n.get("kernel", (1, 1)))
         if n["op"] == "conv":
+            weight = n["weight"]
             kernel = self.shapes[n["inputs"][0]][1:] if weight.dim() == 2 else tuple(weight.shape[2:])
         if n["op"] == "select":
             pairs = [(-1, 0) if s is None else s for s in n["source"]]
@@ -552,7 +552,7 @@ class Network:
                     n.get("groups", 1), n.get("count_include_pad", True), "eps" in n)
         return (_OPERATIONS.index(n["op"]), tuple(n["inputs"]), n["output"], geometry,
                 ACTIVATIONS.index(n.get("name", "none")), float(n.get("eps", n.get("param", 0.0))),
-                self._keep(weight), self._keep(n.get("bias")), self._keep(n.get("scale")),
+                self._keep(n.get("weight")), self._keep(n.get("bias")), self._keep(n.get("scale")),
                 self._keep(n.get("shift")), select)
 
     def bytes(self, images: int, recalibrate: bool = False) -> int:
@@ -564,7 +564,7 @@ class Network:
         images = x.shape[0 if shared else 1]
         x, masks = x.contiguous(), masks.contiguous()
         self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
-                         0 if shared else x[0].numel(), images, _ptr(out),
+                         0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
                          DTYPES[self.dtype if out is None else out.dtype], affines, moments, torch.get_num_threads())
 
     def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,

@@ -43,7 +43,7 @@ def masked_conv2d(
     if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"groups must be an integer in [1, inf), got {groups!r}")
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     rest = (in_mask, out_mask, *geometry, groups)

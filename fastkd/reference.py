@@ -160,5 +160,5 @@ def masked_conv2d(
         results.append(kept(torch.conv2d(own, weight, bias, stride, padding, dilation, groups), out_mask, p))
     if results:
         return torch.stack(results)
-    shape = torch.conv2d(x.new_zeros(1, *x.shape[-3:]), weight, None, stride, padding, dilation, groups).shape
-    return x.new_empty(0, x.shape[-4], *shape[1:])
+    none = torch.conv2d(x if x.dim() == 4 else x.flatten(0, 1), weight, bias, stride, padding, dilation, groups)
+    return none[None][:0] if x.dim() == 4 else none.reshape(0, x.shape[1], *none.shape[1:])

@@ -94,7 +94,9 @@ def check(conv, dtype, own=False, which=(True, True), density=0.5, device="cpu")
         # The result is one rounding of a sum in acc; gradients are torch's own, in the dtype itself.
         eps = torch.finfo(dtype).eps
         rounding = 0 if dtype == acc else (eps / 2 * e.abs() if k == 0 else 8 * eps * size)
-        allowed = 2 * (p.double() - e).abs().max() + 8 * torch.finfo(acc).eps * size + rounding
+        # In float64 there is nothing to measure the reference with: 1e-12 of the size.
+        slack = 8 * torch.finfo(acc).eps if acc == torch.float32 else 1e-12
+        allowed = 2 * (p.double() - e).abs().max() + slack * size + rounding
         error = (a.double() - e).abs()
         assert (error <= allowed).all(), f"output {k}: error {error.max():.3g} of {size:.3g}"
     if out_mask is not None:
@@ -139,7 +141,7 @@ def test_small_integers_are_exact(device, poisoned, name, dtype):
     assert torch.equal(y, expected.to(dtype))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))

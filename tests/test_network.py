@@ -90,7 +90,7 @@ class Builder:
         return n["output"]
 
     def size(self, n, op, inputs, rest):
-        c, h, w, _ = self.values[inputs[0]]
+        _, h, w, _ = self.values[inputs[0]]
         if "size" in rest:
             return rest["size"]
         if op == "flatten" or (op == "conv" and rest["weight"].dim() == 2):

@@ -19,11 +19,11 @@ struct Table {
     FASTKD_PLANE_OPS(FASTKD_MEMBER)
 };
 
-#define FASTKD_TABLE(ISA)                                                                                \
-    Table {                                                                                              \
-        #ISA, ISA::inverse_norm, ISA::similarity, ISA::kernel_values, ISA::divergences, ISA::gradient,   \
-            ISA::pack_weights, ISA::plane_conv, ISA::plane_pool, ISA::plane_pointwise,                   \
-            ISA::plane_product, ISA::plane_moment, ISA::plane_load, ISA::plane_store                     \
+#define FASTKD_TABLE(ISA)                                                                                  \
+    Table {                                                                                                \
+        #ISA, ISA::inverse_norm, ISA::similarity, ISA::kernel_values, ISA::divergences, ISA::gradient,     \
+            ISA::pack_weights, ISA::plane_conv, ISA::plane_pool, ISA::plane_pointwise, ISA::plane_product, \
+            ISA::plane_moment, ISA::plane_load, ISA::plane_store                                           \
     }
 
 // The best the processor has, or what FASTKD_ISA names if the processor has it.

@@ -37,14 +37,14 @@ bool by_channel(const Node& n, const Value& in, const Value& out) {
 // A node with what is computed in its epilogue: norm, then residual, then activation.
 struct Step {
     Node node;
-    int norm = -1;             // index of the norm, of the node or fused
+    int norm = -1;                 // index of the norm, of the node or fused
     const Node* affine = nullptr;  // the norm itself
-    int residual = -1;         // a value
+    int residual = -1;             // a value
     Activation activation = Activation::none;
     double param = 0;
-    int stage = 0;                // of the last thing fused
-    std::int64_t seen = 0;        // genes (in order) that the result's planes depend on
-    std::vector<int> dying;       // values that no later step reads
+    int stage = 0;           // of the last thing fused
+    std::int64_t seen = 0;   // genes (in order) that the result's planes depend on
+    std::vector<int> dying;  // values that no later step reads
 };
 
 struct Schedule {
@@ -127,6 +127,7 @@ struct Network::Plan {
     int output;
     std::vector<int> norm_of;  // node -> index of its norm, or -1
     std::int64_t norms = 0;
+    std::int64_t work = 0;  // products for one image of the whole network
     Schedule inherit, recalibrate;
 
     Schedule schedule(bool keep_batch) const;
@@ -175,7 +176,8 @@ Schedule Network::Plan::schedule(bool keep_batch) const {
         const int at = made[std::size_t(v)];
         if (at < 0 || uses[std::size_t(v)] != 1) return nullptr;
         Step& step = s.steps[std::size_t(at)];
-        const bool epilogue = step.node.kind == Operation::conv || (stage > 1 && step.node.kind == Operation::norm) ||
+        const bool epilogue = step.node.kind == Operation::conv ||
+                              (stage > 1 && step.node.kind == Operation::norm) ||
                               (stage > 2 && step.node.kind == Operation::add);
         const Value &in = values[std::size_t(v)], &out = values[std::size_t(n.output)];
         return epilogue && step.stage < stage && in.genes == out.genes ? &step : nullptr;
@@ -210,7 +212,8 @@ Schedule Network::Plan::schedule(bool keep_batch) const {
         if (!step) {
             Step own;
             own.node = nodes[k];
-            if (nodes[k].kind == Operation::norm) own.norm = norm_of[k], own.affine = &nodes[k], own.stage = 1;
+            if (nodes[k].kind == Operation::norm)
+                own.norm = norm_of[k], own.affine = &nodes[k], own.stage = 1;
             if (nodes[k].kind == Operation::add) own.stage = 2;
             if (nodes[k].kind == Operation::activation)
                 own.activation = nodes[k].activation, own.param = nodes[k].param, own.stage = 3;
@@ -242,7 +245,8 @@ Schedule Network::Plan::schedule(bool keep_batch) const {
             last[std::size_t(v)] = int(k);
             const bool main = v != step.residual;
             const bool shape = step.node.kind == Operation::select || step.node.kind == Operation::flatten;
-            bool own = !main || by_channel(step.node, values[std::size_t(v)], values[std::size_t(step.node.output)]);
+            bool own =
+                !main || by_channel(step.node, values[std::size_t(v)], values[std::size_t(step.node.output)]);
             // The list of channels itself may tie a channel to another gene than its own.
             own = own && (shape || same_genes(values[std::size_t(v)].genes, genes));
             seen = std::max({seen, depends[std::size_t(v)], own ? 0 : met[std::size_t(v)]});
@@ -267,10 +271,17 @@ namespace {
 template <class Plan> class Walk {
   public:
     Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
-         const std::vector<std::int64_t>& sorted, const std::vector<std::int64_t>& agree, std::int64_t first_block,
-         std::int64_t num_blocks)
-        : plan_(plan), s_(s), run_(run), blocks_(blocks), sorted_(sorted), agree_(agree), first_(first_block),
-          count_(num_blocks), live_(plan.values.size()) {}
+         const std::vector<std::int64_t>& sorted, const std::vector<std::int64_t>& agree,
+         std::int64_t first_block, std::int64_t num_blocks)
+        : plan_(plan),
+          s_(s),
+          run_(run),
+          blocks_(blocks),
+          sorted_(sorted),
+          agree_(agree),
+          first_(first_block),
+          count_(num_blocks),
+          live_(plan.values.size()) {}
 
     void operator()(std::int64_t begin, std::int64_t end) {
         if (!run_.x_stride) {
@@ -311,9 +322,11 @@ template <class Plan> class Walk {
             }
     }
 
-    PlaneTransfer transfer(void* outer, DType dtype, const Value& shape, std::int64_t b, std::int64_t c) const {
+    PlaneTransfer transfer(void* outer, DType dtype, const Value& shape, std::int64_t b,
+                           std::int64_t c) const {
         const std::int64_t pixels = shape.height * shape.width, image = pixels * shape.channels;
-        char* at = static_cast<char*>(outer) + (blocks_.first(first_ + b) * image + c * pixels) * size_of(dtype);
+        char* at =
+            static_cast<char*>(outer) + (blocks_.first(first_ + b) * image + c * pixels) * size_of(dtype);
         return {at, dtype, image, pixels, images(b), blocks_.valid(first_ + b), nullptr};
     }
 
@@ -348,7 +361,8 @@ template <class Plan> class Walk {
                         continue;
                     }
                     for (std::int64_t n = 0; n < t.valid; ++n)
-                        std::memset(static_cast<char*>(t.outer) + n * t.image_step * size, 0, std::size_t(pixels * size));
+                        std::memset(static_cast<char*>(t.outer) + n * t.image_step * size, 0,
+                                    std::size_t(pixels * size));
                 }
         }
     }
@@ -459,7 +473,8 @@ template <class Plan> class Walk {
         }
     }
 
-    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin, std::int64_t end) {
+    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
         const Node& node = step.node;
         const Value &in = value(node.inputs[0]), &out = value(node.output);
         const std::int64_t size = size_of(plan_.dtype), taps = node.kernel[0] * node.kernel[1];
@@ -484,7 +499,8 @@ template <class Plan> class Walk {
             while (last < channels.size() && channels[last] / group_out == group) ++last;
             inputs.clear();
             for (std::int64_t c = 0; c < group_in; ++c)
-                if (seen_by(begin, node.inputs[0], 0, group * group_in + c)) inputs.push_back(std::int32_t(c));
+                if (seen_by(begin, node.inputs[0], 0, group * group_in + c))
+                    inputs.push_back(std::int32_t(c));
             // Of a channel by itself, as in a depthwise convolution, the keepers may differ: it is read
             // by those that keep the output.
             if (group_in == 1 && inputs.empty() && plane(node.inputs[0], 0, group) &&
@@ -507,12 +523,13 @@ template <class Plan> class Walk {
             q.scale = scale.data() + j * std::size_t(size), q.shift = shift.data() + j * std::size_t(size);
             for (std::int64_t b = 0; b < count_; ++b) {
                 in_planes.clear(), out_planes.clear(), residual.clear();
-                for (std::int32_t c : inputs) in_planes.push_back(plane(node.inputs[0], b, group * group_in + c));
+                for (std::int32_t c : inputs)
+                    in_planes.push_back(plane(node.inputs[0], b, group * group_in + c));
                 for (std::size_t k = j; k < last; ++k) {
                     out_planes.push_back(plane(node.output, b, channels[k]));
                     if (step.residual >= 0)
-                        residual.push_back(seen_by(keeper(node.output, channels[k], begin, end), step.residual, b,
-                                                   channels[k]));
+                        residual.push_back(seen_by(keeper(node.output, channels[k], begin, end),
+                                                   step.residual, b, channels[k]));
                 }
                 q.images = images(b), q.in = in_planes.data(), q.out = out_planes.data();
                 q.tail = {step.residual >= 0 ? residual.data() : nullptr, step.activation, step.param};
@@ -527,7 +544,8 @@ template <class Plan> class Walk {
         else reinterpret_cast<float*>(row.data())[j] = float(x);
     }
 
-    void norm(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin, std::int64_t end) {
+    void norm(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
         const Node& node = step.node;
         const Value& shape = value(node.output);
         const std::int64_t pixels = shape.height * shape.width;
@@ -556,7 +574,11 @@ template <class Plan> class Walk {
             }
             for (std::int64_t b = 0; b < count_; ++b) {
                 const void* residual = step.residual >= 0 ? seen_by(k, step.residual, b, c) : nullptr;
-                plane_pointwise(plan_.dtype, {pixels, images(b), seen_by(k, node.inputs[0], b, c), scale, shift,
+                plane_pointwise(plan_.dtype, {pixels,
+                                              images(b),
+                                              seen_by(k, node.inputs[0], b, c),
+                                              scale,
+                                              shift,
                                               {residual ? &residual : nullptr, step.activation, step.param},
                                               plane(node.output, b, c)});
             }
@@ -574,7 +596,8 @@ template <class Plan> class Walk {
         return total / double(blocks_.images * pixels);
     }
 
-    void add(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin, std::int64_t end) {
+    void add(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+             std::int64_t end) {
         const Node& node = step.node;
         const Value& shape = value(node.output);
         for (std::int32_t c : channels) {
@@ -584,8 +607,13 @@ template <class Plan> class Walk {
                 for (std::size_t i = 1; i < node.inputs.size(); ++i) {
                     const bool last = i + 1 == node.inputs.size();
                     const void* x = seen_by(k, node.inputs[i], b, c);
-                    plane_pointwise(plan_.dtype, {shape.height * shape.width, images(b), sum, 1, 0,
-                                                  {x ? &x : nullptr, last ? step.activation : Activation::none, step.param},
+                    plane_pointwise(plan_.dtype, {shape.height * shape.width,
+                                                  images(b),
+                                                  sum,
+                                                  1,
+                                                  0,
+                                                  {x ? &x : nullptr,
+                                                   last ? step.activation : Activation::none, step.param},
                                                   plane(node.output, b, c)});
                     sum = plane(node.output, b, c);
                 }
@@ -593,7 +621,8 @@ template <class Plan> class Walk {
         }
     }
 
-    void multiply(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin, std::int64_t end) {
+    void multiply(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
+                  std::int64_t end) {
         const Value &shape = value(node.output), &gate = value(node.inputs[1]);
         const std::int64_t pixels = shape.height * shape.width;
         for (std::int32_t c : channels) {
@@ -601,13 +630,18 @@ template <class Plan> class Walk {
             for (std::int64_t b = 0; b < count_; ++b) {
                 const void *x = seen_by(k, node.inputs[0], b, c), *g = seen_by(k, node.inputs[1], b, c);
                 void* out = plane(node.output, b, c);
-                if (x && g) plane_product(plan_.dtype, {pixels, images(b), x, g, gate.height * gate.width != pixels, out});
-                else plane_pointwise(plan_.dtype, {pixels, images(b), nullptr, 1, 0, {nullptr, Activation::none, 0}, out});
+                if (x && g)
+                    plane_product(plan_.dtype,
+                                  {pixels, images(b), x, g, gate.height * gate.width != pixels, out});
+                else
+                    plane_pointwise(plan_.dtype,
+                                    {pixels, images(b), nullptr, 1, 0, {nullptr, Activation::none, 0}, out});
             }
         }
     }
 
-    void pool(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin, std::int64_t end) {
+    void pool(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
         const Value &in = value(node.inputs[0]), &out = value(node.output);
         PlanePool q{};
         for (int axis = 0; axis < 2; ++axis) {
@@ -623,8 +657,14 @@ template <class Plan> class Walk {
                 q.images = images(b);
                 q.in = seen_by(k, node.inputs[0], b, c), q.out = plane(node.output, b, c);
                 if (q.in) plane_pool(plan_.dtype, q);
-                else plane_pointwise(plan_.dtype, {out.height * out.width, images(b), nullptr, 1, 0,
-                                                   {nullptr, Activation::none, 0}, q.out});
+                else
+                    plane_pointwise(plan_.dtype, {out.height * out.width,
+                                                  images(b),
+                                                  nullptr,
+                                                  1,
+                                                  0,
+                                                  {nullptr, Activation::none, 0},
+                                                  q.out});
             }
         }
     }
@@ -635,7 +675,8 @@ template <class Plan> class Walk {
         live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
         live.owners.clear();
         for (int v : node.inputs)
-            live.owners.insert(live.owners.end(), live_[std::size_t(v)].owners.begin(), live_[std::size_t(v)].owners.end());
+            live.owners.insert(live.owners.end(), live_[std::size_t(v)].owners.begin(),
+                               live_[std::size_t(v)].owners.end());
         for (std::int32_t c : channels) {
             const std::int32_t input = node.select[std::size_t(2 * c)];
             if (input < 0) continue;
@@ -672,12 +713,21 @@ template <class Plan> class Walk {
 
 }  // namespace
 
-Network::Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes, int output)
-    : plan_(new Plan{dtype, genes, std::move(values), std::move(nodes), output, {}, 0, {}, {}}) {
+Network::Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes,
+                 int output)
+    : plan_(new Plan{dtype, genes, std::move(values), std::move(nodes), output, {}, 0, 0, {}, {}}) {
     for (const Node& n : plan_->nodes)
-        if (!same_sources(n, plan_->values)) throw std::invalid_argument("network: a channel that is selected keeps its gene");
+        if (!same_sources(n, plan_->values))
+            throw std::invalid_argument("network: a channel that is selected keeps its gene");
     for (const Node& n : plan_->nodes)
         plan_->norm_of.push_back(n.kind == Operation::norm ? int(plan_->norms++) : -1);
+    for (const Node& n : plan_->nodes) {
+        const Value& out = plan_->values[std::size_t(n.output)];
+        const std::int64_t inputs =
+            n.kind == Operation::conv ? plan_->values[std::size_t(n.inputs[0])].channels / n.groups : 1;
+        plan_->work += out.channels * out.height * out.width * inputs *
+                       std::max<std::int64_t>(n.kernel[0] * n.kernel[1], 1);
+    }
     plan_->inherit = plan_->schedule(false);
     plan_->recalibrate = plan_->schedule(true);
 }
@@ -691,13 +741,15 @@ std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) 
     const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
     auto add = [&](int v) {
         const Value& shape = plan_->values[std::size_t(v)];
-        for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1)); ++b)
+        for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1));
+             ++b)
             block += plan_->plane_bytes(shape, blocks.padded(b)) * shape.channels;
         block += 2 << 20;  // huge pages
     };
     add(0);
     for (const Step& step : s.steps)
-        if (step.node.kind != Operation::select && step.node.kind != Operation::flatten) add(step.node.output);
+        if (step.node.kind != Operation::select && step.node.kind != Operation::flatten)
+            add(step.node.output);
     return block * threads;
 }
 
@@ -706,12 +758,12 @@ void Network::run(const NetworkRun& run, int threads) const {
     const std::int64_t individuals = run.individuals;
     if (!individuals || !run.images) return;
     const Schedule& s = run.moments ? plan.recalibrate : plan.inherit;
+    threads = threads_for(plan.work * run.images * individuals / 8, threads);
     if (run.moments)
         for (std::size_t k = 0; k < plan.nodes.size(); ++k)
             if (plan.norm_of[k] >= 0) {
                 const Moments& m = run.moments[plan.norm_of[k]];
-                const std::int64_t n =
-                    individuals * plan.values[std::size_t(plan.nodes[k].output)].channels;
+                const std::int64_t n = individuals * plan.values[std::size_t(plan.nodes[k].output)].channels;
                 std::fill_n(static_cast<double*>(m.mean), n, 0.0);
                 std::fill_n(static_cast<double*>(m.variance), n, 1.0);
             }
@@ -721,10 +773,12 @@ void Network::run(const NetworkRun& run, int threads) const {
     std::vector<std::uint8_t> key(std::size_t(individuals * plan.genes));
     for (std::int64_t i = 0; i < individuals; ++i)
         for (std::int64_t g = 0; g < plan.genes; ++g)
-            key[std::size_t(i * plan.genes + g)] = run.masks[i * plan.genes + s.order[std::size_t(g)]] ? 1 : 0;
+            key[std::size_t(i * plan.genes + g)] =
+                run.masks[i * plan.genes + s.order[std::size_t(g)]] ? 1 : 0;
     std::iota(sorted.begin(), sorted.end(), std::int64_t(0));
     std::stable_sort(sorted.begin(), sorted.end(), [&](std::int64_t a, std::int64_t b) {
-        return std::memcmp(key.data() + a * plan.genes, key.data() + b * plan.genes, std::size_t(plan.genes)) < 0;
+        return std::memcmp(key.data() + a * plan.genes, key.data() + b * plan.genes,
+                           std::size_t(plan.genes)) < 0;
     });
     for (std::int64_t k = 1; k < individuals; ++k) {
         const std::uint8_t* a = key.data() + sorted[std::size_t(k - 1)] * plan.genes;

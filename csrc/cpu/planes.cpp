@@ -117,7 +117,8 @@ FASTKD_HD Taps taps(const PlaneConv& q, int axis, std::int64_t at) {
     const std::int64_t start = at * q.stride[axis] - q.padding[axis], step = q.dilation[axis];
     std::int64_t first = 0, last = q.kernel[axis];
     if (start < 0) first = (-start + step - 1) / step;
-    if (start + (last - 1) * step >= q.size[axis]) last = start < q.size[axis] ? (q.size[axis] - 1 - start) / step + 1 : 0;
+    if (start + (last - 1) * step >= q.size[axis])
+        last = start < q.size[axis] ? (q.size[axis] - 1 - start) / step + 1 : 0;
     return {start, first, last};
 }
 
@@ -140,8 +141,8 @@ template <class A, int Bytes, int K, int N> void strip(const Strip<A>& s) {
             V sum[K][N] = {};
             for (std::int64_t a = rows.first; a < rows.last; ++a) {
                 for (std::int64_t b = columns.first; b < columns.last; ++b) {
-                    const std::int64_t pixel = (rows.start + a * q.dilation[0]) * q.size[1] + columns.start +
-                                               b * q.dilation[1];
+                    const std::int64_t pixel =
+                        (rows.start + a * q.dilation[0]) * q.size[1] + columns.start + b * q.dilation[1];
                     const std::int64_t from = s.origin + pixel * q.images + image;
                     const A* w = s.weight + (a * q.kernel[1] + b) * q.inputs * K;
                     for (std::int64_t c = 0; c < q.inputs; ++c, w += K) {
@@ -212,10 +213,10 @@ template <class A, int Bytes> void convolve(const PlaneConv& q, std::int64_t ori
         for (std::int64_t column = 0; column < q.out_size[1]; column += chunk) {
             const std::int64_t columns = std::min(chunk, q.out_size[1] - column);
             for_outputs(q.outputs, [&](std::int64_t first, std::int64_t count) {
-                Strip<A> s{&q,    static_cast<const A*>(q.packed) + first * q.inputs * taps,
-                           first, row,
+                Strip<A> s{&q,     static_cast<const A*>(q.packed) + first * q.inputs * taps,
+                           first,  row,
                            column, columns,
-                           0,     0,
+                           0,      0,
                            origin, range_of<A>(q.tail.activation)};
                 const std::int64_t vectors = q.images / lanes, rest = vectors % most;
                 if (vectors > rest) {
@@ -245,8 +246,7 @@ void plane_conv(DType dtype, const PlaneConv& q) {
         bool point = true;
         for (int k = 0; k < 2; ++k)
             point = point && q.kernel[k] == 1 && q.stride[k] == 1 && q.padding[k] == 0;
-        if (!point)
-            return dispatch_width<A>(q.images, [&](auto bytes) { convolve<A, bytes.value>(q, 0); });
+        if (!point) return dispatch_width<A>(q.images, [&](auto bytes) { convolve<A, bytes.value>(q, 0); });
         // A plane is then one line of numbers, whatever the images.
         constexpr std::int64_t lanes = Vec<A>::lanes, wide = kVectors * lanes;
         const std::int64_t n = q.size[0] * q.size[1] * q.images, whole = n / wide * wide;

@@ -10,8 +10,8 @@
 
 namespace fastkd::cpu {
 
-constexpr std::int64_t kLine = 64;       // bytes; planes start at multiples
-constexpr std::int64_t kMostLines = 3;   // of images in a block: three registers of AVX-512
+constexpr std::int64_t kLine = 64;      // bytes; planes start at multiples
+constexpr std::int64_t kMostLines = 3;  // of images in a block: three registers of AVX-512
 
 // After the sums: y = activation(y + residual).
 struct Tail {
@@ -34,10 +34,10 @@ struct PlaneConv {
 
 // The weights of some channels in the order in which PlaneConv reads them.
 struct PackWeights {
-    const void* weight;         // [all outputs, row]
-    std::int64_t row, taps;     // row = taps * all inputs
-    const std::int32_t* in;     // [inputs]
-    const std::int32_t* out;    // [outputs]
+    const void* weight;       // [all outputs, row]
+    std::int64_t row, taps;   // row = taps * all inputs
+    const std::int32_t* in;   // [inputs]
+    const std::int32_t* out;  // [outputs]
     std::int64_t inputs, outputs;
     void* packed;  // [inputs * outputs * taps], out
 };
@@ -87,14 +87,14 @@ struct PlaneTransfer {
     void* plane;
 };
 
-#define FASTKD_PLANE_OPS(X)                                 \
-    X(pack_weights, (DType, const PackWeights&))            \
-    X(plane_conv, (DType, const PlaneConv&))                \
-    X(plane_pool, (DType, const PlanePool&))                \
-    X(plane_pointwise, (DType, const PlanePointwise&))      \
-    X(plane_product, (DType, const PlaneProduct&))          \
-    X(plane_moment, (DType, const PlaneMoment&))            \
-    X(plane_load, (DType, const PlaneTransfer&))            \
+#define FASTKD_PLANE_OPS(X)                            \
+    X(pack_weights, (DType, const PackWeights&))       \
+    X(plane_conv, (DType, const PlaneConv&))           \
+    X(plane_pool, (DType, const PlanePool&))           \
+    X(plane_pointwise, (DType, const PlanePointwise&)) \
+    X(plane_product, (DType, const PlaneProduct&))     \
+    X(plane_moment, (DType, const PlaneMoment&))       \
+    X(plane_load, (DType, const PlaneTransfer&))       \
     X(plane_store, (DType, const PlaneTransfer&))
 
 #define FASTKD_DECLARE(NAME, ARGUMENTS) void NAME ARGUMENTS;
