@@ -94,6 +94,14 @@ struct NetworkRun {
 
 namespace cpu {
 
+// What is done at once, and what individuals share: step k is done once for all that agree on the first
+// seen[k] genes of `order`.
+struct Outline {
+    std::vector<std::int32_t> order;
+    std::vector<int> producer;  // of each value: a step, or -1
+    std::vector<std::int64_t> seen;
+};
+
 class Network {
   public:
     // dtype: f32 or f64, of weights and sums. Value 0 is the input.
@@ -103,6 +111,7 @@ class Network {
     // What run takes at most beyond its arguments. Less, where individuals share nothing.
     std::int64_t bytes(std::int64_t images, bool recalibrate, int threads) const;
     std::int64_t norms() const;
+    Outline outline() const;
 
   private:
     struct Plan;

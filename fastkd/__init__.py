@@ -6,11 +6,12 @@ from .config import show_config
 from .graph import Graph
 from .lsp import LSPLoss, TeacherStructure, lsp_loss, teacher_structure
 from .masked_conv import masked_conv2d
-from .population import compact
+from .population import PopulationEvaluator, compact
 
 __all__ = [
     "Graph",
     "LSPLoss",
+    "PopulationEvaluator",
     "TeacherStructure",
     "__version__",
     "compact",

@@ -559,6 +559,11 @@ class Network:
         """At most what a run takes beyond its arguments."""
         return self._native.bytes(images, recalibrate, torch.get_num_threads())
 
+    def outline(self) -> tuple[list[int], list[int], list[int]]:
+        """Genes in the order in which they are met; of each value the step that makes it (steps are nodes that are
+        done at once), or -1; for each step how many of the genes individuals must agree on to share it."""
+        return self._native.outline()
+
     def _run(self, masks: Tensor, x: Tensor, out: Tensor | None, affines: tuple, moments: tuple) -> None:
         shared = x.dim() == 4
         images = x.shape[0 if shared else 1]

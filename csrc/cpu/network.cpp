@@ -735,6 +735,13 @@ Network::~Network() = default;
 
 std::int64_t Network::norms() const { return plan_->norms; }
 
+Outline Network::outline() const {
+    const Schedule& s = plan_->inherit;
+    Outline o{s.order, s.producer, {}};
+    for (const Step& step : s.steps) o.seen.push_back(step.seen);
+    return o;
+}
+
 std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) const {
     const Blocks blocks(images, size_of(plan_->dtype));
     std::int64_t block = 0;

@@ -308,7 +308,8 @@ template <class A, int Bytes> void pool(const PlanePool& q) {
             const Window columns = window(1, j);
             const std::int64_t inside = std::max<std::int64_t>(rows.last - rows.first, 0) *
                                         std::max<std::int64_t>(columns.last - columns.first, 0);
-            const A count = A(q.count_padding ? rows.count * columns.count : inside);
+            // Padding that is larger at the end has windows beyond it.
+            const A count = A(std::max<std::int64_t>(1, q.count_padding ? rows.count * columns.count : inside));
             for (std::int64_t n = 0; n < q.images; n += lanes) {
                 V y = V{} + (q.max ? -std::numeric_limits<A>::infinity() : A(0));
                 for (std::int64_t r = rows.first; r < rows.last; r += rows.step)
