@@ -344,7 +344,7 @@ class PopulationEvaluator:
             lines.append((step.name, step.kernel, "x".join(map(str, step.shape)), f"{step.kept:.1f}", *numbers))
         lines.append(("total", "", "", "", *(f"{n:,}" for n in totals.tolist())))
         wide = [max(len(line[i]) for line in lines) for i in range(7)]
-        text = ["  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, wide, strict=True)))
+        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide, strict=True)))
                 .rstrip() for line in lines]
         whole, masked, shared = (max(int(n), 1) for n in totals)
         threads = torch.get_num_threads()
