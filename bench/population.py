@@ -71,7 +71,8 @@ def masked(space: GeneSpace, mask: Tensor, x: Tensor) -> Tensor:
             if m.dim() == 1:
                 y = y * m.reshape(-1, *(1,) * (y.dim() - 2))
             else:
-                y = y.unflatten(0, (len(m), -1)).mul_(m[:, None].reshape(len(m), 1, -1, *(1,) * (y.dim() - 2))).flatten(0, 1)
+                m = m.reshape(len(m), 1, -1, *(1,) * (y.dim() - 2))
+                y = y.unflatten(0, (len(m), -1)).mul_(m).flatten(0, 1)
         values[op.output] = y
         for i in op.inputs:
             if last[i] is op:
@@ -199,7 +200,8 @@ def converging(count: int = 30, size: int = 32) -> dict[str, Any]:
             if key not in known:
                 known.add(key)
                 fresh.append(mask)
-        shared = sum(int(s.macs[2]) for s in fast._program.steps(fast._network, torch.stack(fresh).numpy())) if fresh else 0
+        new = torch.stack(fresh).numpy() if fresh else None
+        shared = 0 if new is None else sum(int(s.macs[2]) for s in fast._program.steps(fast._network, new))
         row = {"asked": len(masks), "new": len(fresh), "macs": int(e.space.macs(masks).sum()), "shared_macs": shared}
         row["fastkd"] = seconds(lambda: fast.accuracy(masks, (x, y)))
         row["alone"] = seconds(lambda: [bare.accuracy(mask, (x, y)) for mask in masks])
@@ -244,16 +246,17 @@ def report(results: dict[str, Any]) -> str:
         f"Python {info['python']}. Random masks of density 0.5, float32, all logits.",
         table(head, [row(name, r) for name, r in done.items()]),
         "Each column is the time of that side over fastkd's: medians (and range) of "
-        f"{min((r['rounds'] for r in done.values()), default=0)} or more rounds, in each of which all sides run in turn. "
-        "*Target*: sequential, best of the others. *GMAC/s* counts the multiplications of the compact networks; *of GEMM* "
-        f"is that rate over a product of {GEMM} x {GEMM} matrices, "
+        f"{min((r['rounds'] for r in done.values()), default=0)} or more rounds, in each of which all sides run in "
+        "turn. *Target*: sequential, best of the others. *GMAC/s* counts the multiplications of the compact networks; "
+        f"*of GEMM* is that rate over a product of {GEMM} x {GEMM} matrices, "
         + ", ".join(f"{r['gemm_macs_per_s'] / 1e9:.0f} in {name}" for name, r in done.items()) + ".",
     ]
     if "converging" in cases:
         c = cases["converging"]
         parts += ["## A population that converges", (
-            f"ResNet-20 with published weights, 256 images of CIFAR-10's validation part, {c['generations']} generations of "
-            f"{c['population']} from a genetic algorithm (see `generations`). {c['new_share']:.0%} of individuals were new. "
+            "ResNet-20 with published weights, 256 images of CIFAR-10's validation part, "
+            f"{c['generations']} generations of {c['population']} from a genetic algorithm (see `generations`). "
+            f"{c['new_share']:.0%} of individuals were new. "
             f"Memo and shared beginnings, against every individual by itself in the same executor: "
             f"**{number(c['gain'], 3)}x** (first third of the generations {number(c['gain_first_third'], 3)}x, last "
             f"{number(c['gain_last_third'], 3)}x); in multiplications {number(c['gain_macs'], 3)}x.")]

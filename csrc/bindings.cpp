@@ -4,6 +4,7 @@
 // (rowptr, col, rows, cols, edges, wide), a kernel (metric, shape, root, degree, scale, param); an
 // absent tensor is 0.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif

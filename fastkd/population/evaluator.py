@@ -245,7 +245,7 @@ class PopulationEvaluator:
             affines = self._recalibrated(own) if recalibrate else None
             done += len(own) * (passes - data.images)
             for at, x in data.pieces(images):
-                take(rows, at, self._program.finish(self._network(own, x, affines)))
+                take(rows, at, self._program.finish(self._network(own, self._maps(x), affines)))
                 done += len(own) * (at.stop - at.start)
                 if progress is not None:
                     progress(done, total)
@@ -286,7 +286,7 @@ class PopulationEvaluator:
         mean = {v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64) for v in norms}
         variance = {v: torch.zeros_like(m) for v, m in mean.items()}
         for x in self._calibration:
-            for v, (m, s) in zip(norms, self._network.moments(masks, x), strict=True):
+            for v, (m, s) in zip(norms, self._network.moments(masks, self._maps(x)), strict=True):
                 n = len(x) * self._network.shapes[v][1] * self._network.shapes[v][2]
                 mean[v] += m
                 variance[v] += s * (n / max(n - 1, 1))
@@ -299,6 +299,9 @@ class PopulationEvaluator:
                                                 variance[v] / len(self._calibration))
             out.append((scale.to(self.dtype), shift.to(self.dtype)))
         return out
+
+    def _maps(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self._network.shapes[0])
 
     # --- checks ------------------------------------------------------------------------------------------
 
