@@ -293,6 +293,16 @@ def test_norms_of_ones_own_are_not_shared(poisoned):
         torch.testing.assert_close(y[p], interpret(b.values, b.nodes, masks[p], x, norms=own), rtol=1e-10, atol=1e-10)
 
 
+def test_residual_that_is_also_the_input(poisoned):
+    b = Builder(3, 6, 6)
+    x = b.act(b.conv(0, 8))
+    b.linear(b.act(b.node("add", [b.conv(x, 8, genes=b.values[x][3]), x], b.values[x][3])), 4)
+    masks, x = population(b, 6), batch(b, 3)
+    y = Network(b.values, b.nodes, b.num_genes, torch.float64)(masks, x)
+    for p, mask in enumerate(masks):
+        torch.testing.assert_close(y[p], interpret(b.values, b.nodes, mask, x), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ACTIVATION)
 def test_activations(name, poisoned):
     b = Builder(2, 3, 3)

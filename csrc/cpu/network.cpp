@@ -241,9 +241,10 @@ Schedule Network::Plan::schedule(bool keep_batch) const {
         std::vector<int> reads = step.node.inputs;
         if (step.residual >= 0) reads.push_back(step.residual);
         const auto& genes = values[std::size_t(step.node.output)].genes;
-        for (int v : reads) {
+        for (std::size_t i = 0; i < reads.size(); ++i) {
+            const int v = reads[i];
             last[std::size_t(v)] = int(k);
-            const bool main = v != step.residual;
+            const bool main = i < step.node.inputs.size();  // the residual may be the same value
             const bool shape = step.node.kind == Operation::select || step.node.kind == Operation::flatten;
             bool own =
                 !main || by_channel(step.node, values[std::size_t(v)], values[std::size_t(step.node.output)]);
