@@ -66,6 +66,7 @@ bench: setup
 	$(BIN)/pytest bench --benchmark-json=bench/results/cpu.json
 	$(BIN)/python -m bench.report bench/results/cpu.json
 	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.population
 
 lint: setup
 	$(PIP) ruff mypy

@@ -110,16 +110,17 @@ def made(case: Case, seed: int = SEED) -> nn.Module:
     return build_cnn(case.network).eval()
 
 
-def measure(name: str, budget: float) -> dict[str, Any]:
+def measure(name: str, budget: float, share: float) -> dict[str, Any]:
     case = CASES[name]
+    images = max(1, round(case.images * share))
     model, generator = made(case), torch.Generator().manual_seed(SEED)
-    x = torch.randn(case.images, *case.shape, generator=generator)
+    x = torch.randn(images, *case.shape, generator=generator)
     e = PopulationEvaluator(model, x)
     masks = e.space.repair(e.space.random(case.population, 0.5, generator))
     every = sides(model, e.space, masks, x)
     skipped = {}
     # Input and result of the largest operation, for all at once.
-    largest = 3 * 4 * case.population * case.images * max(torch.tensor(v.shape).prod().item() for v in e.space.values)
+    largest = 3 * 4 * case.population * images * max(torch.tensor(v.shape).prod().item() for v in e.space.values)
     if largest > 0.9 * available(torch.device("cpu")):
         skipped = {side: f"needs {largest / 1e9:.0f} GB" for side in ("dense", "vmap")}
     chosen = {side: run for side, run in every.items() if side not in skipped}
@@ -135,12 +136,12 @@ def measure(name: str, budget: float) -> dict[str, Any]:
         rates.append(gemm_rate())
         rounds.append({side: seconds(run) for side, run in chosen.items()})
     ratios = {side: [r[side] / r["fastkd"] for r in rounds] for side in chosen}
-    macs = int(e.space.macs(masks).sum()) * case.images
+    macs = int(e.space.macs(masks).sum()) * images
     rate = statistics.median(rates)
     ours = statistics.median(r["fastkd"] for r in rounds)
     steps = list(e._program.steps(e._network, masks.numpy()))
     return {
-        "population": case.population, "images": case.images, "rounds": len(rounds), "skipped": skipped,
+        "population": case.population, "images": images, "rounds": len(rounds), "skipped": skipped,
         "seconds": {side: statistics.median(r[side] for r in rounds) for side in chosen},
         "ratio": {side: statistics.median(v) for side, v in ratios.items()},
         "ratio_range": {side: [min(v), max(v)] for side, v in ratios.items()},
@@ -230,7 +231,7 @@ def row(name: str, r: dict[str, Any]) -> list[str]:
     form = min(("compact", "compact_last"), key=lambda s: r["ratio"][s])
     best = min(v for side, v in r["ratio"].items() if side not in ("fastkd", "sequential"))
     wanted = f"{case.target[0]:g}x" + (f", {case.target[1]:g}x" if case.target[1] else "")
-    return [f"{name} (P={case.population}, N={case.images})", number(1e3 * r["seconds"]["fastkd"]), ratio("sequential"),
+    return [f"{name} (P={case.population}, N={r['images']})", number(1e3 * r["seconds"]["fastkd"]), ratio("sequential"),
             ratio("dense"), ratio(form), ratio("vmap"), f"{number(best, 2)}x", wanted,
             f"{r['rate'] / 1e9:.0f}", f"{r['bound_s'] / r['seconds']['fastkd']:.0%}"]
 
@@ -267,12 +268,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help=", ".join((*CASES, "converging")))
     parser.add_argument("--seconds", type=float, default=120, help="of the rounds of a case, about")
+    parser.add_argument("--share", type=float, default=1.0, help="of the images; the table says how many")
     args = parser.parse_args()
     known = json.loads(RESULTS.read_text())["cases"] if args.cases and RESULTS.exists() else {}
     results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "cases": known}
     for name in args.cases or (*CASES, "converging"):
         with torch.inference_mode():
-            results["cases"][name] = converging() if name == "converging" else measure(name, args.seconds)
+            results["cases"][name] = converging() if name == "converging" else measure(name, args.seconds, args.share)
         results["cases"] = {n: results["cases"][n] for n in (*CASES, "converging") if n in results["cases"]}
         print(name, json.dumps(results["cases"][name]), flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
