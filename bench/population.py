@@ -180,7 +180,7 @@ def generations(e: PopulationEvaluator, x: Tensor, y: Tensor, count: int, size: 
     return seen
 
 
-def converging(count: int = 30, size: int = 32) -> dict[str, Any]:
+def converging(count: int = 20, size: int = 32) -> dict[str, Any]:
     folder = Path(os.environ.get("FASTKD_DATA", ""))
     weights = folder / "weights" / "cifar10_resnet20.npz"
     if not weights.is_file():
