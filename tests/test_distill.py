@@ -223,7 +223,7 @@ def test_schedule(task):
 def test_the_teacher_runs_once_on_a_static_graph(task):
     d = distiller(task)
     calls = []
-    d.teacher.register_forward_hook(lambda *a: calls.append(1))
+    d.teacher.register_forward_pre_hook(lambda *a: calls.append(1))
     before = weights(d.teacher)
     d.fit()
     assert len(calls) == 1
