@@ -229,7 +229,7 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                  py::gil_scoped_release release;
                  cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
              });
-    py::class_<cpu::Network>(host, "Network")
+    py::class_<cpu::Network>(host, "Network", py::module_local())
         .def(py::init([](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes,
                          int output) {
             std::vector<Value> v;
@@ -239,10 +239,11 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
             return std::make_unique<cpu::Network>(DType(dtype), genes, std::move(v), std::move(n), output);
         }))
         .def("bytes", &cpu::Network::bytes)
-        .def("outline", [](const cpu::Network& self) {
-            const cpu::Outline o = self.outline();
-            return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
-        })
+        .def("outline",
+             [](const cpu::Network& self) {
+                 const cpu::Outline o = self.outline();
+                 return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
+             })
         // affines: (scale, shift, stride) per norm, moments: (mean, variance) per norm, or empty.
         .def("run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
                        int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
