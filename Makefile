@@ -27,7 +27,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.fastkd: $(SOURCES) $(VENV)/.torch
 	$(BIN)/python -m pip uninstall --quiet --yes fastkd
-	$(PIP) "fastkd[distill,test,bench] @ file://$(CURDIR)"
+	$(PIP) "fastkd[distill,compress,test,bench] @ file://$(CURDIR)"
 	@touch $@
 
 setup: $(VENV)/.fastkd
@@ -66,6 +66,7 @@ bench: setup
 	$(BIN)/pytest bench --benchmark-json=bench/results/cpu.json
 	$(BIN)/python -m bench.report bench/results/cpu.json
 	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.population
 
 lint: setup
 	$(PIP) ruff mypy

@@ -4,11 +4,13 @@
 // (rowptr, col, rows, cols, edges, wide), a kernel (metric, shape, root, degree, scale, param); an
 // absent tensor is 0.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 #include "fastkd.h"
+#include "network.h"
 
 namespace py = pybind11;
 using std::int64_t;
@@ -49,6 +51,39 @@ Kernel kernel(const py::tuple& t) {
     expect(t, 6, "kernel");
     return {Metric(integer(t, 0)), Shape(integer(t, 1)), integer(t, 2) != 0,
             int(integer(t, 3)),    number(t, 4),         number(t, 5)};
+}
+
+void pair(const py::tuple& t, int k, int64_t (&out)[2]) {
+    out[0] = integer(t, k), out[1] = integer(t, k + 1);
+}
+// (channels, height, width, address of genes)
+Value value(const py::tuple& t) {
+    expect(t, 4, "value");
+    Value v{integer(t, 0), integer(t, 1), integer(t, 2), {}};
+    const auto* genes = static_cast<const std::int32_t*>(address(t, 3));
+    v.genes.assign(genes, genes + v.channels);
+    return v;
+}
+// (kind, inputs, output, geometry, activation, param, weight, bias, scale, shift, select) with geometry
+// (kernel, stride, padding, dilation: rows and columns of each; groups, count_padding, batch) and select
+// the address of [out][2], or 0.
+Node node(const py::tuple& t, const std::vector<Value>& values) {
+    expect(t, 11, "node");
+    Node n{};
+    n.kind = Operation(integer(t, 0));
+    for (const py::handle& v : py::tuple(t[1])) n.inputs.push_back(v.cast<int>());
+    n.output = int(integer(t, 2));
+    const py::tuple geometry = t[3];
+    expect(geometry, 11, "geometry");
+    pair(geometry, 0, n.kernel), pair(geometry, 2, n.stride), pair(geometry, 4, n.padding);
+    pair(geometry, 6, n.dilation);
+    n.groups = integer(geometry, 8);
+    n.count_padding = integer(geometry, 9) != 0, n.batch = integer(geometry, 10) != 0;
+    n.activation = Activation(integer(t, 4)), n.param = number(t, 5);
+    n.weight = address(t, 6), n.bias = address(t, 7), n.scale = address(t, 8), n.shift = address(t, 9);
+    if (const auto* select = static_cast<const std::int32_t*>(address(t, 10)))
+        n.select.assign(select, select + 2 * values.at(std::size_t(n.output)).channels);
+    return n;
 }
 
 // Both back ends take the same arguments; `where` is the thread count or the stream.
@@ -194,4 +229,49 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                  py::gil_scoped_release release;
                  cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
              });
+    py::class_<cpu::Network>(host, "Network", py::module_local())
+        .def(py::init([](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes,
+                         int output) {
+            std::vector<Value> v;
+            std::vector<Node> n;
+            for (const py::handle& t : values) v.push_back(value(py::reinterpret_borrow<py::tuple>(t)));
+            for (const py::handle& t : nodes) n.push_back(node(py::reinterpret_borrow<py::tuple>(t), v));
+            return std::make_unique<cpu::Network>(DType(dtype), genes, std::move(v), std::move(n), output);
+        }))
+        .def("bytes", &cpu::Network::bytes)
+        .def("outline",
+             [](const cpu::Network& self) {
+                 const cpu::Outline o = self.outline();
+                 return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
+             })
+        // affines: (scale, shift, stride) per norm, moments: (mean, variance) per norm, or empty.
+        .def("run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
+                       int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
+                       const py::tuple& moments, int threads) {
+            std::vector<Affine> a;
+            std::vector<Moments> m;
+            for (const py::handle& h : affines) {
+                const auto t = py::reinterpret_borrow<py::tuple>(h);
+                a.push_back({address(t, 0), address(t, 1), integer(t, 2)});
+            }
+            for (const py::handle& h : moments) {
+                const auto t = py::reinterpret_borrow<py::tuple>(h);
+                m.push_back({const_cast<void*>(address(t, 0)), const_cast<void*>(address(t, 1))});
+            }
+            if ((!a.empty() && int64_t(a.size()) != self.norms()) ||
+                (!m.empty() && int64_t(m.size()) != self.norms()))
+                throw py::value_error("network: expected one entry per norm");
+            const NetworkRun run{pointer<const std::uint8_t>(masks),
+                                 individuals,
+                                 pointer(x),
+                                 DType(x_dtype),
+                                 x_stride,
+                                 images,
+                                 pointer(out),
+                                 DType(out_dtype),
+                                 a.empty() ? nullptr : a.data(),
+                                 m.empty() ? nullptr : m.data()};
+            py::gil_scoped_release release;
+            self.run(run, threads);
+        });
 }

@@ -5,14 +5,19 @@ from ._C import __version__
 from .config import show_config
 from .graph import Graph
 from .lsp import LSPLoss, TeacherStructure, lsp_loss, teacher_structure
+from .masked_conv import masked_conv2d
+from .population import PopulationEvaluator, compact
 
 __all__ = [
     "Graph",
     "LSPLoss",
+    "PopulationEvaluator",
     "TeacherStructure",
     "__version__",
+    "compact",
     "kernels",
     "lsp_loss",
+    "masked_conv2d",
     "reference",
     "show_config",
     "teacher_structure",

@@ -494,3 +494,268 @@ csr_union = torch.ops.fastkd.csr_union.default
 kernel_values = torch.ops.fastkd.kernel_values.default
 lsp_forward = torch.ops.fastkd.lsp_forward.default
 lsp_backward = torch.ops.fastkd.lsp_backward.default
+
+
+# --- masked networks ------------------------------------------------------------------------------
+
+_OPERATIONS = ("conv", "norm", "activation", "max_pool", "avg_pool", "add", "multiply", "select", "flatten")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardsigmoid", "hardswish", "tanh", "gelu",
+               "gelu_tanh")
+ALWAYS, NEVER = -1, -2  # genes of a channel that always, that never exists
+
+
+class Network:
+    """A network for ``csrc/network.h``, made of plain data.
+
+    ``values`` are tuples (channels, height, width, genes), value 0 the input; ``genes`` gives for every
+    channel its index in a mask, ALWAYS or NEVER. ``nodes`` are dictionaries in topological order, with
+    "op", "inputs" (indices of values), "output" (an index) and
+
+    * conv: weight [out, in / groups, kh, kw], bias; stride, padding, dilation (pairs), groups. A linear
+      layer is one too: its weight [out, features] is taken for a kernel of the size of its input.
+    * norm: scale, shift [channels]; for a batch norm weight, bias (or None) and eps as well.
+    * activation: name (one of ACTIVATIONS), param.
+    * max_pool, avg_pool: kernel, stride, padding, dilation (pairs), count_include_pad; a kernel (0, 0) is
+      adaptive. x[:, :, ::2, ::2] is a max_pool with kernel (1, 1) and stride (2, 2).
+    * add: two inputs or more. multiply: two, the second perhaps 1 x 1.
+    * select: source, for every channel (input, channel) or None for zeros. flatten: nothing.
+    """
+
+    def __init__(self, values: Any, nodes: Any, num_genes: int, dtype: torch.dtype, output: int | None = None) -> None:
+        self.dtype, self.num_genes = dtype, num_genes
+        self.shapes = [tuple(v[:3]) for v in values]
+        self.output = nodes[-1]["output"] if output is None else output
+        self.norms = [n["output"] for n in nodes if n["op"] == "norm"]
+        self._tensors: list[Tensor] = []  # what the native network points to
+        genes = [torch.tensor(v[3], dtype=torch.int32) for v in values]
+        self._native = _C.cpu.Network(
+            DTYPES[dtype], num_genes,
+            tuple((*shape, g.data_ptr()) for shape, g in zip(self.shapes, genes, strict=True)),
+            tuple(self._node(n) for n in nodes), self.output)
+
+    def _keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+        if x is None:
+            return 0
+        x = x.detach().to("cpu", dtype or self.dtype).contiguous()
+        self._tensors.append(x)
+        return x.data_ptr()
+
+    def _node(self, n: dict[str, Any]) -> tuple:
+        select, kernel = 0, tuple(n.get("kernel", (1, 1)))
+        if n["op"] == "conv":
+            weight = n["weight"]
+            kernel = self.shapes[n["inputs"][0]][1:] if weight.dim() == 2 else tuple(weight.shape[2:])
+        if n["op"] == "select":
+            pairs = [(-1, 0) if s is None else s for s in n["source"]]
+            select = self._keep(torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2), torch.int32)
+        geometry = (*kernel, *n.get("stride", (1, 1)), *n.get("padding", (0, 0)), *n.get("dilation", (1, 1)),
+                    n.get("groups", 1), n.get("count_include_pad", True), "eps" in n)
+        return (_OPERATIONS.index(n["op"]), tuple(n["inputs"]), n["output"], geometry,
+                ACTIVATIONS.index(n.get("name", "none")), float(n.get("eps", n.get("param", 0.0))),
+                self._keep(n.get("weight")), self._keep(n.get("bias")), self._keep(n.get("scale")),
+                self._keep(n.get("shift")), select)
+
+    def bytes(self, images: int, recalibrate: bool = False) -> int:
+        """At most what a run takes beyond its arguments."""
+        return self._native.bytes(images, recalibrate, torch.get_num_threads())
+
+    def outline(self) -> tuple[list[int], list[int], list[int]]:
+        """Genes in the order in which they are met; of each value the step that makes it (steps are nodes that are
+        done at once), or -1; for each step how many of the genes individuals must agree on to share it."""
+        return self._native.outline()
+
+    def _run(self, masks: Tensor, x: Tensor, out: Tensor | None, affines: tuple, moments: tuple) -> None:
+        shared = x.dim() == 4
+        images = x.shape[0 if shared else 1]
+        x, masks = x.contiguous(), masks.contiguous()
+        self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
+                         0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
+                         DTYPES[self.dtype if out is None else out.dtype], affines, moments, torch.get_num_threads())
+
+    def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
+                 out_dtype: torch.dtype | None = None) -> Tensor:
+        """masks bool [P, genes], x [N, C, H, W] or [P, N, C, H, W] -> [P, N, C', H', W'].
+
+        ``affines`` gives for every norm its (scale, shift), each [channels] or [P, channels], or None for
+        its own.
+        """
+        images = x.shape[-4]
+        out = _empty((masks.shape[0], images, *self.shapes[self.output]), out_dtype or self.dtype, x.device)
+        rows, kept = [], []
+        for pair in affines or ():
+            if pair is None:
+                rows.append((0, 0, 0))
+                continue
+            scale, shift = (t.to(self.dtype).contiguous() for t in pair)
+            kept += [scale, shift]
+            rows.append((scale.data_ptr(), shift.data_ptr(), scale.shape[1] if scale.dim() == 2 else 0))
+        self._run(masks, x, out, tuple(rows), ())
+        return out
+
+    def moments(self, masks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Mean and biased variance [P, channels], float64, of the batch x at every norm.
+
+        Batch norms use these while they are computed. 0 and 1 where a channel does not exist.
+        """
+        pairs = []
+        for v in self.norms:
+            shape = (masks.shape[0], self.shapes[v][0])
+            pairs.append((torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)))
+        self._run(masks, x, None, (), tuple((m.data_ptr(), v.data_ptr()) for m, v in pairs))
+        return pairs
+
+
+_CONV = "Tensor? in_mask, Tensor? out_mask, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_lib.define(f"masked_conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> Tensor")
+_lib.define(f"masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] wanted)"
+            " -> (Tensor, Tensor, Tensor)")
+
+
+def _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> tuple:
+    """The shape of the result [P, N, C_out, H', W']."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.dim() not in (4, 5):
+        raise ValueError(f"x must have shape [N, C, H, W] or [P, N, C, H, W], got {tuple(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must have shape [C_out, C_in / groups, kH, kW], got {tuple(weight.shape)}")
+    channels, outputs = x.shape[-3], weight.shape[0]
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} is {t.dtype}, but x is {x.dtype}")
+    for name, t in (("weight", weight), ("bias", bias), ("in_mask", in_mask), ("out_mask", out_mask)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}")
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(pair) != 2 or pair[0] < least or pair[1] < least:
+            raise ValueError(f"{name} must be two integers in [{least}, inf), got {tuple(pair)}")
+    if groups < 1 or channels % groups or outputs % groups:
+        raise ValueError(f"groups = {groups} must be in [1, inf) and divide the channels of x ({channels}) and of "
+                         f"the result ({outputs})")
+    if weight.shape[1] * groups != channels:
+        raise ValueError(f"weight takes {weight.shape[1] * groups} channels ({weight.shape[1]} x {groups} groups), "
+                         f"but x has {channels}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{outputs}], got {tuple(bias.shape)}")
+    individuals, source = (x.shape[0], "x") if x.dim() == 5 else (None, "")
+    for name, mask, size in (("in_mask", in_mask, channels), ("out_mask", out_mask, outputs)):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be bool, got {mask.dtype}")
+        if mask.dim() != 2 or mask.shape[1] != size:
+            raise ValueError(f"{name} must have shape [P, {size}], got {tuple(mask.shape)}")
+        if individuals is not None and mask.shape[0] != individuals:
+            raise ValueError(f"{name} has P = {mask.shape[0]} rows, but {source} has P = {individuals}")
+        individuals, source = mask.shape[0], name
+    if individuals is None:
+        raise ValueError("the number of individuals is not known: pass in_mask, out_mask or x of shape "
+                         "[P, N, C, H, W]")
+    out = []
+    for axis, s in enumerate(x.shape[-2:]):
+        extent = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if weight.shape[2 + axis] < 1 or s + 2 * padding[axis] < extent:
+            raise ValueError(f"the kernel spans {extent} pixels, but x with its padding has "
+                             f"{s + 2 * padding[axis]} on axis {'HW'[axis]}")
+        out.append((s + 2 * padding[axis] - extent) // stride[axis] + 1)
+    return individuals, x.shape[-4], outputs, *out
+
+
+def _masked_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
+    shape = _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
+    channels, outputs = x.shape[-3], shape[2]
+    masks = [m for m in (in_mask, out_mask) if m is not None]
+    genes_in = [ALWAYS] * channels if in_mask is None else range(channels)
+    first = 0 if in_mask is None else channels
+    genes_out = [ALWAYS] * outputs if out_mask is None else range(first, first + outputs)
+    node = {"op": "conv", "inputs": (0,), "output": 1, "weight": weight, "bias": bias, "stride": stride,
+            "padding": padding, "dilation": dilation, "groups": groups}
+    values = ((*x.shape[-3:], list(genes_in)), (*shape[2:], list(genes_out)))
+    network = Network(values, [node], sum(m.shape[1] for m in masks), acc_dtype(x))
+    mask = torch.cat(masks, 1) if masks else torch.empty(shape[0], 0, dtype=torch.bool)
+    return network(mask, x, out_dtype=x.dtype)
+
+
+def _indices(mask: Tensor | None, p: int) -> Tensor | slice:
+    return slice(None) if mask is None else mask[p].nonzero()[:, 0]
+
+
+def _clear(x: Tensor, mask: Tensor | None, p: int, axis: int = 1) -> Tensor:
+    """x without the channels that individual p lacks, whatever they hold."""
+    if mask is None:
+        return x
+    return x.masked_fill(~mask[p].reshape([-1] + [1] * (x.dim() - 1 - axis)), 0)
+
+
+def _masked_conv2d_torch(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
+    """On devices without a kernel of our own: torch's convolution of what each individual keeps."""
+    shape = _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
+    y = x.new_zeros(shape)
+    for p in range(shape[0]):
+        own = x if x.dim() == 4 else x[p]
+        if groups == 1:
+            i, o = _indices(in_mask, p), _indices(out_mask, p)
+            y[p][:, o] = torch.conv2d(own[:, i], weight[o][:, i], None if bias is None else bias[o], stride, padding,
+                                      dilation)
+        else:  # groups may keep unequal counts
+            full = torch.conv2d(_clear(own, in_mask, p), weight, bias, stride, padding, dilation, groups)
+            y[p] = _clear(full, out_mask, p)
+    return y
+
+
+def _masked_conv2d_fake(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
+    return x.new_empty(_check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups))
+
+
+def _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups) -> tuple:
+    shape = _check_masked_conv(x, weight, None, in_mask, out_mask, stride, padding, dilation, groups)
+    if tuple(grad.shape) != shape or grad.dtype != x.dtype:
+        raise ValueError(f"grad must be {x.dtype} of shape {shape}, got {grad.dtype} {tuple(grad.shape)}")
+    return shape
+
+
+def _masked_conv2d_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
+    """Individual after individual, each on what it keeps; sums over individuals in their order."""
+    shape = _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups)
+    acc = acc_dtype(x)
+    shared = x.dim() == 4
+    gx = torch.zeros_like(x, dtype=acc if shared else x.dtype) if wanted[0] else x.new_empty(0)
+    gw = torch.zeros_like(weight, dtype=acc) if wanted[1] else x.new_empty(0)
+    gb = weight.new_zeros(shape[2], dtype=acc) if wanted[2] else x.new_empty(0)
+    for p in range(shape[0] if shape[1] else 0):
+        i = _indices(in_mask if groups == 1 else None, p)
+        o = _indices(out_mask if groups == 1 else None, p)
+        own, g = (x if shared else x[p])[:, i], grad[p][:, o]
+        if groups > 1:  # groups may keep unequal counts
+            own, g = _clear(own, in_mask, p), _clear(g, out_mask, p)
+        if wanted[2]:
+            gb[o] += g.sum((0, 2, 3), dtype=acc)
+        if not own.numel() or not g.numel() or not any(wanted[:2]):
+            continue
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            g, own, weight[o][:, i], None, stride, padding, dilation, False, [0, 0], groups, [*wanted[:2], False])
+        if wanted[0]:
+            (gx if shared else gx[p])[:, i] += dx if groups == 1 else _clear(dx, in_mask, p)
+        if wanted[1]:
+            rows = gw[o]
+            rows[:, i] += dw
+            gw[o] = rows
+    return gx.to(x.dtype), gw.to(x.dtype), gb.to(x.dtype)
+
+
+def _masked_conv2d_backward_fake(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
+    shape = _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups)
+    return (torch.empty_like(x) if wanted[0] else x.new_empty(0),
+            torch.empty_like(weight) if wanted[1] else x.new_empty(0),
+            x.new_empty(shape[2] if wanted[2] else 0))
+
+
+_lib.impl("masked_conv2d", _masked_conv2d_cpu, "CPU")
+_lib.impl("masked_conv2d", _masked_conv2d_torch, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("masked_conv2d_backward", _masked_conv2d_backward, _device)
+torch.library.register_fake("fastkd::masked_conv2d", _masked_conv2d_fake, lib=_lib)
+torch.library.register_fake("fastkd::masked_conv2d_backward", _masked_conv2d_backward_fake, lib=_lib)
+
+masked_conv2d = torch.ops.fastkd.masked_conv2d.default
+masked_conv2d_backward = torch.ops.fastkd.masked_conv2d_backward.default

@@ -1,11 +1,12 @@
-"""The specification of :func:`fastkd.lsp_loss` in plain torch, readable and differentiable twice.
+"""The specification in plain torch, readable and slow; tests compare the kernels with it in float64.
 
-It keeps tensors of size E x D and is slow; tests compare the kernels with it in float64.
+:func:`lsp_loss` and :func:`masked_conv2d` are differentiable twice; the loss keeps tensors of size E x D.
+:func:`masked_forward` is one individual of a population, with every channel computed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from .graph import as_graph
 from .kernels import Kernel
 from .lsp import TeacherStructure, _pair, _sizes
 
-__all__ = ["edge_softmax", "lsp_loss", "similarity"]
+if TYPE_CHECKING:
+    from .population.space import GeneSpace
+
+__all__ = ["edge_softmax", "lsp_loss", "masked_conv2d", "masked_forward", "similarity"]
 
 
 def similarity(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
@@ -112,3 +116,49 @@ def lsp_loss(
         "mean_edges": row.numel(),
     }[reduction]
     return rows.sum() / count if count else rows.sum() * 0
+
+
+def masked_forward(space: GeneSpace, mask: Tensor, x: Tensor) -> Tensor:
+    """The traced network with every channel set to zero whose gene is off, after every operation.
+
+    Equals the physically smaller network: a channel that is zero wherever it is read might as well not exist.
+
+    Args:
+        space: from :func:`fastkd.population.trace`.
+        mask: bool [num_genes].
+        x: [N, C, ...] -> [N, classes].
+    """
+    mask = torch.cat((space.check(mask)[0], mask.new_ones(2))).to(x.device)  # ZERO and KEPT are the last two
+    values: list[Tensor | None] = [None] * len(space.values)
+    values[0] = x
+    last = {i: op for op in space.ops for i in op.inputs}
+    for op in space.ops:
+        y = op.run(*(values[i] for i in op.inputs))  # type: ignore[arg-type]
+        on = mask[space.values[op.output].genes.to(x.device)]
+        values[op.output] = torch.where(on.reshape(-1, *(1,) * (y.dim() - 2)), y, 0)
+        for i in op.inputs:
+            if last[i] is op and i != space.output:  # free its memory
+                values[i] = None
+    result = values[space.output]
+    assert result is not None
+    return result
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Tensor:
+    """Same arguments and result as :func:`fastkd.masked_conv2d`: one whole convolution per individual."""
+    individuals = next(t.shape[0] for t in (in_mask, out_mask, x) if t is not None)
+
+    def kept(y: Tensor, mask: Tensor | None, p: int) -> Tensor:
+        return y if mask is None else torch.where(mask[p][:, None, None], y, torch.zeros_like(y))
+
+    results = []
+    for p in range(individuals):
+        own = kept(x if x.dim() == 4 else x[p], in_mask, p)
+        results.append(kept(torch.conv2d(own, weight, bias, stride, padding, dilation, groups), out_mask, p))
+    if results:
+        return torch.stack(results)
+    none = torch.conv2d(x if x.dim() == 4 else x.flatten(0, 1), weight, bias, stride, padding, dilation, groups)
+    return none[None][:0] if x.dim() == 4 else none.reshape(0, x.shape[1], *none.shape[1:])

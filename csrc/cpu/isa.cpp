@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "planes.h"
+
 namespace fastkd::cpu {
 namespace {
 
@@ -13,11 +15,15 @@ struct Table {
     decltype(&generic::kernel_values) kernel_values;
     decltype(&generic::divergences) divergences;
     decltype(&generic::gradient) gradient;
+#define FASTKD_MEMBER(NAME, ARGUMENTS) decltype(&generic::NAME) NAME;
+    FASTKD_PLANE_OPS(FASTKD_MEMBER)
 };
 
-#define FASTKD_TABLE(NAME)                                                                                  \
-    Table {                                                                                                 \
-        #NAME, NAME::inverse_norm, NAME::similarity, NAME::kernel_values, NAME::divergences, NAME::gradient \
+#define FASTKD_TABLE(ISA)                                                                                  \
+    Table {                                                                                                \
+        #ISA, ISA::inverse_norm, ISA::similarity, ISA::kernel_values, ISA::divergences, ISA::gradient,     \
+            ISA::pack_weights, ISA::plane_conv, ISA::plane_pool, ISA::plane_pointwise, ISA::plane_product, \
+            ISA::plane_moment, ISA::plane_load, ISA::plane_store                                           \
     }
 
 // The best the processor has, or what FASTKD_ISA names if the processor has it.
@@ -48,5 +54,13 @@ void similarity(const Similarity& op, int threads) { table().similarity(op, thre
 void kernel_values(const KernelValues& op, int threads) { table().kernel_values(op, threads); }
 void divergences(const Divergences& op, int threads) { table().divergences(op, threads); }
 void gradient(const Gradient& op, int threads) { table().gradient(op, threads); }
+void pack_weights(DType d, const PackWeights& op) { table().pack_weights(d, op); }
+void plane_conv(DType d, const PlaneConv& op) { table().plane_conv(d, op); }
+void plane_pool(DType d, const PlanePool& op) { table().plane_pool(d, op); }
+void plane_pointwise(DType d, const PlanePointwise& op) { table().plane_pointwise(d, op); }
+void plane_product(DType d, const PlaneProduct& op) { table().plane_product(d, op); }
+void plane_moment(DType d, const PlaneMoment& op) { table().plane_moment(d, op); }
+void plane_load(DType d, const PlaneTransfer& op) { table().plane_load(d, op); }
+void plane_store(DType d, const PlaneTransfer& op) { table().plane_store(d, op); }
 
 }  // namespace fastkd::cpu

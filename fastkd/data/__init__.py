@@ -1,7 +1,8 @@
-"""Data sets: ``load(name)`` finds the files, checks them, and gives a :class:`Task`.
+"""Data sets: ``load(name)`` finds the files, checks them, and gives a :class:`Task`; ``load_images(name)`` does the
+same for CIFAR-10 and MNIST, and gives :class:`Images`.
 
 Looked for, in this order: an ``.npz`` in `root` or in the folder ``$FASTKD_DATA`` (also in its
-``graphs/`` and ``shapes/``), then in the cache (``$FASTKD_CACHE``, else ``~/.cache/fastkd``); else the
+``graphs/``, ``shapes/`` and ``images/``), then in the cache (``$FASTKD_CACHE``, else ``~/.cache/fastkd``); else the
 data set is downloaded by its class in PyTorch Geometric (or by ogb) into the cache and written there as
 an ``.npz``. Raw files in their official format that already lie in ``<cache>/<name>/`` are used without
 a download. ``FASTKD_OFFLINE=1`` forbids downloads.
@@ -23,9 +24,11 @@ except ImportError as error:
 
 from . import graphs, shapes
 from .files import Task
+from .images import Images
+from .images import load as load_images
 from .shapes import augment
 
-__all__ = ["Task", "augment", "load", "names"]
+__all__ = ["Images", "Task", "augment", "load", "load_images", "names"]
 
 
 def names() -> list[str]:

@@ -93,10 +93,10 @@ def find(name: str, stems: tuple[str, ...], root: str | Path | None,
         folders.insert(0, Path(os.environ["FASTKD_DATA"]))
     looked = []
     for folder in folders:
-        for path in (folder / sub / f"{stem}.npz" for stem in stems for sub in ("", "graphs", "shapes")):
+        for path in (folder / sub / f"{stem}.npz" for stem in stems for sub in ("", "graphs", "shapes", "images")):
             if path.is_file():
                 return read(path, folder), str(path)
-        looked.append(f"{folder} (or its graphs/ or shapes/)")
+        looked.append(f"{folder} (or its graphs/, shapes/ or images/)")
     where = f"{name}: no {' or '.join(f'{s}.npz' for s in stems)} in {' or in '.join(looked)}"
     if fetch is None:
         raise FileNotFoundError(f"{where}, and there is no download. {hint}")

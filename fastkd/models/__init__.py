@@ -19,6 +19,9 @@ on ``layers.i`` sees, in all models, a matrix [rows, dims[i]]: the layer's outpu
 residual (in DGCNN after batch normalisation and the maximum over neighbours), before any later
 normalisation, the activation and dropout. Rows are nodes, or the B*P points of the clouds in order.
 The last layer of a graph network gives the logits.
+
+Convolutional networks are in :mod:`fastkd.models.cnn`, with a registry of their own: ``CNNS`` and
+:func:`build_cnn`.
 """
 
 from __future__ import annotations
@@ -35,11 +38,12 @@ try:
 except ImportError as error:
     raise ImportError('fastkd.models needs torch-geometric: pip install "fastkd[distill]"') from error
 
+from .cnn import CNNS, build_cnn, load_weights
 from .dgcnn import DGCNN, dgcnn_student, dgcnn_teacher
 from .gnn import GAT, GCN, MLP, GraphSAGE, gat_student, gat_teacher
 
-__all__ = ["DGCNN", "GAT", "GCN", "MLP", "MODELS", "GraphSAGE", "build", "dgcnn_student", "dgcnn_teacher",
-           "gat_student", "gat_teacher"]
+__all__ = ["CNNS", "DGCNN", "GAT", "GCN", "MLP", "MODELS", "GraphSAGE", "build", "build_cnn", "dgcnn_student",
+           "dgcnn_teacher", "gat_student", "gat_teacher", "load_weights"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "gat": GAT, "gat_teacher": gat_teacher, "gat_student": gat_student,

@@ -1,0 +1,819 @@
+// A whole population through one network.
+//
+// Individuals are sorted by their genes, in the order in which the network meets them, so that those
+// which agree on the first layers are neighbours: they share the results of these layers, and each
+// distinct beginning is computed once. A layer computes the channels that any of the individuals
+// before it wants; each then reads its own through pointers. The walk goes through all layers of one
+// block of images before the next one, so that activations stay in the cache.
+#include "../network.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+
+#include "parallel.h"
+#include "planes.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace fastkd::cpu {
+namespace {
+
+std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+// Does channel c of the result read no other channel than c?
+bool by_channel(const Node& n, const Value& in, const Value& out) {
+    return n.kind != Operation::conv || (n.groups == in.channels && n.groups == out.channels);
+}
+
+// A node with what is computed in its epilogue: norm, then residual, then activation.
+struct Step {
+    Node node;
+    int norm = -1;                 // index of the norm, of the node or fused
+    const Node* affine = nullptr;  // the norm itself
+    int residual = -1;             // a value
+    Activation activation = Activation::none;
+    double param = 0;
+    int stage = 0;           // of the last thing fused
+    std::int64_t seen = 0;   // genes (in order) that the result's planes depend on
+    std::vector<int> dying;  // values that no later step reads
+};
+
+struct Schedule {
+    std::vector<Step> steps;
+    std::vector<int> producer;        // of each value: a step, or -1
+    std::vector<std::int32_t> order;  // genes in the order in which they are met
+    std::size_t measured = 0;         // steps up to the last that measures a batch
+};
+
+// Buffers given back are taken again.
+class Pool {
+  public:
+    ~Pool() {
+        for (auto& b : free_) std::free(b.data);
+    }
+    std::shared_ptr<char> take(std::int64_t bytes) {
+        bytes = round_up(bytes + kLine, kLine);
+        auto best = free_.end();
+        for (auto b = free_.begin(); b != free_.end(); ++b)
+            if (b->bytes >= bytes && (best == free_.end() || b->bytes < best->bytes)) best = b;
+        Buffer buffer{nullptr, bytes};
+        if (best != free_.end()) {
+            buffer = *best;
+            free_.erase(best);
+        } else {
+            constexpr std::int64_t huge = 2 << 20;
+            const bool large = bytes >= huge;
+            buffer.bytes = round_up(bytes, large ? huge : kLine);
+            buffer.data = static_cast<char*>(
+                std::aligned_alloc(std::size_t(large ? huge : kLine), std::size_t(buffer.bytes)));
+            if (!buffer.data) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+            if (large) madvise(buffer.data, std::size_t(buffer.bytes), MADV_HUGEPAGE);
+#endif
+        }
+        return {buffer.data, [this, buffer](char*) { free_.push_back(buffer); }};
+    }
+
+  private:
+    struct Buffer {
+        char* data;
+        std::int64_t bytes;
+    };
+    std::vector<Buffer> free_;
+};
+
+// A value while it is alive: a plane per block and channel, null where not computed.
+struct Live {
+    std::vector<void*> planes;
+    std::vector<std::shared_ptr<char>> owners;
+    void clear() { planes.clear(), owners.clear(); }
+};
+
+// The images of a run, in blocks that depend on their number alone.
+struct Blocks {
+    Blocks(std::int64_t images, std::int64_t element) : images(images) {
+        line = kLine / element;
+        lines = (images + line - 1) / line;
+        count = (lines + kMostLines - 1) / kMostLines;
+        narrow = 16 / element;
+        while (narrow < images && narrow < line) narrow *= 2;
+    }
+    std::int64_t first(std::int64_t b) const {
+        return (b * (lines / count) + std::min(b, lines % count)) * line;
+    }
+    std::int64_t valid(std::int64_t b) const { return std::min(first(b + 1), images) - first(b); }
+    std::int64_t padded(std::int64_t b) const {
+        return images < line ? narrow : (lines / count + (b < lines % count)) * line;
+    }
+    std::int64_t images, line, lines, count, narrow;
+};
+
+}  // namespace
+
+struct Network::Plan {
+    DType dtype;
+    std::int64_t genes;
+    std::vector<Value> values;
+    std::vector<Node> nodes;
+    int output;
+    std::vector<int> norm_of;  // node -> index of its norm, or -1
+    std::int64_t norms = 0;
+    std::int64_t work = 0;  // products for one image of the whole network
+    Schedule inherit, recalibrate;
+
+    Schedule schedule(bool keep_batch) const;
+    std::int64_t plane_bytes(const Value& v, std::int64_t images) const {
+        const std::int64_t bytes = round_up(v.height * v.width * images * size_of(dtype), kLine);
+        // Planes a multiple of 4 KB apart would share a few lines of the cache.
+        return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
+    }
+};
+
+namespace {
+
+// Does channel c of the result have other genes than channel c of the value it is made from?
+bool same_genes(const std::vector<std::int32_t>& in, const std::vector<std::int32_t>& out) {
+    for (std::size_t c = 0; c < out.size(); ++c)
+        if (in[c] != out[c] && in[c] >= 0) return false;
+    return true;
+}
+
+// Do channels that are the same planes as others have their genes?
+bool same_sources(const Node& n, const std::vector<Value>& values) {
+    const Value& out = values[std::size_t(n.output)];
+    for (std::int64_t c = 0; c < out.channels; ++c) {
+        std::int32_t gene = out.genes[std::size_t(c)];
+        if (n.kind == Operation::select && n.select[std::size_t(2 * c)] >= 0)
+            gene = values[std::size_t(n.inputs[std::size_t(n.select[std::size_t(2 * c)])])]
+                       .genes[std::size_t(n.select[std::size_t(2 * c + 1)])];
+        if (n.kind == Operation::flatten) {
+            const Value& in = values[std::size_t(n.inputs[0])];
+            gene = in.genes[std::size_t(c / (in.height * in.width))];
+        }
+        if (gene != out.genes[std::size_t(c)]) return false;
+    }
+    return true;
+}
+
+}  // namespace
+
+Schedule Network::Plan::schedule(bool keep_batch) const {
+    Schedule s;
+    std::vector<int> uses(values.size(), 0), made(values.size(), -1);
+    for (const Node& n : nodes)
+        for (int v : n.inputs) ++uses[std::size_t(v)];
+    ++uses[std::size_t(output)];
+    auto fits = [&](int v, const Node& n, int stage) -> Step* {
+        const int at = made[std::size_t(v)];
+        if (at < 0 || uses[std::size_t(v)] != 1) return nullptr;
+        Step& step = s.steps[std::size_t(at)];
+        const bool epilogue = step.node.kind == Operation::conv ||
+                              (stage > 1 && step.node.kind == Operation::norm) ||
+                              (stage > 2 && step.node.kind == Operation::add);
+        const Value &in = values[std::size_t(v)], &out = values[std::size_t(n.output)];
+        return epilogue && step.stage < stage && in.genes == out.genes ? &step : nullptr;
+    };
+    auto fuse = [&](std::size_t k) -> Step* {
+        const Node& n = nodes[k];
+        if (n.kind == Operation::norm && !(keep_batch && n.batch)) {
+            if (Step* step = fits(n.inputs[0], n, 1)) {
+                step->norm = norm_of[k], step->affine = &n, step->stage = 1;
+                return step;
+            }
+        }
+        if (n.kind == Operation::activation) {
+            if (Step* step = fits(n.inputs[0], n, 3)) {
+                step->activation = n.activation, step->param = n.param, step->stage = 3;
+                return step;
+            }
+        }
+        if (n.kind == Operation::add && n.inputs.size() == 2) {
+            for (int k = 0; k < 2; ++k) {
+                const int v = n.inputs[std::size_t(k)], other = n.inputs[std::size_t(1 - k)];
+                Step* step = fits(v, n, 2);
+                if (!step || made[std::size_t(other)] >= made[std::size_t(v)]) continue;
+                step->residual = other, step->stage = 2;
+                return step;
+            }
+        }
+        return nullptr;
+    };
+    for (std::size_t k = 0; k < nodes.size(); ++k) {
+        Step* step = fuse(k);
+        if (!step) {
+            Step own;
+            own.node = nodes[k];
+            if (nodes[k].kind == Operation::norm)
+                own.norm = norm_of[k], own.affine = &nodes[k], own.stage = 1;
+            if (nodes[k].kind == Operation::add) own.stage = 2;
+            if (nodes[k].kind == Operation::activation)
+                own.activation = nodes[k].activation, own.param = nodes[k].param, own.stage = 3;
+            s.steps.push_back(std::move(own));
+            step = &s.steps.back();
+        }
+        step->node.output = nodes[k].output;
+        made[std::size_t(nodes[k].output)] = int(step - s.steps.data());
+    }
+    s.producer = made;
+
+    std::vector<int> last(values.size(), -1);
+    std::vector<std::int64_t> depends(values.size(), 0), met(values.size(), 0);
+    std::vector<char> known(std::size_t(genes), 0);
+    // Genes up to those of this value.
+    auto meet = [&](int v) {
+        for (std::int32_t g : values[std::size_t(v)].genes)
+            if (g >= 0 && !known[std::size_t(g)]) known[std::size_t(g)] = 1, s.order.push_back(g);
+        met[std::size_t(v)] = std::int64_t(s.order.size());
+    };
+    meet(0);
+    std::int64_t seen = 0;
+    for (std::size_t k = 0; k < s.steps.size(); ++k) {
+        Step& step = s.steps[k];
+        std::vector<int> reads = step.node.inputs;
+        if (step.residual >= 0) reads.push_back(step.residual);
+        const auto& genes = values[std::size_t(step.node.output)].genes;
+        for (std::size_t i = 0; i < reads.size(); ++i) {
+            const int v = reads[i];
+            last[std::size_t(v)] = int(k);
+            const bool main = i < step.node.inputs.size();  // the residual may be the same value
+            const bool shape = step.node.kind == Operation::select || step.node.kind == Operation::flatten;
+            bool own =
+                !main || by_channel(step.node, values[std::size_t(v)], values[std::size_t(step.node.output)]);
+            // The list of channels itself may tie a channel to another gene than its own.
+            own = own && (shape || same_genes(values[std::size_t(v)].genes, genes));
+            seen = std::max({seen, depends[std::size_t(v)], own ? 0 : met[std::size_t(v)]});
+        }
+        if (step.node.kind == Operation::norm && step.node.batch) s.measured = k + 1;
+        step.seen = depends[std::size_t(step.node.output)] = seen;
+        meet(step.node.output);
+    }
+    for (std::size_t v = 0; v < values.size(); ++v)
+        if (int(v) != output && (v == 0 || s.producer[v] >= 0)) {
+            // Fused away values have a producer but no planes of their own.
+            const int at = std::max(last[v], s.producer[v]);
+            if (at >= 0) s.steps[std::size_t(at)].dying.push_back(int(v));
+        }
+    for (std::size_t g = 0; g < known.size(); ++g)
+        if (!known[g]) s.order.push_back(std::int32_t(g));
+    return s;
+}
+
+namespace {
+
+template <class Plan> class Walk {
+  public:
+    Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
+         const std::vector<std::int64_t>& sorted, const std::vector<std::int64_t>& agree,
+         std::int64_t first_block, std::int64_t num_blocks)
+        : plan_(plan),
+          s_(s),
+          run_(run),
+          blocks_(blocks),
+          sorted_(sorted),
+          agree_(agree),
+          first_(first_block),
+          count_(num_blocks),
+          live_(plan.values.size()) {}
+
+    void operator()(std::int64_t begin, std::int64_t end) {
+        if (!run_.x_stride) {
+            load(0);
+            return descend(0, begin, end, -1);
+        }
+        for (std::int64_t k = begin; k < end; ++k) {
+            load(sorted_[std::size_t(k)]);
+            descend(0, k, k + 1, -1);
+        }
+    }
+
+  private:
+    bool kept(std::int64_t k, std::int32_t gene) const {
+        return gene == kAlways || (gene >= 0 && run_.masks[sorted_[std::size_t(k)] * plan_.genes + gene]);
+    }
+    std::int64_t images(std::int64_t b) const { return blocks_.padded(first_ + b); }
+    const Value& value(int v) const { return plan_.values[std::size_t(v)]; }
+    void* plane(int v, std::int64_t b, std::int64_t c) const {
+        return live_[std::size_t(v)].planes[std::size_t(b * value(v).channels + c)];
+    }
+
+    // Planes for the channels of v; those that are not wanted stay null.
+    void allocate(int v, const std::vector<std::int32_t>& channels) {
+        const Value& shape = value(v);
+        Live& live = live_[std::size_t(v)];
+        live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
+        live.owners.clear();
+        std::int64_t bytes = 0;
+        for (std::int64_t b = 0; b < count_; ++b)
+            bytes += plan_.plane_bytes(shape, images(b)) * std::int64_t(channels.size());
+        live.owners.push_back(pool_.take(bytes));
+        char* next = live.owners[0].get();
+        for (std::int64_t b = 0; b < count_; ++b)
+            for (std::int32_t c : channels) {
+                live.planes[std::size_t(b * shape.channels + c)] = next;
+                next += plan_.plane_bytes(shape, images(b));
+            }
+    }
+
+    PlaneTransfer transfer(void* outer, DType dtype, const Value& shape, std::int64_t b,
+                           std::int64_t c) const {
+        const std::int64_t pixels = shape.height * shape.width, image = pixels * shape.channels;
+        char* at =
+            static_cast<char*>(outer) + (blocks_.first(first_ + b) * image + c * pixels) * size_of(dtype);
+        return {at, dtype, image, pixels, images(b), blocks_.valid(first_ + b), nullptr};
+    }
+
+    void load(std::int64_t individual) {
+        const Value& shape = value(0);
+        std::vector<std::int32_t> all(std::size_t(shape.channels));
+        std::iota(all.begin(), all.end(), 0);
+        allocate(0, all);
+        char* x = const_cast<char*>(static_cast<const char*>(run_.x)) +
+                  individual * run_.x_stride * size_of(run_.x_dtype);
+        for (std::int64_t b = 0; b < count_; ++b)
+            for (std::int64_t c = 0; c < shape.channels; ++c) {
+                PlaneTransfer t = transfer(x, run_.x_dtype, shape, b, c);
+                t.plane = plane(0, b, c);
+                plane_load(plan_.dtype, t);
+            }
+    }
+
+    void store(std::int64_t begin, std::int64_t end) {
+        if (!run_.out) return;
+        const Value& shape = value(plan_.output);
+        const std::int64_t pixels = shape.height * shape.width, size = size_of(run_.out_dtype);
+        const std::int64_t row = blocks_.images * shape.channels * pixels * size;
+        for (std::int64_t k = begin; k < end; ++k) {
+            char* out = static_cast<char*>(run_.out) + sorted_[std::size_t(k)] * row;
+            for (std::int64_t b = 0; b < count_; ++b)
+                for (std::int64_t c = 0; c < shape.channels; ++c) {
+                    PlaneTransfer t = transfer(out, run_.out_dtype, shape, b, c);
+                    t.plane = plane(plan_.output, b, c);
+                    if (t.plane && kept(k, shape.genes[std::size_t(c)])) {
+                        plane_store(plan_.dtype, t);
+                        continue;
+                    }
+                    for (std::int64_t n = 0; n < t.valid; ++n)
+                        std::memset(static_cast<char*>(t.outer) + n * t.image_step * size, 0,
+                                    std::size_t(pixels * size));
+                }
+        }
+    }
+
+    // Row of the scale (shift) of a norm that an individual uses.
+    const char* affine(const Step& step, std::int64_t k, bool shift) const {
+        const Affine* given = run_.affines ? &run_.affines[step.norm] : nullptr;
+        if (!given || !given->scale)
+            return static_cast<const char*>(shift ? step.affine->shift : step.affine->scale);
+        return static_cast<const char*>(shift ? given->shift : given->scale) +
+               sorted_[std::size_t(k)] * given->stride * size_of(plan_.dtype);
+    }
+    double number(const char* row, std::int64_t c) const {
+        if (plan_.dtype == DType::f64) return reinterpret_cast<const double*>(row)[c];
+        return reinterpret_cast<const float*>(row)[c];
+    }
+
+    // The end of the individuals from `begin` on that share this step.
+    std::int64_t sharing(const Step& step, std::int64_t begin, std::int64_t end) {
+        std::int64_t k = begin + 1;
+        while (k < end && agree_[std::size_t(k)] >= step.seen) ++k;
+        if (step.norm < 0 || !run_.affines || !run_.affines[step.norm].stride) return k;
+        // Individuals with parameters of their own share it if they agree on every channel that both keep.
+        const auto& genes = value(step.node.output).genes;
+        std::vector<std::int64_t> owner(genes.size(), -1);
+        for (std::int64_t i = begin; i < k; ++i)
+            for (std::size_t c = 0; c < genes.size(); ++c) {
+                if (!kept(i, genes[c])) continue;
+                if (owner[c] < 0) owner[c] = i;
+                for (bool shift : {false, true})
+                    if (std::memcmp(affine(step, i, shift) + c * std::size_t(size_of(plan_.dtype)),
+                                    affine(step, owner[c], shift) + c * std::size_t(size_of(plan_.dtype)),
+                                    std::size_t(size_of(plan_.dtype))))
+                        return i;
+            }
+        return k;
+    }
+
+    // Steps from k on. Where the individuals part, values made before step `pending` are kept for those
+    // that follow.
+    void descend(std::size_t k, std::int64_t begin, std::int64_t end, int pending) {
+        for (const std::size_t last = run_.out ? s_.steps.size() : s_.measured; k < last; ++k) {
+            const Step& step = s_.steps[k];
+            std::int64_t part = sharing(step, begin, end);
+            if (part < end) {
+                for (; begin < end; begin = part) {
+                    part = sharing(step, begin, end);
+                    descend(k, begin, part, part < end ? int(k) : pending);
+                }
+                return;
+            }
+            execute(step, begin, end);
+            for (int v : step.dying)
+                if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
+        }
+        store(begin, end);
+        for (std::size_t v = 0; v < live_.size(); ++v)
+            if (s_.producer[v] >= pending) live_[v].clear();
+    }
+
+    // Channels of v that some individual wants.
+    std::vector<std::int32_t> wanted(int v, std::int64_t begin, std::int64_t end) const {
+        std::vector<std::int32_t> channels;
+        const auto& genes = value(v).genes;
+        for (std::size_t c = 0; c < genes.size(); ++c)
+            for (std::int64_t k = begin; k < end; ++k)
+                if (kept(k, genes[c])) {
+                    channels.push_back(std::int32_t(c));
+                    break;
+                }
+        return channels;
+    }
+    // The first of them that keeps channel c of v.
+    std::int64_t keeper(int v, std::int32_t c, std::int64_t begin, std::int64_t end) const {
+        while (begin + 1 < end && !kept(begin, value(v).genes[std::size_t(c)])) ++begin;
+        return begin;
+    }
+
+    // Channel c of v as `individual` sees it.
+    void* seen_by(std::int64_t individual, int v, std::int64_t b, std::int64_t c) const {
+        return kept(individual, value(v).genes[std::size_t(c)]) ? plane(v, b, c) : nullptr;
+    }
+
+    void execute(const Step& step, std::int64_t begin, std::int64_t end) {
+        const Node& node = step.node;
+        const auto channels = wanted(node.output, begin, end);
+        switch (node.kind) {
+            case Operation::select:
+                return select(node, channels);
+            case Operation::flatten:
+                return flatten(node);
+            default:
+                break;
+        }
+        allocate(node.output, channels);
+        switch (node.kind) {
+            case Operation::conv:
+                return conv(step, channels, begin, end);
+            case Operation::norm:
+            case Operation::activation:
+                return norm(step, channels, begin, end);
+            case Operation::add:
+                return add(step, channels, begin, end);
+            case Operation::multiply:
+                return multiply(node, channels, begin, end);
+            default:
+                return pool(node, channels, begin, end);
+        }
+    }
+
+    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        const Node& node = step.node;
+        const Value &in = value(node.inputs[0]), &out = value(node.output);
+        const std::int64_t size = size_of(plan_.dtype), taps = node.kernel[0] * node.kernel[1];
+        const std::int64_t group_in = in.channels / node.groups, group_out = out.channels / node.groups;
+        std::vector<char> scale(channels.size() * std::size_t(size)), shift = scale;
+        for (std::size_t j = 0; j < channels.size(); ++j) {
+            const std::int32_t c = channels[j];
+            double a = 1, b = node.bias ? number(static_cast<const char*>(node.bias), c) : 0;
+            if (step.norm >= 0) {
+                const std::int64_t k = keeper(node.output, c, begin, end);
+                a = number(affine(step, k, false), c);
+                b = b * a + number(affine(step, k, true), c);
+            }
+            put(scale, j, a), put(shift, j, b);
+        }
+        std::vector<std::int32_t> inputs;
+        std::vector<const void*> in_planes, residual;
+        std::vector<void*> out_planes;
+        for (std::size_t j = 0; j < channels.size();) {
+            const std::int64_t group = channels[j] / group_out;
+            std::size_t last = j;
+            while (last < channels.size() && channels[last] / group_out == group) ++last;
+            inputs.clear();
+            for (std::int64_t c = 0; c < group_in; ++c)
+                if (seen_by(begin, node.inputs[0], 0, group * group_in + c))
+                    inputs.push_back(std::int32_t(c));
+            // Of a channel by itself, as in a depthwise convolution, the keepers may differ: it is read
+            // by those that keep the output.
+            if (group_in == 1 && inputs.empty() && plane(node.inputs[0], 0, group) &&
+                seen_by(keeper(node.output, channels[j], begin, end), node.inputs[0], 0, group))
+                inputs.push_back(0);
+            const std::int64_t n = std::int64_t(last - j);
+            const std::size_t bytes = std::size_t(n * std::int64_t(inputs.size()) * taps * size);
+            if (packed_.size() < bytes) packed_.resize(bytes);
+            pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, inputs.data(), channels.data() + j,
+                                       std::int64_t(inputs.size()), n, packed_.data()});
+            PlaneConv q{};
+            for (int axis = 0; axis < 2; ++axis) {
+                q.size[axis] = axis ? in.width : in.height;
+                q.out_size[axis] = axis ? out.width : out.height;
+                q.kernel[axis] = node.kernel[axis], q.stride[axis] = node.stride[axis];
+                q.padding[axis] = node.padding[axis], q.dilation[axis] = node.dilation[axis];
+            }
+            q.inputs = std::int64_t(inputs.size()), q.outputs = n;
+            q.packed = packed_.data();
+            q.scale = scale.data() + j * std::size_t(size), q.shift = shift.data() + j * std::size_t(size);
+            for (std::int64_t b = 0; b < count_; ++b) {
+                in_planes.clear(), out_planes.clear(), residual.clear();
+                for (std::int32_t c : inputs)
+                    in_planes.push_back(plane(node.inputs[0], b, group * group_in + c));
+                for (std::size_t k = j; k < last; ++k) {
+                    out_planes.push_back(plane(node.output, b, channels[k]));
+                    if (step.residual >= 0)
+                        residual.push_back(seen_by(keeper(node.output, channels[k], begin, end),
+                                                   step.residual, b, channels[k]));
+                }
+                q.images = images(b), q.in = in_planes.data(), q.out = out_planes.data();
+                q.tail = {step.residual >= 0 ? residual.data() : nullptr, step.activation, step.param};
+                plane_conv(plan_.dtype, q);
+            }
+            j = last;
+        }
+    }
+
+    void put(std::vector<char>& row, std::size_t j, double x) const {
+        if (plan_.dtype == DType::f64) reinterpret_cast<double*>(row.data())[j] = x;
+        else reinterpret_cast<float*>(row.data())[j] = float(x);
+    }
+
+    void norm(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        const Node& node = step.node;
+        const Value& shape = value(node.output);
+        const std::int64_t pixels = shape.height * shape.width;
+        for (std::int32_t c : channels) {
+            const std::int64_t k = keeper(node.output, c, begin, end);
+            double scale = 1, shift = 0;
+            if (node.kind == Operation::norm) {
+                if (run_.moments && node.batch) {
+                    double mean = 0, variance = 0;
+                    if (seen_by(k, node.inputs[0], 0, c)) {
+                        mean = moment(node.inputs[0], c, 0, 1);
+                        variance = moment(node.inputs[0], c, mean, 2);
+                    }
+                    for (std::int64_t i = begin; i < end; ++i) {
+                        if (!kept(i, shape.genes[std::size_t(c)])) continue;
+                        const std::int64_t at = sorted_[std::size_t(i)] * shape.channels + c;
+                        static_cast<double*>(run_.moments[step.norm].mean)[at] = mean;
+                        static_cast<double*>(run_.moments[step.norm].variance)[at] = variance;
+                    }
+                    scale = (node.weight ? number(static_cast<const char*>(node.weight), c) : 1) /
+                            std::sqrt(variance + node.param);
+                    shift = (node.bias ? number(static_cast<const char*>(node.bias), c) : 0) - mean * scale;
+                } else {
+                    scale = number(affine(step, k, false), c), shift = number(affine(step, k, true), c);
+                }
+            }
+            for (std::int64_t b = 0; b < count_; ++b) {
+                const void* residual = step.residual >= 0 ? seen_by(k, step.residual, b, c) : nullptr;
+                plane_pointwise(plan_.dtype, {pixels,
+                                              images(b),
+                                              seen_by(k, node.inputs[0], b, c),
+                                              scale,
+                                              shift,
+                                              {residual ? &residual : nullptr, step.activation, step.param},
+                                              plane(node.output, b, c)});
+            }
+        }
+    }
+
+    // The mean of (x - mean)^power over the batch: images in order, whatever the blocks.
+    double moment(int v, std::int64_t c, double mean, int power) const {
+        const std::int64_t pixels = value(v).height * value(v).width;
+        double total = 0, sums[kMostLines * kLine / 4];
+        for (std::int64_t b = 0; b < count_; ++b) {
+            plane_moment(plan_.dtype, {pixels, images(b), plane(v, b, c), mean, power, sums});
+            for (std::int64_t n = 0; n < blocks_.valid(first_ + b); ++n) total += sums[n];
+        }
+        return total / double(blocks_.images * pixels);
+    }
+
+    void add(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+             std::int64_t end) {
+        const Node& node = step.node;
+        const Value& shape = value(node.output);
+        for (std::int32_t c : channels) {
+            const std::int64_t k = keeper(node.output, c, begin, end);
+            for (std::int64_t b = 0; b < count_; ++b) {
+                const void* sum = seen_by(k, node.inputs[0], b, c);
+                for (std::size_t i = 1; i < node.inputs.size(); ++i) {
+                    const bool last = i + 1 == node.inputs.size();
+                    const void* x = seen_by(k, node.inputs[i], b, c);
+                    plane_pointwise(plan_.dtype, {shape.height * shape.width,
+                                                  images(b),
+                                                  sum,
+                                                  1,
+                                                  0,
+                                                  {x ? &x : nullptr,
+                                                   last ? step.activation : Activation::none, step.param},
+                                                  plane(node.output, b, c)});
+                    sum = plane(node.output, b, c);
+                }
+            }
+        }
+    }
+
+    void multiply(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
+                  std::int64_t end) {
+        const Value &shape = value(node.output), &gate = value(node.inputs[1]);
+        const std::int64_t pixels = shape.height * shape.width;
+        for (std::int32_t c : channels) {
+            const std::int64_t k = keeper(node.output, c, begin, end);
+            for (std::int64_t b = 0; b < count_; ++b) {
+                const void *x = seen_by(k, node.inputs[0], b, c), *g = seen_by(k, node.inputs[1], b, c);
+                void* out = plane(node.output, b, c);
+                if (x && g)
+                    plane_product(plan_.dtype,
+                                  {pixels, images(b), x, g, gate.height * gate.width != pixels, out});
+                else
+                    plane_pointwise(plan_.dtype,
+                                    {pixels, images(b), nullptr, 1, 0, {nullptr, Activation::none, 0}, out});
+            }
+        }
+    }
+
+    void pool(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        const Value &in = value(node.inputs[0]), &out = value(node.output);
+        PlanePool q{};
+        for (int axis = 0; axis < 2; ++axis) {
+            q.size[axis] = axis ? in.width : in.height;
+            q.out_size[axis] = axis ? out.width : out.height;
+            q.kernel[axis] = node.kernel[axis], q.stride[axis] = node.stride[axis];
+            q.padding[axis] = node.padding[axis], q.dilation[axis] = node.dilation[axis];
+        }
+        q.max = node.kind == Operation::max_pool, q.count_padding = node.count_padding;
+        for (std::int32_t c : channels) {
+            const std::int64_t k = keeper(node.output, c, begin, end);
+            for (std::int64_t b = 0; b < count_; ++b) {
+                q.images = images(b);
+                q.in = seen_by(k, node.inputs[0], b, c), q.out = plane(node.output, b, c);
+                if (q.in) plane_pool(plan_.dtype, q);
+                else
+                    plane_pointwise(plan_.dtype, {out.height * out.width,
+                                                  images(b),
+                                                  nullptr,
+                                                  1,
+                                                  0,
+                                                  {nullptr, Activation::none, 0},
+                                                  q.out});
+            }
+        }
+    }
+
+    void select(const Node& node, const std::vector<std::int32_t>& channels) {
+        const Value& shape = value(node.output);
+        Live& live = live_[std::size_t(node.output)];
+        live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
+        live.owners.clear();
+        for (int v : node.inputs)
+            live.owners.insert(live.owners.end(), live_[std::size_t(v)].owners.begin(),
+                               live_[std::size_t(v)].owners.end());
+        for (std::int32_t c : channels) {
+            const std::int32_t input = node.select[std::size_t(2 * c)];
+            if (input < 0) continue;
+            for (std::int64_t b = 0; b < count_; ++b)
+                live.planes[std::size_t(b * shape.channels + c)] =
+                    plane(node.inputs[std::size_t(input)], b, node.select[std::size_t(2 * c + 1)]);
+        }
+    }
+
+    void flatten(const Node& node) {
+        const Value &in = value(node.inputs[0]), &out = value(node.output);
+        const std::int64_t pixels = in.height * in.width;
+        Live &from = live_[std::size_t(node.inputs[0])], &live = live_[std::size_t(node.output)];
+        live.owners = from.owners;
+        live.planes.assign(std::size_t(count_ * out.channels), nullptr);
+        for (std::int64_t b = 0; b < count_; ++b)
+            for (std::int64_t c = 0; c < in.channels; ++c)
+                if (char* plane = static_cast<char*>(this->plane(node.inputs[0], b, c)))
+                    for (std::int64_t p = 0; p < pixels; ++p)
+                        live.planes[std::size_t(b * out.channels + c * pixels + p)] =
+                            plane + p * images(b) * size_of(plan_.dtype);
+    }
+
+    const Plan& plan_;
+    const Schedule& s_;
+    const NetworkRun& run_;
+    const Blocks& blocks_;
+    const std::vector<std::int64_t>&sorted_, &agree_;
+    std::int64_t first_, count_;
+    Pool pool_;  // before what it lends
+    std::vector<Live> live_;
+    std::vector<char> packed_;
+};
+
+}  // namespace
+
+Network::Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes,
+                 int output)
+    : plan_(new Plan{dtype, genes, std::move(values), std::move(nodes), output, {}, 0, 0, {}, {}}) {
+    for (const Node& n : plan_->nodes)
+        if (!same_sources(n, plan_->values))
+            throw std::invalid_argument("network: a channel that is selected keeps its gene");
+    for (const Node& n : plan_->nodes)
+        plan_->norm_of.push_back(n.kind == Operation::norm ? int(plan_->norms++) : -1);
+    for (const Node& n : plan_->nodes) {
+        const Value& out = plan_->values[std::size_t(n.output)];
+        const std::int64_t inputs =
+            n.kind == Operation::conv ? plan_->values[std::size_t(n.inputs[0])].channels / n.groups : 1;
+        plan_->work += out.channels * out.height * out.width * inputs *
+                       std::max<std::int64_t>(n.kernel[0] * n.kernel[1], 1);
+    }
+    plan_->inherit = plan_->schedule(false);
+    plan_->recalibrate = plan_->schedule(true);
+}
+Network::~Network() = default;
+
+std::int64_t Network::norms() const { return plan_->norms; }
+
+Outline Network::outline() const {
+    const Schedule& s = plan_->inherit;
+    Outline o{s.order, s.producer, {}};
+    for (const Step& step : s.steps) o.seen.push_back(step.seen);
+    return o;
+}
+
+std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) const {
+    const Blocks blocks(images, size_of(plan_->dtype));
+    std::int64_t block = 0;
+    const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
+    auto add = [&](int v) {
+        const Value& shape = plan_->values[std::size_t(v)];
+        for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1));
+             ++b)
+            block += plan_->plane_bytes(shape, blocks.padded(b)) * shape.channels;
+        block += 2 << 20;  // huge pages
+    };
+    add(0);
+    for (const Step& step : s.steps)
+        if (step.node.kind != Operation::select && step.node.kind != Operation::flatten)
+            add(step.node.output);
+    return block * threads;
+}
+
+void Network::run(const NetworkRun& run, int threads) const {
+    const Plan& plan = *plan_;
+    const std::int64_t individuals = run.individuals;
+    if (!individuals || !run.images) return;
+    const Schedule& s = run.moments ? plan.recalibrate : plan.inherit;
+    threads = threads_for(plan.work * run.images * individuals / 8, threads);
+    if (run.moments)
+        for (std::size_t k = 0; k < plan.nodes.size(); ++k)
+            if (plan.norm_of[k] >= 0) {
+                const Moments& m = run.moments[plan.norm_of[k]];
+                const std::int64_t n = individuals * plan.values[std::size_t(plan.nodes[k].output)].channels;
+                std::fill_n(static_cast<double*>(m.mean), n, 0.0);
+                std::fill_n(static_cast<double*>(m.variance), n, 1.0);
+            }
+
+    // Neighbours agree on their first genes, on as many as possible.
+    std::vector<std::int64_t> sorted(std::size_t(individuals), 0), agree(std::size_t(individuals), 0);
+    std::vector<std::uint8_t> key(std::size_t(individuals * plan.genes));
+    for (std::int64_t i = 0; i < individuals; ++i)
+        for (std::int64_t g = 0; g < plan.genes; ++g)
+            key[std::size_t(i * plan.genes + g)] =
+                run.masks[i * plan.genes + s.order[std::size_t(g)]] ? 1 : 0;
+    std::iota(sorted.begin(), sorted.end(), std::int64_t(0));
+    std::stable_sort(sorted.begin(), sorted.end(), [&](std::int64_t a, std::int64_t b) {
+        return std::memcmp(key.data() + a * plan.genes, key.data() + b * plan.genes,
+                           std::size_t(plan.genes)) < 0;
+    });
+    for (std::int64_t k = 1; k < individuals; ++k) {
+        const std::uint8_t* a = key.data() + sorted[std::size_t(k - 1)] * plan.genes;
+        const std::uint8_t* b = key.data() + sorted[std::size_t(k)] * plan.genes;
+        agree[std::size_t(k)] = std::mismatch(a, a + plan.genes, b).first - a;
+    }
+
+    // A task is a block of images, or all of them where a norm needs the whole batch, and some
+    // neighbours: as few cuts between them as keep the threads busy.
+    const Blocks blocks(run.images, size_of(plan.dtype));
+    const std::int64_t image_tasks = run.moments ? 1 : blocks.count, step = run.moments ? blocks.count : 1;
+    std::int64_t ranges = 1;
+    if (threads > 1 && image_tasks % threads) ranges = (4 * threads + image_tasks - 1) / image_tasks;
+    ranges = std::min(ranges, individuals);
+    std::exception_ptr error;
+    std::mutex mutex;
+    parallel_for(image_tasks * ranges, threads, [&](std::int64_t task) {
+        const std::int64_t block = task / ranges, range = task % ranges;
+        try {
+            Walk<Plan> walk(plan, s, run, blocks, sorted, agree, block * step, step);
+            walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            error = std::current_exception();
+        }
+    });
+    if (error) std::rethrow_exception(error);
+}
+
+}  // namespace fastkd::cpu

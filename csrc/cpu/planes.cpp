@@ -1,0 +1,431 @@
+#include "planes.h"
+
+#include <cmath>
+#include <limits>
+
+#include "../dispatch.h"
+#include "isa.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace fastkd::cpu::FASTKD_ISA {
+namespace {
+
+// Sums in registers: kOutputs channels x kVectors vectors of images, with room for the images.
+#if defined(__AVX512F__)
+constexpr int kOutputs = 8, kVectors = 3;
+#else
+constexpr int kOutputs = 6, kVectors = 2;
+#endif
+constexpr std::int64_t kNear = 256 << 10;  // bytes of input that stay in the second level cache
+
+template <class F> void dispatch_plane(DType dtype, F&& f) {
+    if (dtype == DType::f64) return f(type_tag<double>{});
+    return f(type_tag<float>{});
+}
+
+// f(value_tag<bytes>): the widest register that divides the images.
+template <class A, class F> void dispatch_width(std::int64_t images, F&& f) {
+    const std::int64_t bytes = images * std::int64_t(sizeof(A));
+    if (bytes % kVecBytes == 0) return f(value_tag<kVecBytes>{});
+    if constexpr (kVecBytes > 32) {
+        if (bytes % 32 == 0) return f(value_tag<32>{});
+    }
+    f(value_tag<16>{});
+}
+
+template <class V, class A> FASTKD_HD V load_as(const A* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+// Comparisons such that NaN stays.
+template <class V> FASTKD_HD V clamp(V x, V low, V high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+template <class A> struct Range {
+    A low, high;
+};
+template <class A> Range<A> range_of(Activation activation) {
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    if (activation == Activation::relu) return {0, infinity};
+    if (activation == Activation::relu6) return {0, 6};
+    return {-infinity, infinity};
+}
+
+FASTKD_HD float erf_(float x) { return ::erff(x); }
+FASTKD_HD double erf_(double x) { return ::erf(x); }
+FASTKD_HD float tanh_(float x) { return ::tanhf(x); }
+FASTKD_HD double tanh_(double x) { return ::tanh(x); }
+
+template <class A, class F> FASTKD_HD void map(A* x, std::int64_t n, F f) {
+    for (std::int64_t k = 0; k < n; ++k) x[k] = f(x[k]);
+}
+
+// What a clamp cannot do; relu and relu6 are done where the sums are stored.
+template <class A> void activate(Activation activation, double param, A* x, std::int64_t n) {
+    const A slope = A(param);
+    auto hard = [](A v) { return clamp(v + 3, A(0), A(6)) / 6; };
+    switch (activation) {
+        case Activation::none:
+        case Activation::relu:
+        case Activation::relu6:
+            return;
+        case Activation::leaky_relu:
+            return map(x, n, [=](A v) { return v < 0 ? v * slope : v; });
+        case Activation::sigmoid:
+            return map(x, n, [](A v) { return 1 / (1 + exp_(-v)); });
+        case Activation::silu:
+            return map(x, n, [](A v) { return v / (1 + exp_(-v)); });
+        case Activation::hardsigmoid:
+            return map(x, n, hard);
+        case Activation::hardswish:
+            return map(x, n, [=](A v) { return v * hard(v); });
+        case Activation::tanh:
+            return map(x, n, [](A v) { return tanh_(v); });
+        case Activation::gelu:
+            return map(x, n, [](A v) { return v * A(0.5) * (1 + erf_(v * A(0.70710678118654752440))); });
+        case Activation::gelu_tanh:
+            return map(x, n, [](A v) {
+                const A inner = A(0.79788456080286535588) * (v + A(0.044715) * v * v * v);
+                return A(0.5) * v * (1 + tanh_(inner));
+            });
+    }
+}
+
+// --- convolution ----------------------------------------------------------------------------------
+
+// Some outputs of a convolution, over a run of pixels of one row.
+template <class A> struct Strip {
+    const PlaneConv* conv;
+    const A* weight;      // [taps, inputs, K]
+    std::int64_t output;  // the first
+    std::int64_t row, column, columns;
+    std::int64_t image, images;  // of those of the block
+    std::int64_t origin;         // of all addresses
+    Range<A> range;
+};
+
+// The taps of one axis that fall on the image: first <= tap < last.
+struct Taps {
+    std::int64_t start, first, last;
+};
+FASTKD_HD Taps taps(const PlaneConv& q, int axis, std::int64_t at) {
+    const std::int64_t start = at * q.stride[axis] - q.padding[axis], step = q.dilation[axis];
+    std::int64_t first = 0, last = q.kernel[axis];
+    if (start < 0) first = (-start + step - 1) / step;
+    if (start + (last - 1) * step >= q.size[axis])
+        last = start < q.size[axis] ? (q.size[axis] - 1 - start) / step + 1 : 0;
+    return {start, first, last};
+}
+
+// K outputs x N vectors of images, pixel after pixel. Every sum runs over (row, column, input).
+template <class A, int Bytes, int K, int N> void strip(const Strip<A>& s) {
+    using V = typename Vec<A, Bytes>::type;
+    constexpr int lanes = Vec<A, Bytes>::lanes;
+    const PlaneConv& q = *s.conv;
+    const A* const* in = reinterpret_cast<const A* const*>(q.in);
+    A* const* out = reinterpret_cast<A* const*>(q.out) + s.output;
+    const A* scale = static_cast<const A*>(q.scale) + s.output;
+    const A* shift = static_cast<const A*>(q.shift) + s.output;
+    const A* residual[K];
+    for (int j = 0; j < K; ++j)
+        residual[j] = q.tail.residual ? static_cast<const A*>(q.tail.residual[s.output + j]) : nullptr;
+    const Taps rows = taps(q, 0, s.row);
+    for (std::int64_t column = s.column; column < s.column + s.columns; ++column) {
+        const Taps columns = taps(q, 1, column);
+        for (std::int64_t image = s.image; image < s.image + s.images; image += N * lanes) {
+            V sum[K][N] = {};
+            for (std::int64_t a = rows.first; a < rows.last; ++a) {
+                for (std::int64_t b = columns.first; b < columns.last; ++b) {
+                    const std::int64_t pixel =
+                        (rows.start + a * q.dilation[0]) * q.size[1] + columns.start + b * q.dilation[1];
+                    const std::int64_t from = s.origin + pixel * q.images + image;
+                    const A* w = s.weight + (a * q.kernel[1] + b) * q.inputs * K;
+                    for (std::int64_t c = 0; c < q.inputs; ++c, w += K) {
+                        V x[N];
+#pragma GCC unroll 4
+                        for (int v = 0; v < N; ++v) x[v] = load_as<V>(in[c] + from + v * lanes);
+#pragma GCC unroll 8
+                        for (int j = 0; j < K; ++j)
+#pragma GCC unroll 4
+                            for (int v = 0; v < N; ++v) sum[j][v] += x[v] * w[j];
+                    }
+                }
+            }
+            const std::int64_t to = s.origin + (s.row * q.out_size[1] + column) * q.images + image;
+#pragma GCC unroll 8
+            for (int j = 0; j < K; ++j)
+#pragma GCC unroll 4
+                for (int v = 0; v < N; ++v) {
+                    V y = sum[j][v] * scale[j] + shift[j];
+                    if (residual[j]) y += load_as<V>(residual[j] + to + v * lanes);
+                    y = clamp(y, V{} + s.range.low, V{} + s.range.high);
+                    __builtin_memcpy(out[j] + to + v * lanes, &y, sizeof(y));
+                }
+        }
+    }
+}
+
+template <class A, int Bytes, int N> auto strip_of(std::int64_t outputs) -> void (*)(const Strip<A>&) {
+    switch (outputs) {
+        case 1:
+            return strip<A, Bytes, 1, N>;
+        case 2:
+            return strip<A, Bytes, 2, N>;
+        case 3:
+            return strip<A, Bytes, 3, N>;
+        case 4:
+            return strip<A, Bytes, 4, N>;
+        case 5:
+            return strip<A, Bytes, 5, N>;
+        case 6:
+            return strip<A, Bytes, 6, N>;
+        case 7:
+            return strip<A, Bytes, 7, N>;
+        default:
+            return strip<A, Bytes, 8, N>;
+    }
+}
+
+// f(first, count) for blocks of outputs of nearly equal sizes.
+template <class F> void for_outputs(std::int64_t outputs, F&& f) {
+    const std::int64_t blocks = (outputs + kOutputs - 1) / kOutputs;
+    for (std::int64_t k = 0, first = 0; k < blocks; ++k) {
+        const std::int64_t count = outputs / blocks + (k < outputs % blocks);
+        f(first, count);
+        first += count;
+    }
+}
+
+template <class A, int Bytes> void convolve(const PlaneConv& q, std::int64_t origin) {
+    constexpr std::int64_t lanes = Vec<A, Bytes>::lanes;
+    constexpr int most = Bytes == kVecBytes ? kVectors : 1;
+    const std::int64_t taps = q.kernel[0] * q.kernel[1];
+    const bool clamped = q.tail.activation <= Activation::relu6;
+    // Few enough columns that the rows they read stay near while all outputs are computed.
+    const std::int64_t bytes = q.kernel[0] * q.stride[1] * q.inputs * q.images * std::int64_t(sizeof(A));
+    const std::int64_t chunk = std::max<std::int64_t>(kNear / (bytes + 1), 4);
+    for (std::int64_t row = 0; row < q.out_size[0]; ++row) {
+        for (std::int64_t column = 0; column < q.out_size[1]; column += chunk) {
+            const std::int64_t columns = std::min(chunk, q.out_size[1] - column);
+            for_outputs(q.outputs, [&](std::int64_t first, std::int64_t count) {
+                Strip<A> s{&q,     static_cast<const A*>(q.packed) + first * q.inputs * taps,
+                           first,  row,
+                           column, columns,
+                           0,      0,
+                           origin, range_of<A>(q.tail.activation)};
+                const std::int64_t vectors = q.images / lanes, rest = vectors % most;
+                if (vectors > rest) {
+                    s.images = (vectors - rest) * lanes;
+                    strip_of<A, Bytes, most>(count)(s);
+                }
+                if constexpr (most > 1) {
+                    s.image = s.images, s.images = rest * lanes;
+                    if (rest == 1) strip_of<A, Bytes, 1>(count)(s);
+                    if (rest == 2) strip_of<A, Bytes, most - 1>(count)(s);
+                }
+                if (clamped) return;
+                for (std::int64_t k = first; k < first + count; ++k)
+                    activate(q.tail.activation, q.tail.param,
+                             static_cast<A*>(q.out[k]) + origin + (row * q.out_size[1] + column) * q.images,
+                             columns * q.images);
+            });
+        }
+    }
+}
+
+}  // namespace
+
+void plane_conv(DType dtype, const PlaneConv& q) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        bool point = true;
+        for (int k = 0; k < 2; ++k)
+            point = point && q.kernel[k] == 1 && q.stride[k] == 1 && q.padding[k] == 0;
+        if (!point) return dispatch_width<A>(q.images, [&](auto bytes) { convolve<A, bytes.value>(q, 0); });
+        // A plane is then one line of numbers, whatever the images.
+        constexpr std::int64_t lanes = Vec<A>::lanes, wide = kVectors * lanes;
+        const std::int64_t n = q.size[0] * q.size[1] * q.images, whole = n / wide * wide;
+        PlaneConv line = q;
+        line.size[0] = line.out_size[0] = 1;
+        auto part = [&](std::int64_t origin, std::int64_t columns, std::int64_t images) {
+            line.size[1] = line.out_size[1] = columns;
+            line.images = images;
+            if (columns > 0 && images > 0) convolve<A, kVecBytes>(line, origin);
+        };
+        part(0, whole / wide, wide);
+        part(whole, 1, (n - whole + lanes - 1) / lanes * lanes);
+    });
+}
+
+void pack_weights(DType dtype, const PackWeights& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        for_outputs(op.outputs, [&](std::int64_t first, std::int64_t count) {
+            A* packed = static_cast<A*>(op.packed) + first * op.inputs * op.taps;
+            for (std::int64_t j = 0; j < count; ++j) {
+                const A* row = static_cast<const A*>(op.weight) + op.out[first + j] * op.row;
+                for (std::int64_t c = 0; c < op.inputs; ++c)
+                    for (std::int64_t t = 0; t < op.taps; ++t)
+                        packed[(t * op.inputs + c) * count + j] = row[op.in[c] * op.taps + t];
+            }
+        });
+    });
+}
+
+// --- the rest -------------------------------------------------------------------------------------
+
+namespace {
+
+template <class A, int Bytes> void pool(const PlanePool& q) {
+    using V = typename Vec<A, Bytes>::type;
+    constexpr std::int64_t lanes = Vec<A, Bytes>::lanes;
+    struct Window {
+        std::int64_t first, last, step, count;  // positions on the image; count with padding
+    };
+    auto window = [&](int axis, std::int64_t at) -> Window {
+        const std::int64_t size = q.size[axis], step = q.dilation[axis];
+        if (q.kernel[axis] == 0) {
+            const std::int64_t first = at * size / q.out_size[axis];
+            const std::int64_t last = ((at + 1) * size + q.out_size[axis] - 1) / q.out_size[axis];
+            return {first, last, 1, last - first};
+        }
+        std::int64_t first = at * q.stride[axis] - q.padding[axis];
+        const std::int64_t last = first + (q.kernel[axis] - 1) * step + 1;
+        const std::int64_t count = std::min(last, size + q.padding[axis]) - first;
+        if (first < 0) first += (-first + step - 1) / step * step;
+        return {first, std::min(last, size), step, count};
+    };
+    const A* in = static_cast<const A*>(q.in);
+    A* out = static_cast<A*>(q.out);
+    for (std::int64_t i = 0; i < q.out_size[0]; ++i) {
+        const Window rows = window(0, i);
+        for (std::int64_t j = 0; j < q.out_size[1]; ++j, out += q.images) {
+            const Window columns = window(1, j);
+            const std::int64_t inside = std::max<std::int64_t>(rows.last - rows.first, 0) *
+                                        std::max<std::int64_t>(columns.last - columns.first, 0);
+            // Padding that is larger at the end has windows beyond it.
+            const A count = A(std::max<std::int64_t>(1, q.count_padding ? rows.count * columns.count : inside));
+            for (std::int64_t n = 0; n < q.images; n += lanes) {
+                V y = V{} + (q.max ? -std::numeric_limits<A>::infinity() : A(0));
+                for (std::int64_t r = rows.first; r < rows.last; r += rows.step)
+                    for (std::int64_t c = columns.first; c < columns.last; c += columns.step) {
+                        const V x = load_as<V>(in + (r * q.size[1] + c) * q.images + n);
+                        if (q.max) y = (x > y) | (x != x) ? x : y;
+                        else y += x;
+                    }
+                if (!q.max) y /= V{} + count;
+                __builtin_memcpy(out + n, &y, sizeof(y));
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void plane_pool(DType dtype, const PlanePool& q) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        dispatch_width<A>(q.images, [&](auto bytes) { pool<A, bytes.value>(q); });
+    });
+}
+
+void plane_pointwise(DType dtype, const PlanePointwise& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        const A* x = static_cast<const A*>(op.x);
+        const A* r = op.tail.residual ? static_cast<const A*>(*op.tail.residual) : nullptr;
+        A* y = static_cast<A*>(op.out);
+        const A scale = A(op.scale), shift = A(op.shift);
+        const Range<A> range = range_of<A>(op.tail.activation);
+        const std::int64_t n = op.pixels * op.images;
+        auto each = [&](auto value) {
+            for (std::int64_t k = 0; k < n; ++k) y[k] = clamp(value(k), range.low, range.high);
+        };
+        if (x && r) each([=](std::int64_t k) { return x[k] * scale + shift + r[k]; });
+        else if (x) each([=](std::int64_t k) { return x[k] * scale + shift; });
+        else if (r) each([=](std::int64_t k) { return shift + r[k]; });
+        else each([=](std::int64_t) { return shift; });
+        activate(op.tail.activation, op.tail.param, y, n);
+    });
+}
+
+void plane_product(DType dtype, const PlaneProduct& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        const A* x = static_cast<const A*>(op.x);
+        const A* gate = static_cast<const A*>(op.gate);
+        A* y = static_cast<A*>(op.out);
+        for (std::int64_t p = 0; p < op.pixels; ++p, x += op.images, y += op.images) {
+            const A* g = op.broadcast ? gate : gate + p * op.images;
+            for (std::int64_t n = 0; n < op.images; ++n) y[n] = x[n] * g[n];
+        }
+    });
+}
+
+void plane_moment(DType dtype, const PlaneMoment& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        using A = typename decltype(tag)::type;
+        const A* x = static_cast<const A*>(op.x);
+        const double mean = op.mean;
+        for (std::int64_t n = 0; n < op.images; ++n) op.sums[n] = 0;
+        for (std::int64_t p = 0; p < op.pixels; ++p, x += op.images) {
+            if (op.power == 1)
+                for (std::int64_t n = 0; n < op.images; ++n) op.sums[n] += double(x[n]);
+            else
+                for (std::int64_t n = 0; n < op.images; ++n)
+                    op.sums[n] += (double(x[n]) - mean) * (double(x[n]) - mean);
+        }
+    });
+}
+
+namespace {
+
+constexpr std::int64_t kPixels = 16;  // a line of the outer array
+
+// f(pixel, image) of pixels near each other, so that lines of both arrays are used whole.
+template <class F> FASTKD_HD void for_tiles(const PlaneTransfer& op, F f) {
+    for (std::int64_t first = 0; first < op.pixels; first += kPixels) {
+        const std::int64_t last = std::min(first + kPixels, op.pixels);
+        for (std::int64_t n = 0; n < op.valid; ++n)
+            for (std::int64_t p = first; p < last; ++p) f(p, n);
+    }
+}
+
+}  // namespace
+
+void plane_load(DType dtype, const PlaneTransfer& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        dispatch(op.outer_dtype, [&](auto outer_tag) {
+            using A = typename decltype(tag)::type;
+            using T = typename decltype(outer_tag)::type;
+            const T* outer = static_cast<const T*>(op.outer);
+            A* plane = static_cast<A*>(op.plane);
+            for_tiles(op, [&](std::int64_t p, std::int64_t n) {
+                plane[p * op.images + n] = A(widen(outer[n * op.image_step + p]));
+            });
+            for (std::int64_t p = 0; p < op.pixels; ++p)
+                for (std::int64_t n = op.valid; n < op.images; ++n) plane[p * op.images + n] = 0;
+        });
+    });
+}
+
+void plane_store(DType dtype, const PlaneTransfer& op) {
+    dispatch_plane(dtype, [&](auto tag) {
+        dispatch(op.outer_dtype, [&](auto outer_tag) {
+            using A = typename decltype(tag)::type;
+            using T = typename decltype(outer_tag)::type;
+            T* outer = static_cast<T*>(op.outer);
+            const A* plane = static_cast<const A*>(op.plane);
+            for_tiles(op, [&](std::int64_t p, std::int64_t n) {
+                outer[n * op.image_step + p] = narrow<T>(acc_t<T>(plane[p * op.images + n]));
+            });
+        });
+    });
+}
+
+}  // namespace fastkd::cpu::FASTKD_ISA

@@ -1,0 +1,89 @@
+"""Convolutions of a whole population of channel-masked networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+__all__ = ["masked_conv2d"]
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None, stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1, groups: int = 1,
+) -> Tensor:
+    """``conv2d`` for P individuals that share their weights and each keep some of the channels.
+
+    Individual p computes ``out_mask[p] * conv2d(in_mask[p] * x, weight, bias)``, but channels that it
+    lacks are neither read nor computed: whatever they hold, even NaN, they count as 0, and their
+    outputs are exactly 0.
+
+    Args:
+        x: [N, C_in, H, W], shared by all, or [P, N, C_in, H, W].
+        weight: [C_out, C_in / groups, kH, kW].
+        bias: [C_out].
+        in_mask: bool [P, C_in]; all channels if absent.
+        out_mask: bool [P, C_out]; all channels if absent.
+        stride, padding, dilation, groups: as for :func:`torch.nn.functional.conv2d`.
+
+    Returns:
+        [P, N, C_out, H', W'], in the dtype of x. Sums are in float32, or in float64 for float64. A
+        result does not depend on the other individuals or on the number of threads.
+    """
+    for name, t, optional in (("x", x, False), ("weight", weight, False), ("bias", bias, True),
+                              ("in_mask", in_mask, True), ("out_mask", out_mask, True)):
+        if not (isinstance(t, Tensor) or (optional and t is None)):
+            raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
+    geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    if isinstance(groups, bool) or not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an integer in [1, inf), got {groups!r}")
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        low = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
+    rest = (in_mask, out_mask, *geometry, groups)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _MaskedConv2d.apply(x, weight, bias, rest)
+    return _ops.masked_conv2d(x, weight, bias, *rest)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in pair):
+        raise TypeError(f"{name} must be an integer or a pair of integers, got {value!r}")
+    return pair
+
+
+class _MaskedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, rest):
+        in_mask, out_mask, *ctx.geometry = rest
+        ctx.save_for_backward(x, weight, in_mask, out_mask)
+        return _ops.masked_conv2d(x, weight, bias, *rest)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, in_mask, out_mask = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = _ops.masked_conv2d_backward(grad, x, weight, in_mask, out_mask, *ctx.geometry, wanted)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = [_NoSecondDerivative.apply(g, grad, x, weight) for g in grads]
+        return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Marks a gradient, so that differentiating it is an error and not a silent 0."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError("masked_conv2d has no second derivative: use fastkd.reference.masked_conv2d, "
+                                  "which has, or leave it out of what is differentiated twice")

@@ -1,0 +1,467 @@
+"""The quality of every individual of a population of masks, evaluated together."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _ops
+from .lower import Program, lower
+from .trace import trace
+
+__all__ = ["PopulationEvaluator", "Stats"]
+
+Batches = Iterable[Any]
+Progress = Callable[[int, int], object]
+PIECE = 768  # images of one native call, at most; a multiple of what its blocks and threads like
+WORK = 2e10  # multiplications of one native call, about: some half second, after which Ctrl-C is heard
+RATE = 4e10  # multiplications per second and thread that `explain` predicts with
+
+
+@dataclass
+class Stats:
+    """Counts of individuals since construction."""
+
+    asked: int = 0
+    computed: int = 0
+    remembered: int = 0
+    """Found in the memo."""
+    duplicates: int = 0
+    """Equal to another one of the same call."""
+
+
+@dataclass
+class _Call:
+    individuals: int
+    images: int
+    macs: int
+    seconds: float
+
+
+class PopulationEvaluator:
+    """Evaluates many individuals at once: one network, and for each a mask over its channels.
+
+    An individual is the physically smaller network of its mask (see :func:`fastkd.compact`), with the weights of the
+    full one. What its mask removes is neither read nor computed, and individuals that agree on their first layers
+    share these. Results do not depend on the other individuals, on their order, on how the work is cut, or on the
+    number of threads: bit for bit.
+
+    It runs on the CPU, in float32 or float64.
+
+    Args:
+        model: in evaluation mode. Its weights are copied: changing them later has no effect.
+        example_input: [N, C, ...] of the dtype of the model, as for :func:`fastkd.population.trace`.
+        bn: "inherit" takes the model's running statistics, "recalibrate" computes them anew for each individual;
+            see :meth:`calibrate`.
+        memo: remember qualities by mask, data, and batch-norm mode over calls.
+        memory_limit: bytes that a call may take beyond its arguments, with its result; by default, a quarter of
+            what is free when it begins. `batches` that come one by one (a DataLoader) are held during a call, and
+            count as arguments.
+
+    Attributes:
+        space: the :class:`fastkd.population.GeneSpace`; masks are bool [P, space.num_genes].
+        stats: how many individuals were asked for, computed, remembered.
+
+    Raises:
+        TypeError, ValueError: as `trace`; arguments that are not as above.
+        UnsupportedModelError: as `trace`, and for operations that have no kernel; they are named, with the line of the
+            model.
+        NotImplementedError: a model or tensors on another device than the CPU.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor, *, bn: Literal["inherit", "recalibrate"] = "inherit",
+                 memo: bool = True, memory_limit: int | None = None) -> None:
+        if bn not in ("inherit", "recalibrate"):
+            raise ValueError(f'bn must be "inherit" or "recalibrate", got {bn!r}')
+        if memory_limit is not None:
+            if isinstance(memory_limit, bool) or not isinstance(memory_limit, int):
+                raise TypeError(f"memory_limit must be an int or None, got {memory_limit!r}")
+            if memory_limit < 1:
+                raise ValueError(f"memory_limit must be at least 1, got {memory_limit}")
+        if isinstance(example_input, Tensor):
+            _on_cpu("example_input", example_input)
+            if example_input.is_floating_point() and example_input.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"example_input and the model must be float32 or float64, got {example_input.dtype}")
+        self.space = trace(model, example_input)
+        self.bn, self.memo, self.memory_limit = bn, memo, memory_limit
+        self.dtype, self.shape = example_input.dtype, self.space.values[0].shape
+        self.stats = Stats()
+        self._program: Program = lower(self.space)
+        self._network = _ops.Network(self._program.values, self._program.nodes, self.space.num_genes, self.dtype,
+                                     self._program.output)
+        self._calibration: list[Tensor] = []
+        self._calibrated_on = b""
+        self._known: dict[tuple[str, str, bytes, bytes], dict[bytes, float]] = {}
+        self._full: tuple[bytes, Tensor] | None = None
+        self._last: _Call | None = None
+
+    def calibrate(self, batches: Batches) -> None:
+        """Sets the batches with which bn="recalibrate" computes statistics, once for all individuals.
+
+        For every individual they are run as in training, and running means and (unbiased) variances are averaged over
+        batches, as nn.BatchNorm2d does with momentum=None. They belong to the training data: never give those that
+        choose between individuals (validation), nor those that report (test).
+
+        Args:
+            batches: of (x, ...) or x; copied. A batch is one: its size matters.
+
+        Raises:
+            ValueError: no batch, one without images, or one with a single value per channel.
+        """
+        if self.bn != "recalibrate":
+            raise ValueError('calibrate is for bn="recalibrate", but this evaluator has bn="inherit"')
+        held = [x.clone() for x in _images(batches, self._check)]
+        if not held:
+            raise ValueError("batches must have at least one batch, got none")
+        for x in held:
+            for v, shape in ((v, self._network.shapes[v]) for v in self._program.batch_norms):
+                if len(x) * shape[1] * shape[2] < 2:
+                    raise ValueError(f"batches must have more than one value per channel at {self._program.name[v]}, "
+                                     f"got a batch of {len(x)} image")
+        self._calibration, self._calibrated_on = held, _hash(*(t for x in held for t in (_size(x), x)))
+
+    # --- results -----------------------------------------------------------------------------------------
+
+    def logits(self, masks: Tensor, x: Tensor, *, progress: Progress | None = None) -> Tensor:
+        """masks bool [P, genes], x [N, C, ...] -> [P, N, classes], what the model returns for each.
+
+        Args:
+            progress: called with (done, total) from time to time, in forward passes of an image.
+        """
+        masks = self._masks(masks)
+        data = _Data([self._check(x)])
+        keys, first, inverse = _distinct(masks)
+        self.stats.asked += len(masks)
+        self.stats.duplicates += len(masks) - len(keys)
+        out = torch.empty(len(masks), data.images, *self.space.values[self.space.output].shape, dtype=self.dtype)
+
+        def take(rows: slice, at: slice, y: Tensor) -> None:
+            out[rows, at] = y
+
+        self._evaluate(masks[first], data, take, progress, held=out.nbytes)
+        self.stats.computed += len(keys)
+        if not np.array_equal(inverse, np.arange(len(masks))):
+            out = out[torch.from_numpy(inverse)]
+        return out
+
+    def accuracy(self, masks: Tensor, batches: Batches, *, progress: Progress | None = None) -> Tensor:
+        """float64 [P]: the fraction of images whose label has the largest output.
+
+        Args:
+            masks: bool [P, genes].
+            batches: of (x, y) with labels int64 [N].
+            progress: called with (done, total) from time to time, in forward passes of an image.
+        """
+        return self._quality("accuracy", masks, _Data.labelled(batches, self._check, self._classes()), progress)
+
+    def loss(self, masks: Tensor, batches: Batches, *, progress: Progress | None = None) -> Tensor:
+        """float64 [P]: the mean cross entropy over images, summed in their order in float64."""
+        return self._quality("loss", masks, _Data.labelled(batches, self._check, self._classes()), progress)
+
+    def agreement(self, masks: Tensor, batches: Batches, *, progress: Progress | None = None) -> Tensor:
+        """float64 [P]: the fraction of images for which the model as given predicts the same class.
+
+        The model's own predictions are with its own batch-norm statistics, whatever `bn` is.
+
+        Args:
+            batches: of x, or of (x, y), where y is not looked at.
+        """
+        self._classes()
+        data = _Data(list(_images(batches, self._check)))
+        self._masks(masks)
+        fingerprint = data.fingerprint()
+        if self._full is None or self._full[0] != fingerprint or not self.memo:
+            y = torch.empty(data.images, dtype=torch.int64)
+
+            def take(rows: slice, at: slice, logits: Tensor) -> None:
+                y[at] = logits[0].argmax(1)
+
+            self._evaluate(self.space.ones(1), data, take, None, inherit=True)
+            self._full = fingerprint, y
+        data.y = self._full[1]
+        return self._quality("agreement", masks, data, progress)
+
+    def _quality(self, name: str, masks: Tensor, data: _Data, progress: Progress | None) -> Tensor:
+        masks = self._masks(masks)
+        keys, first, inverse = _distinct(masks)
+        known: dict[bytes, float] = {}
+        if self.memo:
+            which = name, self.bn, self._calibrated_on, data.fingerprint()
+            known = self._known.setdefault(which, known)
+        new = [k for k, key in enumerate(keys) if key not in known]
+        self.stats.asked += len(masks)
+        self.stats.duplicates += len(masks) - len(keys)
+        self.stats.remembered += len(keys) - len(new)
+        if new:
+            sums = np.zeros(len(new), np.float64 if name == "loss" else np.int64)
+
+            def take(rows: slice, at: slice, logits: Tensor) -> None:
+                assert data.y is not None
+                y = data.y[at].expand(len(logits), -1)
+                if name == "loss":
+                    each = F.cross_entropy(logits.double().flatten(0, 1), y.flatten(), reduction="none")
+                    # One after the other, so that the sum does not depend on where the images are cut.
+                    terms = np.concatenate((sums[rows, None], each.reshape(y.shape).numpy()), 1)
+                    sums[rows] = np.add.accumulate(terms, 1)[:, -1]
+                else:
+                    sums[rows] += (logits.argmax(2) == y).sum(1).numpy()
+                if at.stop == data.images:
+                    for k in range(rows.start, rows.stop):
+                        known[keys[new[k]]] = float(sums[k] / data.images)
+                    self.stats.computed += rows.stop - rows.start
+
+            # float64 copies of the logits, before and after the softmax
+            extra = 16 if name == "loss" else 0
+            self._evaluate(masks[first[new]], data, take, progress, extra=extra)
+        return torch.tensor([known[key] for key in keys], dtype=torch.float64)[torch.from_numpy(inverse)]
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def _evaluate(self, masks: Tensor, data: _Data, take: Callable[[slice, slice, Tensor], None],
+                  progress: Progress | None, *, extra: int = 0, held: int = 0, inherit: bool = False) -> None:
+        """take(individuals, images, outputs), individuals in chunks, each with all images in order."""
+        recalibrate = self.bn == "recalibrate" and not inherit and bool(self._program.batch_norms)
+        if recalibrate and not self._calibration:
+            raise ValueError('bn="recalibrate" needs calibrate(batches) first')
+        start = time.perf_counter()
+        macs = self.space.macs(masks).double()
+        individuals, images = self._cut(len(masks), data.images, float(macs.mean()), recalibrate, extra, held)
+        passes = data.images + sum(len(x) for x in self._calibration) * recalibrate
+        done, total = 0, len(masks) * passes
+        for first in range(0, len(masks), individuals):
+            rows = slice(first, min(first + individuals, len(masks)))
+            own = masks[rows]
+            affines = self._recalibrated(own) if recalibrate else None
+            done += len(own) * (passes - data.images)
+            for at, x in data.pieces(images):
+                take(rows, at, self._program.finish(self._network(own, self._maps(x), affines)))
+                done += len(own) * (at.stop - at.start)
+                if progress is not None:
+                    progress(done, total)
+        self._last = _Call(len(masks), data.images, int(macs.sum()) * passes, time.perf_counter() - start)
+
+    def _cut(self, individuals: int, images: int, macs: float, recalibrate: bool, extra: int,
+             held: int) -> tuple[int, int]:
+        """How many individuals, and how many images, one native call has."""
+        limit = _free_bytes() // 4 if self.memory_limit is None else self.memory_limit
+        size = torch.finfo(self.dtype).bits // 8
+        outputs = int(np.prod(self._network.shapes[self._network.output]))
+        outputs *= size * (1 + bool(self._program.softmax)) + extra
+        alone = 2 * self.space.num_genes + 64  # the mask, and its copy that is sorted
+        fixed = held
+        if recalibrate:
+            channels = sum(self._network.shapes[v][0] for v in self._network.norms)
+            alone += channels * (4 * 8 + 4 * 8 + 2 * size)  # moments of a batch, their sums, what is made of them
+            fixed += max(self._network.bytes(len(x), True) for x in self._calibration)
+
+        def need(n: int) -> int:
+            return fixed + self._network.bytes(n) + alone + n * outputs
+
+        n = min(images, PIECE)
+        while n > 1 and need(n) > limit:
+            n = -(-n // 2)
+        if need(n) > limit:
+            what = f"one individual needs {need(n):,}"
+            if held:
+                what += f", of which the result takes {held:,}"
+            which = "memory_limit" if self.memory_limit is not None else "memory_limit (a quarter of what is free)"
+            raise ValueError(f"{which} = {limit:,} bytes is too small: {what}")
+        p = 1 + (limit - need(n)) // (alone + n * outputs)
+        return max(1, min(p, individuals, max(16, int(WORK / max(macs * n, 1))))), n
+
+    def _recalibrated(self, masks: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Scale and shift of every norm, each [P, channels], from the calibration batches."""
+        norms = self._network.norms
+        mean = {v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64) for v in norms}
+        variance = {v: torch.zeros_like(m) for v, m in mean.items()}
+        for x in self._calibration:
+            for v, (m, s) in zip(norms, self._network.moments(masks, self._maps(x)), strict=True):
+                n = len(x) * self._network.shapes[v][1] * self._network.shapes[v][2]
+                mean[v] += m
+                variance[v] += s * (n / max(n - 1, 1))
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for v in norms:
+            if v not in self._program.batch_norms:
+                out.append(None)
+                continue
+            scale, shift = self._program.affine(v, mean[v] / len(self._calibration),
+                                                variance[v] / len(self._calibration))
+            out.append((scale.to(self.dtype), shift.to(self.dtype)))
+        return out
+
+    def _maps(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), *self._network.shapes[0])
+
+    # --- checks ------------------------------------------------------------------------------------------
+
+    def _masks(self, masks: Tensor) -> Tensor:
+        return self.space.check(masks).cpu()
+
+    def _classes(self) -> int:
+        shape = self.space.values[self.space.output].shape
+        if len(shape) != 1:
+            raise ValueError(f"the model must return [N, classes] for this, but returns [N, "
+                             f"{', '.join(map(str, shape))}]")
+        return shape[0]
+
+    def _check(self, x: Any, name: str = "x") -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        _on_cpu(name, x)
+        if x.dtype != self.dtype:
+            raise TypeError(f"{name} must be {self.dtype} as the model is, got {x.dtype}")
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"{name} must have shape [N, {', '.join(map(str, self.shape))}], got {list(x.shape)}")
+        if len(x) == 0:
+            raise ValueError(f"{name} must have at least one image, got N = 0")
+        return x.detach()
+
+    # --- printing ----------------------------------------------------------------------------------------
+
+    def explain(self, masks: Tensor, *, rate: float = RATE) -> str:
+        """How a population is evaluated, a line per step, with the multiplications for one image.
+
+        The columns are the multiplications of all individuals as whole networks, after skipping what the masks remove,
+        and after sharing what equal beginnings have in common (in one piece; where a call is cut, a little less).
+
+        Args:
+            rate: multiplications per second and thread, for the predicted time.
+        """
+        masks = torch.unique(self._masks(masks), dim=0)
+        lines: list[tuple[str, ...]] = [("operation", "kernel", "result", "kept", "whole", "masked", "shared")]
+        totals = np.zeros(3, np.int64)
+        for step in self._program.steps(self._network, masks.numpy()):
+            totals += step.macs
+            numbers = [f"{n:,}" if n else "" for n in step.macs]
+            lines.append((step.name, step.kernel, "x".join(map(str, step.shape)), f"{step.kept:.1f}", *numbers))
+        lines.append(("total", "", "", "", *(f"{n:,}" for n in totals.tolist())))
+        wide = [max(len(line[i]) for line in lines) for i in range(7)]
+        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide, strict=True)))
+                .rstrip() for line in lines]
+        whole, masked, shared = (max(int(n), 1) for n in totals)
+        threads = torch.get_num_threads()
+        text += [f"{len(masks)} distinct individuals; saved by masks {whole / masked:.2f}x, by sharing "
+                 f"{masked / shared:.2f}x, together {whole / shared:.2f}x",
+                 f"predicted: {shared / (rate * threads) * 1e3:.3g} ms per image, at {rate / 1e9:g} G multiplications "
+                 f"per second on each of {threads} threads"]
+        if self._last is not None:
+            c = self._last
+            text.append(f"last call: {c.individuals} individuals, {c.images} images, {c.seconds:.3g} s, "
+                        f"{c.macs / max(c.seconds, 1e-9) / 1e9:.3g} G multiplications per second (masked)")
+        return "\n".join(text)
+
+
+# --- data ------------------------------------------------------------------------------------------------
+
+
+class _Data:
+    """Batches as one row of images."""
+
+    def __init__(self, x: Sequence[Tensor], y: Tensor | None = None) -> None:
+        if not x:
+            raise ValueError("batches must have at least one batch, got none")
+        self.x, self.y = [t.contiguous() for t in x], y
+        self.ends = list(itertools.accumulate(len(t) for t in x))
+        self.images = self.ends[-1]
+
+    @classmethod
+    def labelled(cls, batches: Batches, check: Callable[..., Tensor], classes: int) -> _Data:
+        xs, ys = [], []
+        for k, batch in enumerate(_listed(batches)):
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(f"batches[{k}] must be a pair (x, y), got {type(batch).__name__}")
+            x, y = check(batch[0], f"x of batches[{k}]"), batch[1]
+            if not isinstance(y, Tensor) or y.dtype != torch.int64:
+                raise TypeError(f"y of batches[{k}] must be a torch.int64 tensor, got "
+                                f"{y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+            if y.shape != x.shape[:1]:
+                raise ValueError(f"y of batches[{k}] must have shape [{len(x)}] as x has images, got {list(y.shape)}")
+            low, high = y.min().item(), y.max().item()
+            if low < 0 or high >= classes:
+                raise ValueError(f"y of batches[{k}] must be in [0, {classes - 1}], got {low if low < 0 else high}")
+            xs.append(x)
+            ys.append(y.cpu())
+        return cls(xs, torch.cat(ys) if ys else None)
+
+    def pieces(self, most: int) -> Iterator[tuple[slice, Tensor]]:
+        """(which images, the images), about equally many."""
+        count = -(-self.images // most)
+        for k in range(count):
+            a, b = self.images * k // count, self.images * (k + 1) // count
+            parts = []
+            i, at = bisect.bisect_right(self.ends, a), a
+            while at < b:
+                start, end = self.ends[i] - len(self.x[i]), min(self.ends[i], b)
+                parts.append(self.x[i][at - start: end - start])
+                i, at = i + 1, end
+            yield slice(a, b), parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def fingerprint(self) -> bytes:
+        return _hash(*self.x, *(() if self.y is None else (self.y,)))
+
+
+def _listed(batches: Any) -> Iterable[Any]:
+    """A tensor, or one pair of tensors, is one batch."""
+    if isinstance(batches, Tensor) or (isinstance(batches, tuple) and len(batches) == 2
+                                       and isinstance(batches[0], Tensor)
+                                       and isinstance(batches[1], Tensor) and batches[1].dim() == 1):
+        return [batches]
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable, got {type(batches).__name__}")
+    return batches
+
+
+def _images(batches: Batches, check: Callable[..., Tensor]) -> Iterator[Tensor]:
+    for k, batch in enumerate(_listed(batches)):
+        if isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
+        yield check(batch, f"x of batches[{k}]")
+
+
+def _size(x: Tensor) -> Tensor:
+    return torch.tensor(x.shape)
+
+
+def _hash(*tensors: Tensor) -> bytes:
+    h = hashlib.sha256()
+    for t in tensors:
+        h.update(t.contiguous().numpy().data)
+    return h.digest()
+
+
+def _distinct(masks: Tensor) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Different rows as bytes, in the order of their genes; where each is first; which one each row is.
+
+    Rows that agree on their first genes are neighbours, so that they come into the same chunk.
+    """
+    rows = [row.tobytes() for row in np.packbits(masks.numpy(), axis=1)]
+    first: dict[bytes, int] = {}
+    for k, row in enumerate(rows):
+        first.setdefault(row, k)
+    keys = sorted(first)
+    place = {key: k for k, key in enumerate(keys)}
+    return keys, np.array([first[key] for key in keys]), np.array([place[row] for row in rows])
+
+
+def _on_cpu(name: str, x: Tensor) -> None:
+    if x.device.type != "cpu":
+        raise NotImplementedError(f"the population evaluator runs on the CPU, but {name} is on {x.device}")
+
+
+def _free_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 8 << 30  # unknown

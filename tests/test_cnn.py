@@ -1,0 +1,188 @@
+"""The convolutional networks, their weights, and the images."""
+
+import gzip
+import hashlib
+import io
+import os
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+
+from fastkd import data
+from fastkd.data import images
+from fastkd.models import CNNS, build_cnn, load_weights
+
+HERE = os.environ.get("FASTKD_DATA")
+
+
+def file(name):
+    """Of FASTKD_DATA."""
+    if HERE is None or not (pathlib.Path(HERE) / name).is_file():
+        pytest.skip(f"{name} is not in FASTKD_DATA")
+    return pathlib.Path(HERE) / name
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("lenet", 431_080), ("alexnet", 61_100_840), ("vgg16", 138_357_544), ("vgg16_cifar", 14_728_266),
+    ("resnet20", 269_722), ("resnet56", 853_018), ("resnet50", 25_557_032), ("mobilenet_v1", 4_231_976)])
+def test_parameters(name, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_cnn(name).parameters()) == parameters
+        x = torch.empty(2, 1 if name == "lenet" else 3, *(28, 28) if name == "lenet" else (224, 224) if parameters > 2e7 else (32, 32))
+        classes = 1000 if name in ("alexnet", "vgg16", "resnet50", "mobilenet_v1") else 10
+        assert build_cnn(name)(x).shape == (2, classes)
+        assert build_cnn(name, num_classes=7)(x).shape == (2, 7)
+
+
+def test_the_names_are_torchvisions():
+    with torch.device("meta"):
+        keys = {name: set(CNNS[name]().state_dict()) for name in CNNS}
+    assert {"features.0.weight", "features.10.bias", "classifier.1.weight", "classifier.6.bias"} <= keys["alexnet"]
+    assert {"features.0.weight", "features.28.bias", "classifier.0.weight", "classifier.3.weight", "classifier.6.bias"} <= keys["vgg16"]
+    assert {"conv1.weight", "layer1.0.downsample.0.weight", "layer1.0.downsample.1.running_mean", "layer4.2.conv3.weight",
+            "fc.bias"} <= keys["resnet50"]
+    assert len(keys["resnet50"]) == 320
+
+
+@pytest.mark.parametrize("name, stem", [("resnet20", "cifar10_resnet20"), ("resnet56", "cifar10_resnet56"),
+                                        ("mobilenet_v1", "imagenet_mobilenet_v1")])
+def test_published_weights_load(name, stem):
+    path, model = file(f"weights/{stem}.npz"), build_cnn(name)
+    load_weights(model, path)
+    with np.load(path) as given:
+        state = model.state_dict()
+        assert all(np.array_equal(state[key].numpy(), given[key]) for key in given.files)
+
+
+def accuracy(x):
+    """How many of the images x uint8 [n, 3, 32, 32], the first of the test set, ResNet-20 has right."""
+    model = build_cnn("resnet20").eval()
+    load_weights(model, file("weights/cifar10_resnet20.npz"))
+    with np.load(file("images/cifar10.packed.npz")) as packed:
+        y = torch.from_numpy(packed["y_test"][: len(x)].astype(np.int64))
+    normalised = data.Images("", 10, "", {}, {}, images.SETS["cifar10"].mean, images.SETS["cifar10"].std).normalised
+    with torch.no_grad():
+        return sum(int((model(normalised(a)).argmax(1) == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True))
+
+
+def test_resnet20_on_a_thousand_images():
+    file("weights/cifar10_resnet20.npz")
+    with np.load(file("images/cifar10.packed.npz")) as packed:
+        x = torch.from_numpy(images.unpack(packed["r_test"][:, :1000]))
+    assert accuracy(x) == 923
+
+
+@pytest.mark.large
+def test_resnet20_has_its_published_accuracy(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTKD_CACHE", str(tmp_path))
+    file("images/cifar10.packed.npz")
+    loaded = data.load_images("cifar10")
+    assert {part: tuple(x.shape) for part, x in loaded.images.items()} == {
+        "train": (45000, 3, 32, 32), "val": (5000, 3, 32, 32), "test": (10000, 3, 32, 32)}
+    with np.load(tmp_path / "cifar10.npz") as unpacked:
+        digest = hashlib.sha256(unpacked["x_train"].tobytes() + unpacked["x_test"].tobytes()).hexdigest()
+    assert digest == "13bcb13f80357093c4eb92a9826c633ea2caa9e8117ff220ce13bfc29d4b1d87"
+    assert accuracy(loaded.images["test"]) == 9173
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    model = build_cnn("lenet")
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    state = {key: x.numpy() + 1 for key, x in before.items()}
+    state["extra"] = state.pop("fc2.bias")
+    state["conv1.bias"] = state["conv1.bias"][:3]
+    np.savez(tmp_path / "w.npz", **state)
+    with pytest.raises(ValueError, match=r"does not fit LeNet: unknown: extra; missing: fc2.bias; conv1.bias is \[3\] in the file and \[20\]"):
+        load_weights(model, tmp_path / "w.npz")
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+    with pytest.raises(FileNotFoundError):
+        load_weights(model, tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="must end in"):
+        load_weights(model, tmp_path / "w.pth")
+
+
+def test_weights_from_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
+    model, other = build_cnn("lenet"), build_cnn("lenet")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="did you mean 'resnet20'"):
+        build_cnn("resnet2")
+    with pytest.raises(ValueError, match="lenet has no hyperparameter 'width': it has num_classes"):
+        build_cnn("lenet", width=2)
+    with pytest.raises(ValueError, match="name must be one of cifar10, mnist, got 'svhn'"):
+        data.load_images("svhn")
+
+
+def test_mnist():
+    file("images/mnist.npz")
+    loaded = data.load_images("mnist")
+    assert {part: tuple(x.shape) for part, x in loaded.images.items()} == {
+        "train": (54001, 1, 28, 28), "val": (5999, 1, 28, 28), "test": (10000, 1, 28, 28)}
+    assert loaded.labels["test"][:5].tolist() == [7, 2, 1, 0, 4] and "images/mnist.npz" in loaded.source
+    x = loaded.normalised(loaded.images["train"][:10000])
+    assert x.dtype == torch.float32 and abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
+
+
+# --- official files, made small ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTKD_OFFLINE", "1")
+    monkeypatch.setenv("FASTKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTKD_DATA", raising=False)
+    return tmp_path / "cache"
+
+
+def test_official_cifar10(cache, monkeypatch):
+    rng = np.random.default_rng(0)
+    records = rng.integers(0, 256, (6, 40, 3073), np.uint8)
+    records[:, :, 0] %= 10
+    (cache / "cifar10").mkdir(parents=True)
+    path = cache / "cifar10" / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for i, name in enumerate([*(f"data_batch_{j}" for j in range(1, 6)), "test_batch"]):
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+            info.size = records[i].size
+            archive.addfile(info, io.BytesIO(records[i].tobytes()))
+    with pytest.raises(FileNotFoundError, match="but the official file has c32a1d4ab5d03f1284b67883e8d87530"):
+        data.load_images("cifar10")
+    monkeypatch.setattr(images, "CIFAR10", (images.CIFAR10[0], hashlib.md5(path.read_bytes()).hexdigest()))
+    for _ in range(2):  # the second time from the cache's npz
+        loaded = data.load_images("cifar10")
+        assert np.array_equal(loaded.images["test"].numpy(), records[5, :, 1:].reshape(-1, 3, 32, 32))
+        assert loaded.labels["test"].tolist() == records[5, :, 0].tolist()
+        assert len(loaded.images["train"]) + len(loaded.images["val"]) == 200
+        path.unlink(missing_ok=True)
+
+
+def test_official_mnist(cache, monkeypatch):
+    rng = np.random.default_rng(0)
+    (cache / "mnist").mkdir(parents=True)
+    arrays, stated = {}, {}
+    for key, (name, _) in images.MNIST.items():
+        n = 60 if "train" in key else 20
+        arrays[key] = rng.integers(0, 256, (n, 28, 28), np.uint8) if key[0] == "x" else rng.integers(0, 10, n).astype(np.uint8)
+        header = bytes([0, 0, 8, arrays[key].ndim]) + np.array(arrays[key].shape, ">i4").tobytes()
+        (cache / "mnist" / name).write_bytes(gzip.compress(header + arrays[key].tobytes()))
+        stated[key] = name, hashlib.md5((cache / "mnist" / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(images, "MNIST", stated)
+    loaded = data.load_images("mnist")
+    assert np.array_equal(loaded.images["test"][:, 0].numpy(), arrays["x_test"])
+    assert loaded.labels["test"].tolist() == arrays["y_test"].tolist()
+
+
+def test_offline_says_where_it_looked(cache):
+    for name in ("cifar10", "mnist"):
+        with pytest.raises(FileNotFoundError, match=rf"no {name}.npz in .*FASTKD_OFFLINE is set"):
+            data.load_images(name)

@@ -1,0 +1,401 @@
+"""The population evaluator against compact networks, one individual at a time."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+
+from test_cnn import file
+from test_population import IMAGES, SHAPES, SMALL, Net, conv, lively, network, small_net, some_masks, tail
+
+from fastkd import PopulationEvaluator, data
+from fastkd.models import build_cnn, load_weights
+from fastkd.population import UnsupportedModelError, compact, evaluator
+
+
+def close(y, expected, tolerance):
+    return torch.allclose(y.double(), expected.double(), rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+def alone(model, masks, space, x):
+    """[P, N, classes], each by its compact network"""
+    with torch.no_grad():
+        return torch.stack([compact(model, mask, space)(x) for mask in masks])
+
+
+def single(model):
+    return copy.deepcopy(model).float()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_compact_networks(name, poisoned):
+    model, x, space = network(name)
+    masks = torch.cat((some_masks(space), space.ones(1)))
+    expected = alone(model, masks, space, x)
+    y = PopulationEvaluator(model, x).logits(masks, x)
+    assert y.dtype == torch.float64 and y.shape == expected.shape and close(y, expected, 1e-10)
+    with torch.no_grad():
+        assert close(y[-1], model(x), 1e-10)
+    y = PopulationEvaluator(single(model), x.float()).logits(masks, x.float())
+    assert y.dtype == torch.float32 and close(y, expected, 1e-4)
+
+
+def recalibrated(model, batches):
+    """What torch makes of the batches: running statistics with momentum=None"""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None
+            m.train()
+    with torch.no_grad():
+        for x in batches:
+            model(x)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "vgg16_cifar", "mobilenet_v1", "resnet50"])
+def test_recalibration(name, poisoned):
+    model, x, space = network(name)
+    masks = some_masks(space, (0.3, 0.6))
+    g = torch.Generator().manual_seed(4)
+    sizes = (33, 20) if name == "resnet20" else (20, 17)  # 33: more than one block of images
+    batches = [torch.randn(n, *x.shape[1:], generator=g, dtype=x.dtype) for n in sizes]
+    with torch.no_grad():
+        expected = torch.stack([recalibrated(compact(model, mask, space), batches)(x) for mask in masks])
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        e = PopulationEvaluator(copy.deepcopy(model).to(dtype), x.to(dtype), bn="recalibrate")
+        e.calibrate([(b.to(dtype), None) for b in batches])
+        assert close(e.logits(masks, x.to(dtype)), expected, tolerance)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in ("scalars", "unused")])
+def test_small_networks(name, poisoned):
+    model, _, _ = small_net(name)
+    e = PopulationEvaluator(model, IMAGES)
+    masks = torch.cat((some_masks(e.space, (0.1, 0.3, 0.5, 0.5, 0.8)), e.space.ones(1)))
+    assert close(e.logits(masks, IMAGES), alone(model, masks, e.space, IMAGES), 1e-10)
+
+
+def rows_and_columns(self, x):
+    x = F.pad(self.a(x), (0, 1, 0, 2))
+    x = x[:, :, 1:, 2::2] + x[..., :-1, 1:-1:2]
+    return tail(self, F.relu(x.mean(2)).unsqueeze(3))
+
+
+def gated(self, x):
+    x = F.relu6(self.a(x) * 1.5 + 0.25) / 3
+    return tail(self, self.prelu(self.bn(x) * -x) * x.mean(3, keepdim=True))
+
+
+def resized(self, x):
+    x = F.interpolate(self.a(x), scale_factor=2)
+    return tail(self, F.max_pool2d(x, 3, 2, ceil_mode=True) + F.adaptive_max_pool2d(x, 8))
+
+
+def with_softmax(self, x):
+    return F.log_softmax(tail(self, F.gelu(self.a(x), approximate="tanh")), 1)
+
+
+MORE = {
+    "rows_and_columns": (rows_and_columns, {}), "gated": (gated, dict(prelu=nn.PReLU(6), bn=nn.BatchNorm2d(6))),
+    "resized": (resized, {}), "with_softmax": (with_softmax, {}),
+    "same": (lambda self, x: tail(self, F.leaky_relu(self.b(self.a(x)))), dict(b=nn.Conv2d(6, 6, 3, padding="same", dilation=2))),
+    "maps": (lambda self, x: torch.tanh(self.a(x)), dict(fc=nn.Identity())),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_operations(name, poisoned):
+    forward, modules = MORE[name]
+    model = lively(Net(forward, **{"a": conv(3, 6), "fc": nn.Linear(6, 5), **copy.deepcopy(modules)}))
+    e = PopulationEvaluator(model, IMAGES)
+    masks = torch.cat((some_masks(e.space, (0.2, 0.5, 0.8)), e.space.ones(1))) if e.space.num_genes else e.space.ones(2)
+    assert close(e.logits(masks, IMAGES), alone(model, masks, e.space, IMAGES), 1e-10)
+
+
+def test_genes_and_vectors():
+    model = lively(nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.SiLU(), nn.Linear(9, 3), nn.Softmax(1)))
+    x = torch.randn(4, 7, dtype=torch.float64)
+    e = PopulationEvaluator(model, x)
+    masks = some_masks(e.space)
+    assert close(e.logits(masks, x), alone(model, masks, e.space, x), 1e-10)
+
+
+# --- qualities ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """float32 network, 300 images with labels, masks of which some are equal or begin alike"""
+    model = lively(build_cnn("resnet20", num_classes=10), dtype=torch.float32)
+    g = torch.Generator().manual_seed(6)
+    x, y = torch.randn(150, 3, 16, 16, generator=g), torch.randint(10, (150,), generator=g)
+    space = PopulationEvaluator(model, x).space
+    masks = space.repair(space.random(7, 0.6, g))
+    masks[4, :300] = masks[3, :300]
+    masks[6] = masks[1]
+    return model, x, y, masks
+
+
+def make(resnet, **options):
+    e = PopulationEvaluator(resnet[0], resnet[1], **options)
+    if e.bn == "recalibrate":
+        e.calibrate([resnet[1][:60], resnet[1][60:90]])
+    return e
+
+
+@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
+def test_qualities_equal_plain_loops(resnet, bn):
+    model, x, y, masks = resnet
+    e = make(resnet, bn=bn)
+    logits = e.logits(masks, x)
+    batches = [(x[:64], y[:64]), (x[64:65], y[64:65]), (x[65:], y[65:])]
+    accuracy = [sum(int(row.argmax()) == int(c) for row, c in zip(one, y, strict=True)) / len(y) for one in logits]
+    found = e.accuracy(masks, iter(batches))
+    assert found.dtype == torch.float64 and found.tolist() == accuracy
+    loss = torch.stack([F.cross_entropy(one.double(), y) for one in logits])
+    assert torch.allclose(e.loss(masks, batches), loss, rtol=1e-12)
+    with torch.no_grad():
+        full = model(x).argmax(1)
+    same = [float((one.argmax(1) == full).double().mean()) for one in logits]
+    assert torch.allclose(e.agreement(masks, batches), torch.tensor(same, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(e.agreement(masks, [b[0] for b in batches]), e.agreement(masks, x))
+    if bn == "inherit":
+        assert e.agreement(e.space.ones(1), x).item() == 1
+
+
+@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
+def test_results_do_not_depend_on_the_cut(resnet, bn, monkeypatch, poisoned):
+    _, x, y, masks = resnet
+    e = make(resnet, bn=bn)
+    logits, loss, accuracy = e.logits(masks, x), e.loss(masks, (x, y)), e.accuracy(masks, (x, y))
+    with pytest.raises(ValueError, match="one individual needs") as refused:
+        make(resnet, bn=bn, memory_limit=1).loss(masks, (x, y))
+    need = int(str(refused.value).rsplit(" ", 1)[1].replace(",", ""))
+    before = torch.get_num_threads()
+    order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(1))
+    calls = []
+    try:
+        for threads, work, piece, limit in ((1, 1, 768, None), (2, 1e12, 48, None), (3, 1e12, 7, 3 * need), (2, 1, 64, need + 20_000)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(evaluator, "WORK", work)
+            monkeypatch.setattr(evaluator, "PIECE", piece)
+            other = make(resnet, bn=bn, memory_limit=limit)
+            assert torch.equal(other.loss(masks[order], [(x[:31], y[:31]), (x[31:], y[31:])],
+                                          progress=lambda *a: calls.append(a)), loss[order])
+            assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
+            assert calls[-1][0] == calls[-1][1] == 6 * (150 + 90 * (bn == "recalibrate"))
+            other.memory_limit = None
+            assert torch.equal(other.logits(masks[order], x), logits[order])
+            assert torch.equal(other.logits(masks[2], x[40:41]), logits[2:3, 40:41])
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) > 10
+
+
+def test_memo(resnet):
+    _, x, y, masks = resnet
+    e = make(resnet)
+    first = e.accuracy(masks[:5], (x, y))
+    assert (e.stats.asked, e.stats.computed, e.stats.remembered, e.stats.duplicates) == (5, 5, 0, 0)
+    both = e.accuracy(masks, [(x[:9], y[:9]), (x[9:], y[9:])])
+    assert torch.equal(both[:5], first) and both[1] == both[6]
+    assert (e.stats.asked, e.stats.computed, e.stats.remembered, e.stats.duplicates) == (12, 6, 5, 1)
+    other = y.clone()
+    other[0] = (y[0] + 1) % 10
+    e.accuracy(masks[:2], (x, other))
+    e.loss(masks[:2], (x, y))
+    assert e.stats.computed == 10, "other data, another quality"
+    other = x.clone()
+    other[3, 0, 0, 0] += 1
+    e.loss(masks[:2], (other, y))
+    assert e.stats.computed == 12
+    r = make(resnet, bn="recalibrate")
+    once = r.accuracy(masks[:1], (x, y))
+    r.calibrate(x[:50])
+    assert r.stats.computed == 1
+    assert torch.equal(r.accuracy(masks[:1], (x, y)), r.accuracy(masks[:1], (x, y))) and r.stats.computed == 2
+    r.calibrate([x[:60], x[60:90]])
+    assert torch.equal(r.accuracy(masks[:1], (x, y)), once) and r.stats.computed == 2
+    without = make(resnet, memo=False)
+    for _ in range(2):
+        assert torch.equal(without.accuracy(masks, (x, y)), both)
+    assert (without.stats.asked, without.stats.computed, without.stats.remembered) == (14, 12, 0)
+
+
+def test_interrupted(resnet, monkeypatch):
+    _, x, y, masks = resnet
+    monkeypatch.setattr(evaluator, "WORK", 1)
+    monkeypatch.setattr(evaluator, "PIECE", 48)
+    g = torch.Generator().manual_seed(0)
+    e = make(resnet)
+    masks = e.space.repair(e.space.random(20, 0.5, g))
+
+    def stop(done, total):
+        if done > 17 * 150:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        e.loss(masks, (x, y), progress=stop)
+    assert e.stats.computed == 16, "the first chunk was complete"
+    assert torch.equal(e.loss(masks, (x, y)), make(resnet).loss(masks, (x, y)))
+    assert e.stats.computed == 20
+
+
+def test_weights_are_those_of_construction(resnet):
+    model, x, _, masks = resnet
+    model = copy.deepcopy(model)
+    e = PopulationEvaluator(model, x)
+    y = e.logits(masks, x[:5])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+        model.bn1.running_mean.add_(1)
+    assert torch.equal(e.logits(masks, x[:5]), y)
+
+
+def test_published_resnet20():
+    path = file("weights/cifar10_resnet20.npz")
+    file("images/cifar10.packed.npz")
+    model = build_cnn("resnet20")
+    load_weights(model, path)
+    images = data.images.load("cifar10")
+    x, y = images.normalised(images.images["test"][:300]), images.labels["test"][:300]
+    e = PopulationEvaluator(model.eval(), x)
+    with torch.no_grad():
+        expected = model(x)
+    assert close(e.logits(e.space.ones(1), x)[0], expected, 1e-4)
+    assert e.accuracy(e.space.ones(1), (x, y)).item() == float((expected.argmax(1) == y).double().mean()) > 0.88
+    assert e.agreement(e.space.ones(1), x).item() == 1
+
+
+def test_explain(resnet):
+    _, x, _, masks = resnet
+    e = make(resnet)
+    text = e.explain(masks)
+    assert "6 distinct individuals" in text and "layer2.0.conv2" in text and "last call" not in text
+    total = next(line for line in text.splitlines() if line.startswith("total")).replace(",", "").split()[1:]
+    distinct = torch.unique(masks, dim=0)
+    assert int(total[0]) == 6 * int(e.space.macs(e.space.ones(1))) and int(total[1]) == int(e.space.macs(distinct).sum())
+    assert int(total[2]) < int(total[1])
+    one = e.explain(masks[:1]).splitlines()
+    total = next(line for line in one if line.startswith("total")).split()[1:]
+    assert total[1] == total[2] == f"{int(e.space.macs(masks[:1])):,}"
+    e.logits(masks, x)
+    assert "last call: 6 individuals, 150 images" in e.explain(masks)
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+def test_bad_masks_and_data(resnet):
+    _, x, y, masks = resnet
+    e = make(resnet)
+    empty = masks.clone()
+    empty[1, :16] = False
+    for wrong, error, says in (
+            (masks.float(), TypeError, "torch.bool"), (masks[:, :-1], ValueError, r"\[P, 400\]"),
+            (masks[:0], ValueError, "P = 0"), (empty, ValueError, r"masks\[1\] leaves conv1 without any channel: use repair")):
+        for call in (lambda m: e.logits(m, x), lambda m: e.accuracy(m, (x, y)), lambda m: e.agreement(m, x), e.explain):
+            with pytest.raises(error, match=says):
+                call(wrong)
+    for wrong, error, says in (
+            (x[:0], ValueError, "at least one image, got N = 0"), (x[:, :2], ValueError, r"\[N, 3, 16, 16\], got \[150, 2, 16, 16\]"),
+            (x[..., :15], ValueError, r"\[N, 3, 16, 16\]"), (x[0], ValueError, r"\[N, 3, 16, 16\]"), (x.double(), TypeError, "torch.float32 as the model is"),
+            (x.numpy(), TypeError, "must be a tensor, got ndarray"), (x.to("meta"), NotImplementedError, "runs on the CPU, but x .*is on meta")):
+        with pytest.raises(error, match=says):
+            e.logits(masks, wrong)
+        with pytest.raises(error, match=says):
+            e.agreement(masks, [wrong])
+    for wrong, error, says in (
+            ([], ValueError, "at least one batch"), (3, TypeError, "iterable, got int"), ([(x, y[:5])], ValueError, r"y of batches\[0\] must have shape \[150\]"),
+            ([(x, y), (x, y + 5)], ValueError, r"y of batches\[1\] must be in \[0, 9\], got 14"), ([(x, y - 1)], ValueError, "got -1"),
+            ([(x, y.float())], TypeError, r"y of batches\[0\] must be a torch.int64 tensor, got torch.float32"), ([x], TypeError, r"a pair \(x, y\)")):
+        with pytest.raises(error, match=says):
+            e.accuracy(masks, wrong)
+
+
+def test_bad_construction(resnet):
+    model, x = resnet[:2]
+    for options, error, says in (
+            (dict(bn="fresh"), ValueError, 'bn must be "inherit" or "recalibrate"'), (dict(memory_limit=0), ValueError, "at least 1"),
+            (dict(memory_limit=1.5), TypeError, "memory_limit must be an int")):
+        with pytest.raises(error, match=says):
+            PopulationEvaluator(model, x, **options)
+    with pytest.raises(ValueError, match="evaluation mode, but bn1 is in training mode"):
+        other = copy.deepcopy(model)
+        other.bn1.train()
+        PopulationEvaluator(other, x)
+    with pytest.raises(ValueError, match=r"conv1\.weight holds values that are not finite"):
+        other = copy.deepcopy(model)
+        other.conv1.weight.data[0, 0, 0, 0] = torch.nan
+        PopulationEvaluator(other, x)
+    with pytest.raises(ValueError, match="bn1 has running statistics that are not finite"):
+        other = copy.deepcopy(model)
+        other.bn1.running_var[0] = torch.inf
+        PopulationEvaluator(other, x)
+    with pytest.raises(ValueError, match="does not fit"):
+        PopulationEvaluator(model, x[:, :2])
+    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.bfloat16"):
+        PopulationEvaluator(copy.deepcopy(model).bfloat16(), x.bfloat16())
+    with pytest.raises(NotImplementedError, match="runs on the CPU, but example_input is on meta"):
+        PopulationEvaluator(model, x.to("meta"))
+    with pytest.raises(UnsupportedModelError, match="cannot be traced"):
+        PopulationEvaluator(Net(lambda self, x: self.a(x) if x.sum() > 0 else x, a=conv(3, 6)).eval(), IMAGES.float())
+
+
+def test_memory_limit(resnet):
+    _, x, y, masks = resnet
+    with pytest.raises(ValueError, match=r"memory_limit = 1,000 bytes is too small: one individual needs [\d,]+$"):
+        make(resnet, memory_limit=1000).accuracy(masks, (x, y))
+    with pytest.raises(ValueError, match="of which the result takes 42,000"):
+        make(resnet, memory_limit=1000).logits(masks, x)
+
+
+def test_recalibration_needs_batches(resnet):
+    model, x, y, masks = resnet
+    e = PopulationEvaluator(model, x, bn="recalibrate")
+    with pytest.raises(ValueError, match=r"needs calibrate\(batches\) first"):
+        e.accuracy(masks, (x, y))
+    with pytest.raises(ValueError, match="at least one batch"):
+        e.calibrate([])
+    with pytest.raises(ValueError, match="N = 0"):
+        e.calibrate([x[:0]])
+    with pytest.raises(ValueError, match='bn="inherit"'):
+        make(resnet).calibrate([x])
+    vectors = lively(nn.Sequential(nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)))
+    with pytest.raises(ValueError, match="more than one value per channel at 1, got a batch of 1 image"):
+        PopulationEvaluator(vectors, torch.ones(1, 7).double(), bn="recalibrate").calibrate([torch.ones(1, 7).double()])
+
+
+def within_softmax(self, x):
+    return self.fc(F.softmax(self.a(x), 1).mean((2, 3)))
+
+
+def bilinear(self, x):
+    return tail(self, F.interpolate(self.a(x), scale_factor=2, mode="bilinear"))
+
+
+REFUSED = {
+    "elu": (lambda self, x: tail(self, F.elu(self.a(x))), r"elu with {'alpha': 1.0} has no kernel in the population evaluator, elu .*test_evaluator.py:\d+"),
+    "softmax": (within_softmax, r"softmax inside the network .*test_evaluator.py:\d+: return self.fc\(F.softmax"),
+    "bilinear": (bilinear, r"interpolate with .*'bilinear'.*test_evaluator.py:\d+"),
+    "clamp": (lambda self, x: tail(self, self.a(x).clamp(-1, 1)), r"clamp with {'min': -1, 'max': 1}"),
+    "divisor": (lambda self, x: tail(self, F.avg_pool2d(self.a(x), 2, divisor_override=3)), "avg_pool2d with"),
+    "reflect": (lambda self, x: tail(self, self.r(self.a(x))), "padding_mode='reflect'"),
+    "even": (lambda self, x: tail(self, self.e(self.a(x))), "padding='same' with a kernel of"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    forward, says = REFUSED[name]
+    model = lively(Net(forward, a=conv(3, 6), r=nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"),
+                       e=nn.Conv2d(6, 6, 2, padding="same"), fc=nn.Linear(6, 5)))
+    with pytest.raises(UnsupportedModelError, match=says):
+        PopulationEvaluator(model, IMAGES)

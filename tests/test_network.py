@@ -1,0 +1,324 @@
+"""The executor of masked networks against the same network in plain torch, one individual at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd._ops import ALWAYS, NEVER, Network
+
+ACTIVATION = {
+    "relu": F.relu, "relu6": F.relu6, "leaky_relu": lambda x: F.leaky_relu(x, 0.1), "sigmoid": torch.sigmoid,
+    "silu": F.silu, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "tanh": torch.tanh, "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def kept(mask, genes):
+    return torch.tensor([g == ALWAYS or (g >= 0 and bool(mask[g])) for g in genes])
+
+
+def interpret(values, nodes, mask, x, norms=None, moments=None):
+    """One individual. What does not exist is zero; norms: (scale, shift) of each norm, or moments: a list
+    that takes (mean, variance), and batch norms use the batch."""
+    held = {0: x * kept(mask, values[0][3])[:, None, None]}
+    index = 0
+    for n in nodes:
+        a, *rest = (held[v] for v in n["inputs"])
+        match n["op"]:
+            case "conv" if n["weight"].dim() == 2:
+                y = F.linear(a.flatten(1), n["weight"], n.get("bias"))[:, :, None, None]
+            case "conv":
+                y = F.conv2d(a, n["weight"], n.get("bias"), n.get("stride", 1), n.get("padding", 0),
+                             n.get("dilation", 1), n.get("groups", 1))
+            case "norm":
+                scale, shift = n["scale"], n["shift"]
+                if norms is not None and norms[index] is not None:
+                    scale, shift = norms[index]
+                if moments is not None and "eps" in n:
+                    var, mean = torch.var_mean(a, (0, 2, 3), correction=0)
+                    exists = kept(mask, values[n["output"]][3])
+                    moments.append((torch.where(exists, mean, 0), torch.where(exists, var, 1)))
+                    scale = n["weight"] / torch.sqrt(var + n["eps"])
+                    shift = n["bias"] - mean * scale
+                y = a * scale[:, None, None] + shift[:, None, None]
+                index += 1
+            case "activation":
+                y = ACTIVATION[n["name"]](a)
+            case "max_pool":
+                y = F.max_pool2d(a, n["kernel"], n.get("stride", 1), n.get("padding", 0), n.get("dilation", 1),
+                                 n.get("ceil_mode", False))
+            case "avg_pool" if n["kernel"] == (0, 0):
+                y = F.adaptive_avg_pool2d(a, values[n["output"]][1:3])
+            case "avg_pool":
+                y = F.avg_pool2d(a, n["kernel"], n.get("stride", 1), n.get("padding", 0), n.get("ceil_mode", False),
+                                 n.get("count_include_pad", True))
+            case "add":
+                y = sum(rest, a)
+            case "multiply":
+                y = a * rest[0]
+            case "select":
+                planes = (a, *rest)
+                y = torch.stack([torch.zeros_like(a[:, 0]) if s is None else planes[s[0]][:, s[1]]
+                                 for s in n["source"]], 1)
+            case "flatten":
+                y = a.flatten(1)[:, :, None, None]
+        held[n["output"]] = y * kept(mask, values[n["output"]][3])[:, None, None]
+    return held[nodes[-1]["output"]]
+
+
+class Builder:
+    """Values and nodes, with random weights; shapes from running the network."""
+
+    def __init__(self, channels, height, width, seed=0, genes=None):
+        self.g = torch.Generator().manual_seed(seed)
+        self.values = [(channels, height, width, genes or [ALWAYS] * channels)]
+        self.nodes = []
+        self.num_genes = 0
+
+    def new(self, n):
+        first = self.num_genes
+        self.num_genes += n
+        return list(range(first, first + n))
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.g, dtype=torch.float64)
+
+    def node(self, op, inputs, genes, **rest):
+        n = {"op": op, "inputs": list(inputs), "output": len(self.values), **rest}
+        self.nodes.append(n)
+        self.values.append((len(genes), *self.size(n, op, inputs, rest), list(genes)))
+        return n["output"]
+
+    def size(self, n, op, inputs, rest):
+        _, h, w, _ = self.values[inputs[0]]
+        if "size" in rest:
+            return rest["size"]
+        if op == "flatten" or (op == "conv" and rest["weight"].dim() == 2):
+            return 1, 1
+        if op not in ("conv", "max_pool", "avg_pool"):
+            return h, w
+        kernel = rest.get("kernel") or tuple(rest["weight"].shape[2:])
+        stride, padding, dilation = (rest.get(k, d) for k, d in (("stride", (1, 1)), ("padding", (0, 0)),
+                                                                 ("dilation", (1, 1))))
+        return tuple((s + 2 * p - d * (k - 1) - 1) // t + 1
+                     for s, k, t, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True))
+
+    def conv(self, x, out, kernel=3, stride=1, groups=1, bias=False, genes=None, padding=None, dilation=1):
+        c = self.values[x][0]
+        weight = self.randn(out, c // groups, kernel, kernel) / (c // groups * kernel**2) ** 0.5
+        p = kernel // 2 * dilation if padding is None else padding
+        return self.node("conv", [x], genes or self.new(out), weight=weight,
+                         bias=self.randn(out) if bias else None, stride=(stride, stride), padding=(p, p),
+                         dilation=(dilation, dilation), groups=groups)
+
+    def norm(self, x):
+        c, genes = self.values[x][0], self.values[x][3]
+        return self.node("norm", [x], genes, scale=self.randn(c).abs() + 0.5, shift=self.randn(c),
+                         weight=self.randn(c).abs() + 0.5, bias=self.randn(c), eps=1e-3)
+
+    def act(self, x, name="relu"):
+        return self.node("activation", [x], self.values[x][3], name=name,
+                         **({"param": 0.1} if name == "leaky_relu" else {}))
+
+    def unit(self, x, out, **options):
+        return self.act(self.norm(self.conv(x, out, **options)))
+
+    def linear(self, x, out, genes=None):
+        c, h, w, _ = self.values[x]
+        return self.node("conv", [x], genes or [ALWAYS] * out, weight=self.randn(out, c * h * w) / (c * h * w) ** 0.5,
+                         bias=self.randn(out))
+
+    def pool(self, x, op="max_pool", kernel=(2, 2), **rest):
+        rest.setdefault("stride", kernel if kernel != (0, 0) else (1, 1))
+        return self.node(op, [x], self.values[x][3], kernel=kernel, **rest)
+
+
+def lenet():
+    b = Builder(1, 14, 14)
+    x = b.pool(b.act(b.conv(0, 6, 5, bias=True, padding=0)))
+    x = b.pool(b.act(b.conv(x, 17, 3, bias=True)))
+    x = b.act(b.linear(x, 21, b.new(21)))
+    b.linear(x, 10)
+    return b
+
+
+def resnet():
+    b = Builder(3, 9, 9)
+    x = b.unit(0, 5)
+    group = b.values[x][3]
+    for width, stride in ((5, 1), (5, 1), (10, 2)):
+        y = b.unit(x, width, stride=stride)
+        if stride == 2:  # option A
+            pad = (width - 5) // 2
+            group = b.new(pad) + group + b.new(width - 5 - pad)
+            x = b.pool(x, kernel=(1, 1), stride=(2, 2))
+            source = [None] * pad + [(0, c) for c in range(5)] + [None] * (width - 5 - pad)
+            x = b.node("select", [x], [NEVER] * pad + b.values[x][3] + [NEVER] * (width - 5 - pad), source=source)
+        y = b.norm(b.conv(y, width, genes=group))
+        x = b.act(b.node("add", [y, x] if stride == 2 else [x, y], group))
+    # A shortcut with a convolution, made after the main branch.
+    y = b.norm(b.conv(b.unit(x, 7), 9))
+    z = b.norm(b.conv(x, 9, 1, genes=b.values[y][3]))
+    x = b.act(b.node("add", [y, z], b.values[y][3]))
+    b.linear(b.pool(x, "avg_pool", (0, 0), size=(1, 1)), 10)
+    return b
+
+
+def mobile():
+    b = Builder(3, 12, 12)
+    x = b.unit(0, 8, stride=2)
+    for width, stride in ((9, 1), (17, 2)):
+        x = b.act(b.norm(b.conv(x, b.values[x][0], 3, stride, groups=b.values[x][0], genes=b.values[x][3])), "relu6")
+        x = b.act(b.norm(b.conv(x, width, 1)), "silu")
+    gate = b.act(b.conv(b.act(b.conv(b.pool(x, "avg_pool", (3, 3)), 4, 1, bias=True)), 17, 1, bias=True,
+                        genes=b.values[x][3]), "hardsigmoid")
+    x = b.node("multiply", [x, gate], b.values[x][3])
+    x = b.conv(x, 34, 3, groups=17, genes=[g for g in b.values[x][3] for _ in range(2)])
+    x = b.node("flatten", [x], [g for g in b.values[x][3] for _ in range(9)])
+    b.linear(b.act(x, "leaky_relu"), 5)
+    return b
+
+
+def dense():
+    b = Builder(4, 8, 6, genes=[0, 1, 2, 3])
+    b.num_genes = 4
+    x = b.act(b.conv(0, 6, groups=2), "gelu")
+    y = b.act(b.conv(x, 5, 3, dilation=2), "hardswish")
+    z = b.node("select", [x, y], b.values[x][3] + b.values[y][3], source=[(0, c) for c in range(6)] +
+               [(1, c) for c in range(5)])
+    z = b.norm(z)
+    a = b.pool(z, "avg_pool", (3, 3), stride=(2, 2), padding=(1, 1), count_include_pad=False)
+    c = b.pool(z, "max_pool", (3, 2), stride=(2, 2), padding=(1, 0))
+    d = b.pool(z, "avg_pool", (3, 2), stride=(2, 2), padding=(1, 0))
+    s = b.node("add", [a, c, d], b.values[a][3])
+    b.act(b.norm(b.conv(s, 3, 3, groups=1, genes=[ALWAYS, ALWAYS, NEVER])), "tanh")
+    return b
+
+
+NETWORKS = {"lenet": lenet, "resnet": resnet, "mobile": mobile, "dense": dense}
+
+
+def population(b, count, seed=0, density=0.6):
+    """Random masks, some equal, some with a common beginning; no value empty."""
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.rand(count, b.num_genes, generator=g) < density
+    for k in range(1, count):
+        if k % 3 == 0:
+            masks[k, : b.num_genes * (k % 4) // 4] = masks[k - 1, : b.num_genes * (k % 4) // 4]
+    if count > 2:
+        masks[-1] = True
+        masks[2] = masks[0]
+    return masks
+
+
+def batch(b, images, seed=5):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(images, *b.values[0][:3], generator=g, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("images", [1, 3, 17, 50])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_each_alone(name, images, poisoned):
+    b = NETWORKS[name]()
+    masks, x = population(b, 7), batch(b, images)
+    expected = torch.stack([interpret(b.values, b.nodes, m, x) for m in masks])
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        net = Network(b.values, b.nodes, b.num_genes, dtype)
+        y = net(masks, x.to(dtype))
+        assert y.dtype == dtype and y.shape == expected.shape
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_does_not_depend_on_the_others(name, poisoned):
+    b = NETWORKS[name]()
+    masks, x = population(b, 9), batch(b, 130).float()
+    net = Network(b.values, b.nodes, b.num_genes, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        y = net(masks, x)
+        for k in range(9):
+            assert torch.equal(net(masks[k : k + 1], x)[0], y[k])
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(net(masks[order], x), y[order])
+        for first, last in ((0, 1), (1, 20), (20, 99), (99, 130)):
+            assert torch.equal(net(masks, x[first:last]), y[:, first:last])
+        moments = net.moments(masks, x)
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(net(masks, x), y)
+            for a, c in zip(net.moments(masks, x), moments, strict=True):
+                assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobile", "dense"])
+@pytest.mark.parametrize("images", [5, 60])
+def test_moments_of_the_batch(name, images, poisoned):
+    b = NETWORKS[name]()
+    masks, x = population(b, 6), batch(b, images)
+    net = Network(b.values, b.nodes, b.num_genes, torch.float64)
+    found = net.moments(masks, x)
+    affines = []
+    for node, (mean, variance) in zip((n for n in b.nodes if n["op"] == "norm"), found, strict=True):
+        scale = node["weight"] / torch.sqrt(variance + node["eps"])
+        affines.append((scale, node["bias"] - mean * scale))
+    y = net(masks, x, affines)
+    for p, mask in enumerate(masks):
+        moments = []
+        expected = interpret(b.values, b.nodes, mask, x, moments=moments)
+        for k, (mean, variance) in enumerate(moments):
+            torch.testing.assert_close(found[k][0][p], mean, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(found[k][1][p], variance, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(y[p], expected, rtol=1e-9, atol=1e-10)
+        own = [None if a is None else (a[0][p : p + 1], a[1][p : p + 1]) for a in affines]
+        assert torch.equal(net(mask[None], x, own)[0], y[p])
+
+
+def test_norms_of_ones_own_are_not_shared(poisoned):
+    """Equal masks with other parameters are other individuals."""
+    b = resnet()
+    x, masks = batch(b, 4), population(b, 1).expand(3, -1)
+    net = Network(b.values, b.nodes, b.num_genes, torch.float64)
+    norms = [n for n in b.nodes if n["op"] == "norm"]
+    g = torch.Generator().manual_seed(2)
+    affines = [None, *((torch.rand(3, len(n["scale"]), generator=g, dtype=torch.float64),
+                        torch.rand(len(n["scale"]), generator=g, dtype=torch.float64).expand(3, -1))
+                       for n in norms[1:])]
+    y = net(masks, x, affines)
+    for p in range(3):
+        own = [None if a is None else (a[0][p], a[1][p]) for a in affines]
+        torch.testing.assert_close(y[p], interpret(b.values, b.nodes, masks[p], x, norms=own), rtol=1e-10, atol=1e-10)
+
+
+def test_residual_that_is_also_the_input(poisoned):
+    b = Builder(3, 6, 6)
+    x = b.act(b.conv(0, 8))
+    b.linear(b.act(b.node("add", [b.conv(x, 8, genes=b.values[x][3]), x], b.values[x][3])), 4)
+    masks, x = population(b, 6), batch(b, 3)
+    y = Network(b.values, b.nodes, b.num_genes, torch.float64)(masks, x)
+    for p, mask in enumerate(masks):
+        torch.testing.assert_close(y[p], interpret(b.values, b.nodes, mask, x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ACTIVATION)
+def test_activations(name, poisoned):
+    b = Builder(2, 3, 3)
+    b.act(b.conv(0, 3, bias=True), name)
+    x = 4 * batch(b, 20)
+    x[0, 0, 0, 0] = torch.nan
+    masks = torch.ones(1, b.num_genes, dtype=torch.bool)
+    expected = interpret(b.values, b.nodes, masks[0], x)
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        y = Network(b.values, b.nodes, b.num_genes, dtype)(masks, x.to(dtype))[0]
+        torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
+
+
+def test_input_of_ones_own(poisoned):
+    b = dense()
+    masks, x = population(b, 4), torch.stack([batch(b, 6, s) for s in range(4)])
+    y = Network(b.values, b.nodes, b.num_genes, torch.float64)(masks, x)
+    for p in range(4):
+        torch.testing.assert_close(y[p], interpret(b.values, b.nodes, masks[p], x[p]), rtol=1e-11, atol=1e-11)
