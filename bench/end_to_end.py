@@ -93,9 +93,10 @@ def _ppi_size() -> Task:
 
 
 def _modelnet40_size() -> Task:
-    """Random clouds of 1,024 points: one step of 32 for training, one for validation."""
+    """Random clouds of 1,024 points: one step of 32 for training, one for validation, one to test."""
     generator = torch.Generator().manual_seed(SEED)
-    points = {part: F.normalize(torch.randn(32, 1024, 3, generator=generator), dim=2) for part in ("train", "val")}
+    points = {part: F.normalize(torch.randn(32, 1024, 3, generator=generator), dim=2)
+              for part in ("train", "val", "test")}
     return Task("modelnet40_size", "shapes", 3, 40, False, True, {}, "generated", points,
                 {part: torch.randint(40, (32,), generator=generator) for part in points})
 
