@@ -759,3 +759,17 @@ torch.library.register_fake("fastkd::masked_conv2d_backward", _masked_conv2d_bac
 
 masked_conv2d = torch.ops.fastkd.masked_conv2d.default
 masked_conv2d_backward = torch.ops.fastkd.masked_conv2d_backward.default
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Marks a gradient of the operator `name`, so that differentiating it is an error and not a silent 0."""
+
+    @staticmethod
+    def forward(ctx, name, gradient, *inputs):
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise NotImplementedError(f"{ctx.name} has no second derivative: use fastkd.reference.{ctx.name}, which has, "
+                                  "or leave it out of what is differentiated twice")

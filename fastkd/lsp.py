@@ -223,24 +223,9 @@ class _LSP(torch.autograd.Function):
         student, student_dst, *rest = ctx.saved_tensors
         src, dst = _ops.lsp_backward(grad, student, student_dst, *rest, *ctx.rest)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            src = _NoSecondDerivative.apply(src, student)
-            dst = dst if student_dst is None else _NoSecondDerivative.apply(dst, student_dst)
+            src = _ops.NoSecondDerivative.apply("lsp_loss", src, student)
+            dst = dst if student_dst is None else _ops.NoSecondDerivative.apply("lsp_loss", dst, student_dst)
         return src, None if student_dst is None else dst, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Marks a gradient, so that differentiating it is an error and not a silent 0."""
-
-    @staticmethod
-    def forward(ctx, gradient, x):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise NotImplementedError(
-            "lsp_loss has no second derivative: use fastkd.reference.lsp_loss, which has, or leave "
-            "the loss out of what is differentiated twice"
-        )
 
 
 class LSPLoss(nn.Module):

@@ -72,18 +72,5 @@ class _MaskedConv2d(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         grads = _ops.masked_conv2d_backward(grad, x, weight, in_mask, out_mask, *ctx.geometry, wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = [_NoSecondDerivative.apply(g, grad, x, weight) for g in grads]
+            grads = [_ops.NoSecondDerivative.apply("masked_conv2d", g, grad, x, weight) for g in grads]
         return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Marks a gradient, so that differentiating it is an error and not a silent 0."""
-
-    @staticmethod
-    def forward(ctx, gradient, *inputs):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise NotImplementedError("masked_conv2d has no second derivative: use fastkd.reference.masked_conv2d, "
-                                  "which has, or leave it out of what is differentiated twice")

@@ -26,6 +26,15 @@ def simt_module():
     return importlib.import_module("_simt")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["cpu", "simt", "cuda"])
 def device(request, monkeypatch):
     """A torch device; for "simt" the CPU, with the CUDA sources in place of the CPU kernels."""

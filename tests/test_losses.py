@@ -24,16 +24,9 @@ from fastkd.distill.losses import (
     build,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, DS, DT = 9, 4, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the published formulas, in float64 -----------------------------------------------------------

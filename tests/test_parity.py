@@ -117,14 +117,7 @@ for _kernel, _scale in {"cosine": 1, "poly": 1, "l2": 1, "rbf": 0.3}.items():
 
 # --- what they are compared on ------------------------------------------------------------------
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def edges(kind="mixed", seed=0):

@@ -512,13 +512,7 @@ template <class Plan> class Walk {
             if (packed_.size() < bytes) packed_.resize(bytes);
             pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, inputs.data(), channels.data() + j,
                                        std::int64_t(inputs.size()), n, packed_.data()});
-            PlaneConv q{};
-            for (int axis = 0; axis < 2; ++axis) {
-                q.size[axis] = axis ? in.width : in.height;
-                q.out_size[axis] = axis ? out.width : out.height;
-                q.kernel[axis] = node.kernel[axis], q.stride[axis] = node.stride[axis];
-                q.padding[axis] = node.padding[axis], q.dilation[axis] = node.dilation[axis];
-            }
+            auto q = geometry<PlaneConv>(node);
             q.inputs = std::int64_t(inputs.size()), q.outputs = n;
             q.packed = packed_.data();
             q.scale = scale.data() + j * std::size_t(size), q.shift = shift.data() + j * std::size_t(size);
@@ -641,16 +635,23 @@ template <class Plan> class Walk {
         }
     }
 
-    void pool(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
-              std::int64_t end) {
+    // A convolution's or a pool's sizes; all else is 0.
+    template <class Layer> Layer geometry(const Node& node) const {
         const Value &in = value(node.inputs[0]), &out = value(node.output);
-        PlanePool q{};
+        Layer q{};
         for (int axis = 0; axis < 2; ++axis) {
             q.size[axis] = axis ? in.width : in.height;
             q.out_size[axis] = axis ? out.width : out.height;
             q.kernel[axis] = node.kernel[axis], q.stride[axis] = node.stride[axis];
             q.padding[axis] = node.padding[axis], q.dilation[axis] = node.dilation[axis];
         }
+        return q;
+    }
+
+    void pool(const Node& node, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        const Value& out = value(node.output);
+        auto q = geometry<PlanePool>(node);
         q.max = node.kind == Operation::max_pool, q.count_padding = node.count_padding;
         for (std::int32_t c : channels) {
             const std::int64_t k = keeper(node.output, c, begin, end);
