@@ -488,7 +488,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
 @pytest.mark.parametrize("lost", ["weights.safetensors", "result.json"])
 def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, lost):
     config = load_config("digits", SHORT)
-    replace = checkpoint.os.replace
+    replace = os.replace
 
     def refuse(old, new):
         if new == tmp_path / "seed0" / lost:
@@ -497,7 +497,7 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, lost):
 
     runs.teacher_of(config, data.load("digits"), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", refuse)
+        patch.setattr(os, "replace", refuse)
         with pytest.raises(CheckpointError, match=f"seed0/{lost} could not be written .*No space left.*none before"):
             runs.distil(config, 0, tmp_path / "seed0")
     assert {p.name for p in (tmp_path / "seed0").iterdir()} == (

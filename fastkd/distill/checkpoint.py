@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 from torch import Tensor
+
+from .. import atomic
 
 __all__ = ["CheckpointError", "differences", "load", "replace", "save", "write_json"]
 
@@ -21,30 +21,17 @@ class CheckpointError(RuntimeError):
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the file, waits for the disk, then takes its place: what was there before stays
-    whole whatever happens on the way.
+    """:func:`fastkd.atomic.replace`.
 
     Raises:
         CheckpointError: the disk is full, or whatever else the system says.
     """
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        atomic.replace(path, write)
     except (OSError, safetensors.SafetensorError) as error:
         kept = "the one from before is whole" if path.exists() else "there was none before"
         raise CheckpointError(f"{path} could not be written ({error}); {kept}. When that is put right, the same "
                               "command goes on from the last checkpoint") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

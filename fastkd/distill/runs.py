@@ -85,9 +85,10 @@ def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None =
     world.same("configuration", {**own, "seed": seed})
     record = world.first(lambda: json.loads(file.read_text()) if file.exists() else None)
     if record is not None:
-        if record["config"] != own or record["seed"] != seed:
-            raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: take another "
-                                             "directory")
+        theirs = {**record["config"], "seed": record["seed"]}
+        if differences := checkpoint.differences(theirs, {**own, "seed": seed}):
+            raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: "
+                                             + "; ".join(differences) + ". Take another directory")
         return record
     check_sampler(config.student.train)  # the teacher's training may take long
     task = task or load_data(config.data)

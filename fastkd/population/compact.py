@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .. import atomic
 from ..reference import masked_forward
 from .space import GeneSpace, Op
 from .trace import at_positions, trace
@@ -197,15 +196,7 @@ def save(path: str | Path, model: nn.Module, mask: Tensor, *, config: dict[str, 
     tensors = {name: x.detach().contiguous().clone() for name, x in state.items()}
     metadata = {"fastkd": json.dumps({"config": config, "input_shape": list(input_shape)})}
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file({**tensors, _MASK: mask.cpu()}, part, metadata)
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    atomic.replace(path, lambda part: save_file({**tensors, _MASK: mask.cpu()}, part, metadata))
 
 
 def load(path: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
