@@ -241,7 +241,7 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
         .def("bytes", &cpu::Network::bytes)
         .def("outline",
              [](const cpu::Network& self) {
-                 const cpu::Outline o = self.outline();
+                 const Outline o = self.outline();
                  return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
              })
         // affines: (scale, shift, stride) per norm, moments: (mean, variance) per norm, or empty.

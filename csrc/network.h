@@ -92,8 +92,6 @@ struct NetworkRun {
     const Moments* moments;  // [norms] or null: with it, batch norms use the batch
 };
 
-namespace cpu {
-
 // What is done at once, and what individuals share: step k is done once for all that agree on the first
 // seen[k] genes of `order`.
 struct Outline {
@@ -101,6 +99,8 @@ struct Outline {
     std::vector<int> producer;  // of each value: a step, or -1
     std::vector<std::int64_t> seen;
 };
+
+namespace cpu {
 
 class Network {
   public:

@@ -5,8 +5,6 @@
 // distinct beginning is computed once. A layer computes the channels that any of the individuals
 // before it wants; each then reads its own through pointers. The walk goes through all layers of one
 // block of images before the next one, so that activations stay in the cache.
-#include "../network.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -17,6 +15,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "../schedule.h"
 #include "parallel.h"
 #include "planes.h"
 #ifdef __linux__
@@ -28,31 +27,6 @@ namespace {
 
 std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-// Does channel c of the result read no other channel than c?
-bool by_channel(const Node& n, const Value& in, const Value& out) {
-    return n.kind != Operation::conv || (n.groups == in.channels && n.groups == out.channels);
-}
-
-// A node with what is computed in its epilogue: norm, then residual, then activation.
-struct Step {
-    Node node;
-    int norm = -1;                 // index of the norm, of the node or fused
-    const Node* affine = nullptr;  // the norm itself
-    int residual = -1;             // a value
-    Activation activation = Activation::none;
-    double param = 0;
-    int stage = 0;           // of the last thing fused
-    std::int64_t seen = 0;   // genes (in order) that the result's planes depend on
-    std::vector<int> dying;  // values that no later step reads
-};
-
-struct Schedule {
-    std::vector<Step> steps;
-    std::vector<int> producer;        // of each value: a step, or -1
-    std::vector<std::int32_t> order;  // genes in the order in which they are met
-    std::size_t measured = 0;         // steps up to the last that measures a batch
-};
 
 // Buffers given back are taken again.
 class Pool {
@@ -119,18 +93,8 @@ struct Blocks {
 
 }  // namespace
 
-struct Network::Plan {
-    DType dtype;
-    std::int64_t genes;
-    std::vector<Value> values;
-    std::vector<Node> nodes;
-    int output;
-    std::vector<int> norm_of;  // node -> index of its norm, or -1
-    std::int64_t norms = 0;
-    std::int64_t work = 0;  // products for one image of the whole network
-    Schedule inherit, recalibrate;
-
-    Schedule schedule(bool keep_batch) const;
+struct Network::Plan : Program {
+    using Program::Program;
     std::int64_t plane_bytes(const Value& v, std::int64_t images) const {
         const std::int64_t bytes = round_up(v.height * v.width * images * size_of(dtype), kLine);
         // Planes a multiple of 4 KB apart would share a few lines of the cache.
@@ -140,146 +104,16 @@ struct Network::Plan {
 
 namespace {
 
-// Does channel c of the result have other genes than channel c of the value it is made from?
-bool same_genes(const std::vector<std::int32_t>& in, const std::vector<std::int32_t>& out) {
-    for (std::size_t c = 0; c < out.size(); ++c)
-        if (in[c] != out[c] && in[c] >= 0) return false;
-    return true;
-}
-
-// Do channels that are the same planes as others have their genes?
-bool same_sources(const Node& n, const std::vector<Value>& values) {
-    const Value& out = values[std::size_t(n.output)];
-    for (std::int64_t c = 0; c < out.channels; ++c) {
-        std::int32_t gene = out.genes[std::size_t(c)];
-        if (n.kind == Operation::select && n.select[std::size_t(2 * c)] >= 0)
-            gene = values[std::size_t(n.inputs[std::size_t(n.select[std::size_t(2 * c)])])]
-                       .genes[std::size_t(n.select[std::size_t(2 * c + 1)])];
-        if (n.kind == Operation::flatten) {
-            const Value& in = values[std::size_t(n.inputs[0])];
-            gene = in.genes[std::size_t(c / (in.height * in.width))];
-        }
-        if (gene != out.genes[std::size_t(c)]) return false;
-    }
-    return true;
-}
-
-}  // namespace
-
-Schedule Network::Plan::schedule(bool keep_batch) const {
-    Schedule s;
-    std::vector<int> uses(values.size(), 0), made(values.size(), -1);
-    for (const Node& n : nodes)
-        for (int v : n.inputs) ++uses[std::size_t(v)];
-    ++uses[std::size_t(output)];
-    auto fits = [&](int v, const Node& n, int stage) -> Step* {
-        const int at = made[std::size_t(v)];
-        if (at < 0 || uses[std::size_t(v)] != 1) return nullptr;
-        Step& step = s.steps[std::size_t(at)];
-        const bool epilogue = step.node.kind == Operation::conv ||
-                              (stage > 1 && step.node.kind == Operation::norm) ||
-                              (stage > 2 && step.node.kind == Operation::add);
-        const Value &in = values[std::size_t(v)], &out = values[std::size_t(n.output)];
-        return epilogue && step.stage < stage && in.genes == out.genes ? &step : nullptr;
-    };
-    auto fuse = [&](std::size_t k) -> Step* {
-        const Node& n = nodes[k];
-        if (n.kind == Operation::norm && !(keep_batch && n.batch)) {
-            if (Step* step = fits(n.inputs[0], n, 1)) {
-                step->norm = norm_of[k], step->affine = &n, step->stage = 1;
-                return step;
-            }
-        }
-        if (n.kind == Operation::activation) {
-            if (Step* step = fits(n.inputs[0], n, 3)) {
-                step->activation = n.activation, step->param = n.param, step->stage = 3;
-                return step;
-            }
-        }
-        if (n.kind == Operation::add && n.inputs.size() == 2) {
-            for (int k = 0; k < 2; ++k) {
-                const int v = n.inputs[std::size_t(k)], other = n.inputs[std::size_t(1 - k)];
-                Step* step = fits(v, n, 2);
-                if (!step || made[std::size_t(other)] >= made[std::size_t(v)]) continue;
-                step->residual = other, step->stage = 2;
-                return step;
-            }
-        }
-        return nullptr;
-    };
-    for (std::size_t k = 0; k < nodes.size(); ++k) {
-        Step* step = fuse(k);
-        if (!step) {
-            Step own;
-            own.node = nodes[k];
-            if (nodes[k].kind == Operation::norm)
-                own.norm = norm_of[k], own.affine = &nodes[k], own.stage = 1;
-            if (nodes[k].kind == Operation::add) own.stage = 2;
-            if (nodes[k].kind == Operation::activation)
-                own.activation = nodes[k].activation, own.param = nodes[k].param, own.stage = 3;
-            s.steps.push_back(std::move(own));
-            step = &s.steps.back();
-        }
-        step->node.output = nodes[k].output;
-        made[std::size_t(nodes[k].output)] = int(step - s.steps.data());
-    }
-    s.producer = made;
-
-    std::vector<int> last(values.size(), -1);
-    std::vector<std::int64_t> depends(values.size(), 0), met(values.size(), 0);
-    std::vector<char> known(std::size_t(genes), 0);
-    // Genes up to those of this value.
-    auto meet = [&](int v) {
-        for (std::int32_t g : values[std::size_t(v)].genes)
-            if (g >= 0 && !known[std::size_t(g)]) known[std::size_t(g)] = 1, s.order.push_back(g);
-        met[std::size_t(v)] = std::int64_t(s.order.size());
-    };
-    meet(0);
-    std::int64_t seen = 0;
-    for (std::size_t k = 0; k < s.steps.size(); ++k) {
-        Step& step = s.steps[k];
-        std::vector<int> reads = step.node.inputs;
-        if (step.residual >= 0) reads.push_back(step.residual);
-        const auto& genes = values[std::size_t(step.node.output)].genes;
-        for (std::size_t i = 0; i < reads.size(); ++i) {
-            const int v = reads[i];
-            last[std::size_t(v)] = int(k);
-            const bool main = i < step.node.inputs.size();  // the residual may be the same value
-            const bool shape = step.node.kind == Operation::select || step.node.kind == Operation::flatten;
-            bool own =
-                !main || by_channel(step.node, values[std::size_t(v)], values[std::size_t(step.node.output)]);
-            // The list of channels itself may tie a channel to another gene than its own.
-            own = own && (shape || same_genes(values[std::size_t(v)].genes, genes));
-            seen = std::max({seen, depends[std::size_t(v)], own ? 0 : met[std::size_t(v)]});
-        }
-        if (step.node.kind == Operation::norm && step.node.batch) s.measured = k + 1;
-        step.seen = depends[std::size_t(step.node.output)] = seen;
-        meet(step.node.output);
-    }
-    for (std::size_t v = 0; v < values.size(); ++v)
-        if (int(v) != output && (v == 0 || s.producer[v] >= 0)) {
-            // Fused away values have a producer but no planes of their own.
-            const int at = std::max(last[v], s.producer[v]);
-            if (at >= 0) s.steps[std::size_t(at)].dying.push_back(int(v));
-        }
-    for (std::size_t g = 0; g < known.size(); ++g)
-        if (!known[g]) s.order.push_back(std::int32_t(g));
-    return s;
-}
-
-namespace {
-
 template <class Plan> class Walk {
   public:
     Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
-         const std::vector<std::int64_t>& sorted, const std::vector<std::int64_t>& agree,
-         std::int64_t first_block, std::int64_t num_blocks)
+         const Sorted& sorted, std::int64_t first_block, std::int64_t num_blocks)
         : plan_(plan),
           s_(s),
           run_(run),
           blocks_(blocks),
-          sorted_(sorted),
-          agree_(agree),
+          sorted_(sorted.individual),
+          agree_(sorted.agree),
           first_(first_block),
           count_(num_blocks),
           live_(plan.values.size()) {}
@@ -297,7 +131,7 @@ template <class Plan> class Walk {
 
   private:
     bool kept(std::int64_t k, std::int32_t gene) const {
-        return gene == kAlways || (gene >= 0 && run_.masks[sorted_[std::size_t(k)] * plan_.genes + gene]);
+        return plan_.kept(run_.masks + sorted_[std::size_t(k)] * plan_.genes, gene);
     }
     std::int64_t images(std::int64_t b) const { return blocks_.padded(first_ + b); }
     const Value& value(int v) const { return plan_.values[std::size_t(v)]; }
@@ -717,32 +551,12 @@ template <class Plan> class Walk {
 
 Network::Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes,
                  int output)
-    : plan_(new Plan{dtype, genes, std::move(values), std::move(nodes), output, {}, 0, 0, {}, {}}) {
-    for (const Node& n : plan_->nodes)
-        if (!same_sources(n, plan_->values))
-            throw std::invalid_argument("network: a channel that is selected keeps its gene");
-    for (const Node& n : plan_->nodes)
-        plan_->norm_of.push_back(n.kind == Operation::norm ? int(plan_->norms++) : -1);
-    for (const Node& n : plan_->nodes) {
-        const Value& out = plan_->values[std::size_t(n.output)];
-        const std::int64_t inputs =
-            n.kind == Operation::conv ? plan_->values[std::size_t(n.inputs[0])].channels / n.groups : 1;
-        plan_->work += out.channels * out.height * out.width * inputs *
-                       std::max<std::int64_t>(n.kernel[0] * n.kernel[1], 1);
-    }
-    plan_->inherit = plan_->schedule(false);
-    plan_->recalibrate = plan_->schedule(true);
-}
+    : plan_(new Plan(dtype, genes, std::move(values), std::move(nodes), output)) {}
 Network::~Network() = default;
 
 std::int64_t Network::norms() const { return plan_->norms; }
 
-Outline Network::outline() const {
-    const Schedule& s = plan_->inherit;
-    Outline o{s.order, s.producer, {}};
-    for (const Step& step : s.steps) o.seen.push_back(step.seen);
-    return o;
-}
+Outline Network::outline() const { return plan_->outline(); }
 
 std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) const {
     const Blocks blocks(images, size_of(plan_->dtype));
@@ -777,24 +591,7 @@ void Network::run(const NetworkRun& run, int threads) const {
                 std::fill_n(static_cast<double*>(m.variance), n, 1.0);
             }
 
-    // Neighbours agree on their first genes, on as many as possible.
-    std::vector<std::int64_t> sorted(std::size_t(individuals), 0), agree(std::size_t(individuals), 0);
-    std::vector<std::uint8_t> key(std::size_t(individuals * plan.genes));
-    for (std::int64_t i = 0; i < individuals; ++i)
-        for (std::int64_t g = 0; g < plan.genes; ++g)
-            key[std::size_t(i * plan.genes + g)] =
-                run.masks[i * plan.genes + s.order[std::size_t(g)]] ? 1 : 0;
-    std::iota(sorted.begin(), sorted.end(), std::int64_t(0));
-    std::stable_sort(sorted.begin(), sorted.end(), [&](std::int64_t a, std::int64_t b) {
-        return std::memcmp(key.data() + a * plan.genes, key.data() + b * plan.genes,
-                           std::size_t(plan.genes)) < 0;
-    });
-    for (std::int64_t k = 1; k < individuals; ++k) {
-        const std::uint8_t* a = key.data() + sorted[std::size_t(k - 1)] * plan.genes;
-        const std::uint8_t* b = key.data() + sorted[std::size_t(k)] * plan.genes;
-        agree[std::size_t(k)] = std::mismatch(a, a + plan.genes, b).first - a;
-    }
-
+    const Sorted sorted(plan, s, run.masks, individuals);
     // A task is a block of images, or all of them where a norm needs the whole batch, and some
     // neighbours: as few cuts between them as keep the threads busy.
     const Blocks blocks(run.images, size_of(plan.dtype));
@@ -807,7 +604,7 @@ void Network::run(const NetworkRun& run, int threads) const {
     parallel_for(image_tasks * ranges, threads, [&](std::int64_t task) {
         const std::int64_t block = task / ranges, range = task % ranges;
         try {
-            Walk<Plan> walk(plan, s, run, blocks, sorted, agree, block * step, step);
+            Walk<Plan> walk(plan, s, run, blocks, sorted, block * step, step);
             walk(individuals * range / ranges, individuals * (range + 1) / ranges);
         } catch (...) {
             const std::lock_guard<std::mutex> lock(mutex);
