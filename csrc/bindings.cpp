@@ -14,6 +14,7 @@
 
 namespace py = pybind11;
 using std::int64_t;
+using Address = std::uintptr_t;
 
 namespace fastkd {
 namespace {
@@ -111,7 +112,6 @@ struct Cuda {
 template <class Backend> void bind(py::module_ m, bool uses_workspace) {
     m.attr("uses_workspace") = uses_workspace;
     using Where = typename Backend::Where;
-    using Address = std::uintptr_t;
     m.def("inverse_norm", [](const py::tuple& x, Address out, Where where) {
         const InverseNorm op{features(x), pointer(out)};
         py::gil_scoped_release release;
@@ -183,12 +183,84 @@ template <class Backend> void bind(py::module_ m, bool uses_workspace) {
           });
 }
 
+#ifdef FASTKD_CUDA
+// Memory by Python functions: take(bytes), put(buffer) and give(address).
+struct PythonMemory : cuda::Memory {
+    PythonMemory(py::object take, py::object put, py::object give)
+        : take_(std::move(take)), put_(std::move(put)), give_(std::move(give)) {}
+    void* take(int64_t bytes) override {
+        const py::gil_scoped_acquire gil;
+        return pointer(take_(bytes).cast<std::uintptr_t>());
+    }
+    void* put(const void* data, int64_t bytes) override {
+        const py::gil_scoped_acquire gil;
+        return pointer(put_(py::memoryview::from_memory(const_cast<void*>(data), bytes)).cast<std::uintptr_t>());
+    }
+    void give(void* data) noexcept override {
+        const py::gil_scoped_acquire gil;
+        give_(reinterpret_cast<std::uintptr_t>(data));
+    }
+    py::object take_, put_, give_;
+};
+#endif
+
+// What both networks have: how they are made, and their runs but for where.
+template <class Network> py::class_<Network> bind_network(py::module_ m) {
+    return py::class_<Network>(m, "Network", py::module_local())
+        .def(py::init(
+            [](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes, int output) {
+                std::vector<Value> v;
+                std::vector<Node> n;
+                for (const py::handle& t : values) v.push_back(value(py::reinterpret_borrow<py::tuple>(t)));
+                for (const py::handle& t : nodes) n.push_back(node(py::reinterpret_borrow<py::tuple>(t), v));
+                return std::make_unique<Network>(DType(dtype), genes, std::move(v), std::move(n), output);
+            }))
+        .def("bytes", &Network::bytes)
+        .def("outline", [](const Network& self) {
+            const Outline o = self.outline();
+            return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
+        });
+}
+
+// affines: (scale, shift, stride) per norm, moments: (mean, variance) per norm, or empty.
+struct Run {
+    Run(Address masks, int64_t individuals, Address x, int x_dtype, int64_t x_stride, int64_t images,
+        Address out, int out_dtype, const py::tuple& affines_, bool affines_agree, const py::tuple& moments_,
+        int64_t norms) {
+        for (const py::handle& h : affines_) {
+            const auto t = py::reinterpret_borrow<py::tuple>(h);
+            affines.push_back({address(t, 0), address(t, 1), integer(t, 2)});
+        }
+        for (const py::handle& h : moments_) {
+            const auto t = py::reinterpret_borrow<py::tuple>(h);
+            moments.push_back({const_cast<void*>(address(t, 0)), const_cast<void*>(address(t, 1))});
+        }
+        if ((!affines.empty() && int64_t(affines.size()) != norms) ||
+            (!moments.empty() && int64_t(moments.size()) != norms))
+            throw py::value_error("network: expected one entry per norm");
+        run = {pointer<const std::uint8_t>(masks),
+               individuals,
+               pointer(x),
+               DType(x_dtype),
+               x_stride,
+               images,
+               pointer(out),
+               DType(out_dtype),
+               affines.empty() ? nullptr : affines.data(),
+               moments.empty() ? nullptr : moments.data(),
+               affines_agree};
+    }
+    Run(const Run&) = delete;
+    std::vector<Affine> affines;
+    std::vector<Moments> moments;
+    NetworkRun run;
+};
+
 }  // namespace
 }  // namespace fastkd
 
 PYBIND11_MODULE(FASTKD_MODULE, m) {
     using namespace fastkd;
-    using Address = std::uintptr_t;
     m.doc() = "Native core of fastkd. Not a public interface: arguments are not checked here.";
     m.attr("__version__") = FASTKD_VERSION;
     m.attr("compiler") = FASTKD_COMPILER;
@@ -198,7 +270,8 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
     auto host = m.def_submodule("cpu");
     bind<Cpu>(host, false);
 #ifdef FASTKD_CUDA
-    bind<Cuda>(m.def_submodule("cuda"), true);
+    auto device = m.def_submodule("cuda");
+    bind<Cuda>(device, true);
 #endif
     // Advice only: where the system does not take it, nothing changes.
     host.def("advise_huge_pages", [](Address begin, std::uintptr_t bytes) {
@@ -229,49 +302,26 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                  py::gil_scoped_release release;
                  cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
              });
-    py::class_<cpu::Network>(host, "Network", py::module_local())
-        .def(py::init([](int dtype, int64_t genes, const py::tuple& values, const py::tuple& nodes,
-                         int output) {
-            std::vector<Value> v;
-            std::vector<Node> n;
-            for (const py::handle& t : values) v.push_back(value(py::reinterpret_borrow<py::tuple>(t)));
-            for (const py::handle& t : nodes) n.push_back(node(py::reinterpret_borrow<py::tuple>(t), v));
-            return std::make_unique<cpu::Network>(DType(dtype), genes, std::move(v), std::move(n), output);
-        }))
-        .def("bytes", &cpu::Network::bytes)
-        .def("outline",
-             [](const cpu::Network& self) {
-                 const Outline o = self.outline();
-                 return py::make_tuple(py::cast(o.order), py::cast(o.producer), py::cast(o.seen));
-             })
-        // affines: (scale, shift, stride) per norm, moments: (mean, variance) per norm, or empty.
-        .def("run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
-                       int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
-                       const py::tuple& moments, int threads) {
-            std::vector<Affine> a;
-            std::vector<Moments> m;
-            for (const py::handle& h : affines) {
-                const auto t = py::reinterpret_borrow<py::tuple>(h);
-                a.push_back({address(t, 0), address(t, 1), integer(t, 2)});
-            }
-            for (const py::handle& h : moments) {
-                const auto t = py::reinterpret_borrow<py::tuple>(h);
-                m.push_back({const_cast<void*>(address(t, 0)), const_cast<void*>(address(t, 1))});
-            }
-            if ((!a.empty() && int64_t(a.size()) != self.norms()) ||
-                (!m.empty() && int64_t(m.size()) != self.norms()))
-                throw py::value_error("network: expected one entry per norm");
-            const NetworkRun run{pointer<const std::uint8_t>(masks),
-                                 individuals,
-                                 pointer(x),
-                                 DType(x_dtype),
-                                 x_stride,
-                                 images,
-                                 pointer(out),
-                                 DType(out_dtype),
-                                 a.empty() ? nullptr : a.data(),
-                                 m.empty() ? nullptr : m.data()};
+    bind_network<cpu::Network>(host).def(
+        "run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
+                  int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
+                  bool affines_agree, const py::tuple& moments, int threads) {
+            const Run r(masks, individuals, x, x_dtype, x_stride, images, out, out_dtype, affines,
+                        affines_agree, moments, self.norms());
             py::gil_scoped_release release;
-            self.run(run, threads);
+            self.run(r.run, threads);
         });
+#ifdef FASTKD_CUDA
+    bind_network<cuda::Network>(device).def(
+        "run", [](const cuda::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
+                  int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
+                  bool affines_agree, const py::tuple& moments, bool tf32, const py::object& take,
+                  const py::object& put, const py::object& give, Address stream) {
+            const Run r(masks, individuals, x, x_dtype, x_stride, images, out, out_dtype, affines,
+                        affines_agree, moments, self.norms());
+            PythonMemory memory(take, put, give);
+            py::gil_scoped_release release;
+            self.run(r.run, tf32, memory, pointer(stream));
+        });
+#endif
 }

@@ -36,6 +36,8 @@ struct Value {
     std::vector<std::int32_t> genes;  // [channels]: kAlways, kNever or the index of a gene
 };
 
+struct Program;  // schedule.h
+
 enum class Operation : int {
     conv = 0,  // weight [out, in / groups, kernel], bias [out]; a linear layer has a kernel of the map's size
     norm = 1,  // scale * x + shift; batch normalisation if batch
@@ -48,7 +50,8 @@ enum class Operation : int {
     flatten = 8,   // channel c and pixel k become channel c * pixels + k
 };
 
-// Weights are of the network's dtype and belong to the caller, who keeps them as long as the network.
+// Weights are of the network's dtype, biases, scales and shifts of that of its sums: "acc", float, or
+// double for f64. They belong to the caller, who keeps them as long as the network.
 struct Node {
     Operation kind;
     std::vector<int> inputs;
@@ -59,7 +62,7 @@ struct Node {
     bool batch;  // norm: statistics of the batch where asked for; weight, bias and param (eps) are then used
     Activation activation;
     double param;
-    const void* weight;  // or null
+    const void* weight;  // or null; of a norm acc, too
     const void* bias;    // or null
     const void* scale;   // norm: [out]
     const void* shift;   // norm: [out]
@@ -68,7 +71,7 @@ struct Node {
 
 // Scale and shift of one norm in place of its own: row p belongs to individual p.
 struct Affine {
-    const void* scale;    // [individuals or 1, channels], or null for the norm's own
+    const void* scale;    // acc [individuals or 1, channels], or null for the norm's own
     const void* shift;    // the same
     std::int64_t stride;  // between rows, 0 if all share one
 };
@@ -80,7 +83,7 @@ struct Moments {
 };
 
 struct NetworkRun {
-    const std::uint8_t* masks;  // [individuals, genes]
+    const std::uint8_t* masks;  // [individuals, genes], on the host
     std::int64_t individuals;
     const void* x;          // [images, channels, height, width], or that for every individual
     DType x_dtype;          // any
@@ -90,6 +93,9 @@ struct NetworkRun {
     DType out_dtype;         // any
     const Affine* affines;   // [norms], or null
     const Moments* moments;  // [norms] or null: with it, batch norms use the batch
+    // Individuals that agree on the genes on which a norm's input depends have equal rows of affines, so
+    // that they may share it. Where the host has the rows it compares them, and this says nothing.
+    bool affines_agree;
 };
 
 // What is done at once, and what individuals share: step k is done once for all that agree on the first
@@ -119,4 +125,34 @@ class Network {
 };
 
 }  // namespace cpu
+
+#ifdef FASTKD_CUDA
+namespace cuda {
+
+// Memory of the device, from the caller; what is given back may be used again in the order of the stream.
+struct Memory {
+    virtual ~Memory() = default;
+    virtual void* take(std::int64_t bytes) = 0;
+    virtual void* put(const void* data, std::int64_t bytes) = 0;  // a copy of what is on the host
+    virtual void give(void*) noexcept = 0;
+};
+
+class Network {
+  public:
+    // dtype: any; sums are float, or double for f64. What nodes point to is on the device.
+    Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes, int output);
+    ~Network();
+    // All but the masks is on the device. tf32: tensor cores for f32, at ten bits of mantissa.
+    void run(const NetworkRun&, bool tf32, Memory&, void* stream) const;
+    // What run takes at most beyond its arguments.
+    std::int64_t bytes(std::int64_t images, bool recalibrate, std::int64_t individuals) const;
+    std::int64_t norms() const;
+    Outline outline() const;
+
+  private:
+    std::unique_ptr<const Program> program_;
+};
+
+}  // namespace cuda
+#endif
 }  // namespace fastkd

@@ -504,6 +504,38 @@ ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardsi
 ALWAYS, NEVER = -1, -2  # genes of a channel that always, that never exists
 
 
+class _Memory:
+    """Memory of a device for native code that takes and gives it back as it goes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.held: dict[int, Tensor] = {}
+
+    def take(self, size: int) -> int:
+        return self._hold(torch.empty(size, dtype=torch.uint8, device=self.device))
+
+    def put(self, data: memoryview) -> int:
+        x = torch.frombuffer(data, dtype=torch.uint8)
+        # Pinned, the copy waits for nothing, and torch keeps the memory until it is done.
+        return self._hold(x.clone() if self.device.type == "cpu" else
+                          x.pin_memory().to(self.device, non_blocking=True))
+
+    def give(self, address: int) -> None:
+        del self.held[address]
+
+    def _hold(self, x: Tensor) -> int:
+        self.held[x.data_ptr()] = x
+        return x.data_ptr()
+
+
+def _tf32() -> bool:
+    """Whether torch's own convolutions may use it."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # set by torch's newer switches, which this one does not know
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 class Network:
     """A network for ``csrc/network.h``, made of plain data.
 
@@ -519,24 +551,29 @@ class Network:
       adaptive. x[:, :, ::2, ::2] is a max_pool with kernel (1, 1) and stride (2, 2).
     * add: two inputs or more. multiply: two, the second perhaps 1 x 1.
     * select: source, for every channel (input, channel) or None for zeros. flatten: nothing.
+
+    ``dtype`` is that of the weights and, on a GPU, of what passes between layers; sums, biases, scales and shifts
+    are float32, or float64 for float64. The CPU takes float32 and float64 only.
     """
 
-    def __init__(self, values: Any, nodes: Any, num_genes: int, dtype: torch.dtype, output: int | None = None) -> None:
-        self.dtype, self.num_genes = dtype, num_genes
+    def __init__(self, values: Any, nodes: Any, num_genes: int, dtype: torch.dtype, output: int | None = None,
+                 device: torch.device | None = None) -> None:
+        self.dtype, self.num_genes, self.device = dtype, num_genes, device or torch.device("cpu")
+        self.acc = torch.float64 if dtype == torch.float64 else torch.float32
         self.shapes = [tuple(v[:3]) for v in values]
         self.output = nodes[-1]["output"] if output is None else output
         self.norms = [n["output"] for n in nodes if n["op"] == "norm"]
         self._tensors: list[Tensor] = []  # what the native network points to
         genes = [torch.tensor(v[3], dtype=torch.int32) for v in values]
-        self._native = _C.cpu.Network(
+        self._native = _backend(self.device).Network(
             DTYPES[dtype], num_genes,
             tuple((*shape, g.data_ptr()) for shape, g in zip(self.shapes, genes, strict=True)),
             tuple(self._node(n) for n in nodes), self.output)
 
-    def _keep(self, x: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    def _keep(self, x: Tensor | None, dtype: torch.dtype | None = None, device: str | None = None) -> int:
         if x is None:
             return 0
-        x = x.detach().to("cpu", dtype or self.dtype).contiguous()
+        x = x.detach().to(device or self.device, dtype or self.acc).contiguous()
         self._tensors.append(x)
         return x.data_ptr()
 
@@ -547,37 +584,44 @@ class Network:
             kernel = self.shapes[n["inputs"][0]][1:] if weight.dim() == 2 else tuple(weight.shape[2:])
         if n["op"] == "select":
             pairs = [(-1, 0) if s is None else s for s in n["source"]]
-            select = self._keep(torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2), torch.int32)
+            select = self._keep(torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2), torch.int32, "cpu")
         geometry = (*kernel, *n.get("stride", (1, 1)), *n.get("padding", (0, 0)), *n.get("dilation", (1, 1)),
                     n.get("groups", 1), n.get("count_include_pad", True), "eps" in n)
         return (_OPERATIONS.index(n["op"]), tuple(n["inputs"]), n["output"], geometry,
                 ACTIVATIONS.index(n.get("name", "none")), float(n.get("eps", n.get("param", 0.0))),
-                self._keep(n.get("weight")), self._keep(n.get("bias")), self._keep(n.get("scale")),
-                self._keep(n.get("shift")), select)
+                self._keep(n.get("weight"), self.dtype if n["op"] == "conv" else None), self._keep(n.get("bias")),
+                self._keep(n.get("scale")), self._keep(n.get("shift")), select)
 
-    def bytes(self, images: int, recalibrate: bool = False) -> int:
-        """At most what a run takes beyond its arguments."""
-        return self._native.bytes(images, recalibrate, torch.get_num_threads())
+    def bytes(self, images: int, recalibrate: bool = False, individuals: int = 1) -> int:
+        """At most what a run takes beyond its arguments. The CPU takes it per thread, whatever the individuals."""
+        on_host = not _backend(self.device).uses_workspace
+        return self._native.bytes(images, recalibrate, torch.get_num_threads() if on_host else individuals)
 
     def outline(self) -> tuple[list[int], list[int], list[int]]:
         """Genes in the order in which they are met; of each value the step that makes it (steps are nodes that are
         done at once), or -1; for each step how many of the genes individuals must agree on to share it."""
         return self._native.outline()
 
-    def _run(self, masks: Tensor, x: Tensor, out: Tensor | None, affines: tuple, moments: tuple) -> None:
+    def _run(self, masks: Tensor, x: Tensor, out: Tensor | None, affines: tuple, agree: bool, moments: tuple) -> None:
         shared = x.dim() == 4
         images = x.shape[0 if shared else 1]
-        x, masks = x.contiguous(), masks.contiguous()
-        self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
-                         0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
-                         DTYPES[self.dtype if out is None else out.dtype], affines, moments, torch.get_num_threads())
+        x, masks = x.contiguous(), masks.cpu().contiguous()
+        with _Launch(self.device) as launch:
+            where: tuple = (launch.where,)
+            if launch.native.uses_workspace:
+                memory = _Memory(self.device)
+                where = (_tf32(), memory.take, memory.put, memory.give, launch.where)
+            self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
+                             0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
+                             DTYPES[self.dtype if out is None else out.dtype], affines, agree, moments, *where)
 
     def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
-                 out_dtype: torch.dtype | None = None) -> Tensor:
+                 out_dtype: torch.dtype | None = None, agree: bool = False) -> Tensor:
         """masks bool [P, genes], x [N, C, H, W] or [P, N, C, H, W] -> [P, N, C', H', W'].
 
         ``affines`` gives for every norm its (scale, shift), each [channels] or [P, channels], or None for
-        its own.
+        its own. ``agree`` says that their rows come from the masks: a GPU, which does not compare them, then
+        shares what individuals with equal beginnings have in common.
         """
         images = x.shape[-4]
         out = _empty((masks.shape[0], images, *self.shapes[self.output]), out_dtype or self.dtype, x.device)
@@ -586,10 +630,10 @@ class Network:
             if pair is None:
                 rows.append((0, 0, 0))
                 continue
-            scale, shift = (t.to(self.dtype).contiguous() for t in pair)
+            scale, shift = (t.to(self.device, self.acc).contiguous() for t in pair)
             kept += [scale, shift]
             rows.append((scale.data_ptr(), shift.data_ptr(), scale.shape[1] if scale.dim() == 2 else 0))
-        self._run(masks, x, out, tuple(rows), ())
+        self._run(masks, x, out, tuple(rows), agree, ())
         return out
 
     def moments(self, masks: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -600,8 +644,9 @@ class Network:
         pairs = []
         for v in self.norms:
             shape = (masks.shape[0], self.shapes[v][0])
-            pairs.append((torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)))
-        self._run(masks, x, None, (), tuple((m.data_ptr(), v.data_ptr()) for m, v in pairs))
+            pairs.append((torch.zeros(shape, dtype=torch.float64, device=self.device),
+                          torch.ones(shape, dtype=torch.float64, device=self.device)))
+        self._run(masks, x, None, (), False, tuple((m.data_ptr(), v.data_ptr()) for m, v in pairs))
         return pairs
 
 
@@ -661,7 +706,7 @@ def _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dila
     return individuals, x.shape[-4], outputs, *out
 
 
-def _masked_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
+def _masked_conv2d(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
     shape = _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
     channels, outputs = x.shape[-3], shape[2]
     masks = [m for m in (in_mask, out_mask) if m is not None]
@@ -671,7 +716,8 @@ def _masked_conv2d_cpu(x, weight, bias, in_mask, out_mask, stride, padding, dila
     node = {"op": "conv", "inputs": (0,), "output": 1, "weight": weight, "bias": bias, "stride": stride,
             "padding": padding, "dilation": dilation, "groups": groups}
     values = ((*x.shape[-3:], list(genes_in)), (*shape[2:], list(genes_out)))
-    network = Network(values, [node], sum(m.shape[1] for m in masks), acc_dtype(x))
+    dtype = x.dtype if _backend(x.device).uses_workspace else acc_dtype(x)
+    network = Network(values, [node], sum(m.shape[1] for m in masks), dtype, device=x.device)
     mask = torch.cat(masks, 1) if masks else torch.empty(shape[0], 0, dtype=torch.bool)
     return network(mask, x, out_dtype=x.dtype)
 
@@ -685,22 +731,6 @@ def _clear(x: Tensor, mask: Tensor | None, p: int, axis: int = 1) -> Tensor:
     if mask is None:
         return x
     return x.masked_fill(~mask[p].reshape([-1] + [1] * (x.dim() - 1 - axis)), 0)
-
-
-def _masked_conv2d_torch(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
-    """On devices without a kernel of our own: torch's convolution of what each individual keeps."""
-    shape = _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups)
-    y = x.new_zeros(shape)
-    for p in range(shape[0]):
-        own = x if x.dim() == 4 else x[p]
-        if groups == 1:
-            i, o = _indices(in_mask, p), _indices(out_mask, p)
-            y[p][:, o] = torch.conv2d(own[:, i], weight[o][:, i], None if bias is None else bias[o], stride, padding,
-                                      dilation)
-        else:  # groups may keep unequal counts
-            full = torch.conv2d(_clear(own, in_mask, p), weight, bias, stride, padding, dilation, groups)
-            y[p] = _clear(full, out_mask, p)
-    return y
 
 
 def _masked_conv2d_fake(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> Tensor:
@@ -750,9 +780,8 @@ def _masked_conv2d_backward_fake(grad, x, weight, in_mask, out_mask, stride, pad
             x.new_empty(shape[2] if wanted[2] else 0))
 
 
-_lib.impl("masked_conv2d", _masked_conv2d_cpu, "CPU")
-_lib.impl("masked_conv2d", _masked_conv2d_torch, "CUDA")
 for _device in ("CPU", "CUDA"):
+    _lib.impl("masked_conv2d", _masked_conv2d, _device)
     _lib.impl("masked_conv2d_backward", _masked_conv2d_backward, _device)
 torch.library.register_fake("fastkd::masked_conv2d", _masked_conv2d_fake, lib=_lib)
 torch.library.register_fake("fastkd::masked_conv2d_backward", _masked_conv2d_backward_fake, lib=_lib)

@@ -38,6 +38,7 @@ def one_thread():
 @pytest.fixture(params=["cpu", "simt", "cuda"])
 def device(request, monkeypatch):
     """A torch device; for "simt" the CPU, with the CUDA sources in place of the CPU kernels."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if request.param == "cuda":
         if not torch.cuda.is_available() or _ops.backends["cuda"] is None:
             pytest.skip("no CUDA device, or a build without CUDA")

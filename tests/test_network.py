@@ -198,6 +198,19 @@ def dense():
 NETWORKS = {"lenet": lenet, "resnet": resnet, "mobile": mobile, "dense": dense}
 
 
+class Moved:
+    """The network on a device; what goes in and comes out is on the CPU."""
+
+    def __init__(self, b, dtype, device):
+        self.device, self.net = device, Network(b.values, b.nodes, b.num_genes, dtype, device=device)
+
+    def __call__(self, masks, x, affines=None, **rest):
+        return self.net(masks, x.to(self.device), affines, **rest).cpu()
+
+    def moments(self, masks, x):
+        return [(m.cpu(), v.cpu()) for m, v in self.net.moments(masks, x.to(self.device))]
+
+
 def population(b, count, seed=0, density=0.6):
     """Random masks, some equal, some with a common beginning; no value empty."""
     g = torch.Generator().manual_seed(seed)
@@ -218,22 +231,22 @@ def batch(b, images, seed=5):
 
 @pytest.mark.parametrize("images", [1, 3, 17, 50])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_equals_each_alone(name, images, poisoned):
+def test_equals_each_alone(name, images, device, poisoned):
     b = NETWORKS[name]()
     masks, x = population(b, 7), batch(b, images)
     expected = torch.stack([interpret(b.values, b.nodes, m, x) for m in masks])
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        net = Network(b.values, b.nodes, b.num_genes, dtype)
+        net = Moved(b, dtype, device)
         y = net(masks, x.to(dtype))
         assert y.dtype == dtype and y.shape == expected.shape
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_does_not_depend_on_the_others(name, poisoned):
+def test_does_not_depend_on_the_others(name, device, poisoned):
     b = NETWORKS[name]()
     masks, x = population(b, 9), batch(b, 130).float()
-    net = Network(b.values, b.nodes, b.num_genes, torch.float32)
+    net = Moved(b, torch.float32, device)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -256,10 +269,10 @@ def test_does_not_depend_on_the_others(name, poisoned):
 
 @pytest.mark.parametrize("name", ["resnet", "mobile", "dense"])
 @pytest.mark.parametrize("images", [5, 60])
-def test_moments_of_the_batch(name, images, poisoned):
+def test_moments_of_the_batch(name, images, device, poisoned):
     b = NETWORKS[name]()
     masks, x = population(b, 6), batch(b, images)
-    net = Network(b.values, b.nodes, b.num_genes, torch.float64)
+    net = Moved(b, torch.float64, device)
     found = net.moments(masks, x)
     affines = []
     for node, (mean, variance) in zip((n for n in b.nodes if n["op"] == "norm"), found, strict=True):
@@ -277,11 +290,11 @@ def test_moments_of_the_batch(name, images, poisoned):
         assert torch.equal(net(mask[None], x, own)[0], y[p])
 
 
-def test_norms_of_ones_own_are_not_shared(poisoned):
+def test_norms_of_ones_own_are_not_shared(device, poisoned):
     """Equal masks with other parameters are other individuals."""
     b = resnet()
     x, masks = batch(b, 4), population(b, 1).expand(3, -1)
-    net = Network(b.values, b.nodes, b.num_genes, torch.float64)
+    net = Moved(b, torch.float64, device)
     norms = [n for n in b.nodes if n["op"] == "norm"]
     g = torch.Generator().manual_seed(2)
     affines = [None, *((torch.rand(3, len(n["scale"]), generator=g, dtype=torch.float64),
@@ -293,18 +306,18 @@ def test_norms_of_ones_own_are_not_shared(poisoned):
         torch.testing.assert_close(y[p], interpret(b.values, b.nodes, masks[p], x, norms=own), rtol=1e-10, atol=1e-10)
 
 
-def test_residual_that_is_also_the_input(poisoned):
+def test_residual_that_is_also_the_input(device, poisoned):
     b = Builder(3, 6, 6)
     x = b.act(b.conv(0, 8))
     b.linear(b.act(b.node("add", [b.conv(x, 8, genes=b.values[x][3]), x], b.values[x][3])), 4)
     masks, x = population(b, 6), batch(b, 3)
-    y = Network(b.values, b.nodes, b.num_genes, torch.float64)(masks, x)
+    y = Moved(b, torch.float64, device)(masks, x)
     for p, mask in enumerate(masks):
         torch.testing.assert_close(y[p], interpret(b.values, b.nodes, mask, x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ACTIVATION)
-def test_activations(name, poisoned):
+def test_activations(name, device, poisoned):
     b = Builder(2, 3, 3)
     b.act(b.conv(0, 3, bias=True), name)
     x = 4 * batch(b, 20)
@@ -312,13 +325,42 @@ def test_activations(name, poisoned):
     masks = torch.ones(1, b.num_genes, dtype=torch.bool)
     expected = interpret(b.values, b.nodes, masks[0], x)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
-        y = Network(b.values, b.nodes, b.num_genes, dtype)(masks, x.to(dtype))[0]
+        y = Moved(b, dtype, device)(masks, x.to(dtype))[0]
         torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=4 * tolerance, equal_nan=True)
 
 
-def test_input_of_ones_own(poisoned):
+def test_input_of_ones_own(device, poisoned):
     b = dense()
     masks, x = population(b, 4), torch.stack([batch(b, 6, s) for s in range(4)])
-    y = Network(b.values, b.nodes, b.num_genes, torch.float64)(masks, x)
+    y = Moved(b, torch.float64, device)(masks, x)
     for p in range(4):
         torch.testing.assert_close(y[p], interpret(b.values, b.nodes, masks[p], x[p]), rtol=1e-11, atol=1e-11)
+
+
+# Tolerances over the largest value: sums are exact products in float32; what passes between layers is rounded.
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("dtype", "tensor_cores", "tolerance"), [
+    (torch.bfloat16, True, 4e-2), (torch.float16, True, 5e-3), (torch.float32, True, 5e-3),
+    (torch.bfloat16, False, 4e-2), (torch.float16, False, 5e-3),
+])
+def test_tensor_cores(name, dtype, tensor_cores, tolerance, device, monkeypatch, request, poisoned):
+    where = request.node.callspec.params["device"]
+    if where == "cpu":
+        pytest.skip("the CPU runs in float32 and float64")
+    if not tensor_cores:
+        if where == "cuda":
+            pytest.skip("only a GPU before compute capability 8.0 does without")
+        monkeypatch.setenv("FASTKD_SIMT_COMPUTE_CAPABILITY", "7")
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    b = NETWORKS[name]()
+    masks, x = population(b, 5), batch(b, 9).to(dtype)
+    net = Moved(b, dtype, device)
+    y = net(masks, x)
+    expected = torch.stack([interpret(b.values, b.nodes, m, x.double()) for m in masks])
+    assert y.dtype == dtype
+    assert (y.double() - expected).abs().max() < tolerance * expected.abs().max()
+    if dtype == torch.float32:  # else it would not have been used
+        assert (y.double() - expected).abs().max() > 1e-6 * expected.abs().max()
+    for k in range(5):
+        assert torch.equal(net(masks[k : k + 1], x)[0], y[k])

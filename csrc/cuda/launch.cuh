@@ -24,20 +24,36 @@ inline void check(cudaError_t error, const char* what) {
                                  cudaGetErrorString(error));
 }
 
+struct Grid {
+    Grid(std::int64_t blocks, std::int64_t shared = 0) : blocks(blocks), shared(shared) {}
+    std::int64_t blocks, shared;  // bytes of dynamic shared memory per block
+};
+
 // Nothing to do launches nothing: an empty grid is an error in CUDA.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), std::int64_t blocks, void* stream, A&&... args) {
-    if (blocks == 0) return;
-    if (blocks > 0x7fffffff) throw std::runtime_error(std::string("fastkd: ") + name + ": grid too large");
+void launch(const char* name, void (*kernel)(P...), Grid grid, void* stream, A&&... args) {
+    if (grid.blocks == 0) return;
+    if (grid.blocks > 0x7fffffff)
+        throw std::runtime_error(std::string("fastkd: ") + name + ": grid too large");
+    if (grid.shared > 48 << 10)  // what is granted without asking
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)),
+              name);
 #ifdef FASTKD_SIMT
     (void)stream;
-    simt::launch(kernel, dim3(unsigned(blocks)), dim3(kThreads), 0, P(args)...);
+    simt::launch(kernel, dim3(unsigned(grid.blocks)), dim3(kThreads), std::size_t(grid.shared), P(args)...);
 #else
     const auto on = static_cast<cudaStream_t>(stream);
-    kernel<<<unsigned(blocks), kThreads, 0, on>>>(P(args)...);
+    kernel<<<unsigned(grid.blocks), kThreads, std::size_t(grid.shared), on>>>(P(args)...);
 #endif
     check(cudaGetLastError(), name);
 }
+
+// The block's dynamic shared memory.
+#ifdef FASTKD_SIMT
+#define FASTKD_DYNAMIC_SHARED(name) char* const name = static_cast<char*>(simt::dynamic_shared())
+#else
+#define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#endif
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

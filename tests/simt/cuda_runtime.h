@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <type_traits>
@@ -79,6 +80,7 @@ enum cudaMemcpyKind {
 
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
+    cudaDevAttrComputeCapabilityMajor = 75,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
@@ -203,6 +205,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = simt::detail::kSharedOptin;
             return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor: {
+            const char* given = std::getenv("FASTKD_SIMT_COMPUTE_CAPABILITY");
+            *value = given ? std::atoi(given) : 9;
+            return cudaSuccess;
+        }
     }
     return simt::detail::fail(cudaErrorInvalidValue);
 }
