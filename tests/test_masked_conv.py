@@ -63,13 +63,6 @@ CONVS = {
 }
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
-
-
 def run(f, x, weight, bias, in_mask, out_mask, options):
     """Result and gradients, with a fixed cotangent."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
