@@ -528,6 +528,11 @@ class _Memory:
         return x.data_ptr()
 
 
+def runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has a :class:`Network` of this dtype."""
+    return dtype in DTYPES and (_backend(device).uses_workspace or dtype in (torch.float32, torch.float64))
+
+
 def _tf32() -> bool:
     """Whether torch's own convolutions may use it."""
     try:

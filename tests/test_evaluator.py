@@ -31,16 +31,20 @@ def single(model):
     return copy.deepcopy(model).float()
 
 
+def logits(device, model, masks, x):
+    return PopulationEvaluator(copy.deepcopy(model).to(device), x.to(device)).logits(masks, x.to(device)).cpu()
+
+
 @pytest.mark.parametrize("name", SHAPES)
-def test_equals_compact_networks(name, poisoned):
+def test_equals_compact_networks(name, device, poisoned):
     model, x, space = network(name)
     masks = torch.cat((some_masks(space), space.ones(1)))
     expected = alone(model, masks, space, x)
-    y = PopulationEvaluator(model, x).logits(masks, x)
+    y = logits(device, model, masks, x)
     assert y.dtype == torch.float64 and y.shape == expected.shape and close(y, expected, 1e-10)
     with torch.no_grad():
         assert close(y[-1], model(x), 1e-10)
-    y = PopulationEvaluator(single(model), x.float()).logits(masks, x.float())
+    y = logits(device, single(model), masks, x.float())
     assert y.dtype == torch.float32 and close(y, expected, 1e-4)
 
 
@@ -59,7 +63,9 @@ def recalibrated(model, batches):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet56", "vgg16_cifar", "mobilenet_v1", "resnet50"])
-def test_recalibration(name, poisoned):
+def test_recalibration(name, device, request, poisoned):
+    if name in ("resnet50", "resnet56") and request.node.callspec.params["device"] == "simt":
+        pytest.skip("a GPU is imitated on the smaller networks")
     model, x, space = network(name)
     masks = some_masks(space, (0.3, 0.6))
     g = torch.Generator().manual_seed(4)
@@ -68,17 +74,18 @@ def test_recalibration(name, poisoned):
     with torch.no_grad():
         expected = torch.stack([recalibrated(compact(model, mask, space), batches)(x) for mask in masks])
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        e = PopulationEvaluator(copy.deepcopy(model).to(dtype), x.to(dtype), bn="recalibrate")
-        e.calibrate([(b.to(dtype), None) for b in batches])
-        assert close(e.logits(masks, x.to(dtype)), expected, tolerance)
+        own = x.to(device, dtype)
+        e = PopulationEvaluator(copy.deepcopy(model).to(device, dtype), own, bn="recalibrate")
+        e.calibrate([(b.to(device, dtype), None) for b in batches])
+        assert close(e.logits(masks, own).cpu(), expected, tolerance)
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in ("scalars", "unused")])
-def test_small_networks(name, poisoned):
+def test_small_networks(name, device, poisoned):
     model, _, _ = small_net(name)
-    e = PopulationEvaluator(model, IMAGES)
-    masks = torch.cat((some_masks(e.space, (0.1, 0.3, 0.5, 0.5, 0.8)), e.space.ones(1)))
-    assert close(e.logits(masks, IMAGES), alone(model, masks, e.space, IMAGES), 1e-10)
+    space = PopulationEvaluator(model, IMAGES).space
+    masks = torch.cat((some_masks(space, (0.1, 0.3, 0.5, 0.5, 0.8)), space.ones(1)))
+    assert close(logits(device, model, masks, IMAGES), alone(model, masks, space, IMAGES), 1e-10)
 
 
 def rows_and_columns(self, x):
@@ -110,12 +117,12 @@ MORE = {
 
 
 @pytest.mark.parametrize("name", MORE)
-def test_more_operations(name, poisoned):
+def test_more_operations(name, device, poisoned):
     forward, modules = MORE[name]
     model = lively(Net(forward, **{"a": conv(3, 6), "fc": nn.Linear(6, 5), **copy.deepcopy(modules)}))
-    e = PopulationEvaluator(model, IMAGES)
-    masks = torch.cat((some_masks(e.space, (0.2, 0.5, 0.8)), e.space.ones(1))) if e.space.num_genes else e.space.ones(2)
-    assert close(e.logits(masks, IMAGES), alone(model, masks, e.space, IMAGES), 1e-10)
+    space = PopulationEvaluator(model, IMAGES).space
+    masks = torch.cat((some_masks(space, (0.2, 0.5, 0.8)), space.ones(1))) if space.num_genes else space.ones(2)
+    assert close(logits(device, model, masks, IMAGES), alone(model, masks, space, IMAGES), 1e-10)
 
 
 def test_genes_and_vectors():
@@ -145,20 +152,29 @@ def resnet():
 def make(resnet, **options):
     e = PopulationEvaluator(resnet[0], resnet[1], **options)
     if e.bn == "recalibrate":
-        e.calibrate([resnet[1][:60], resnet[1][60:90]])
+        n = len(resnet[1])
+        e.calibrate([resnet[1][:2 * n // 5], resnet[1][2 * n // 5:3 * n // 5]])
     return e
 
 
-@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
-def test_qualities_equal_plain_loops(resnet, bn):
+def moved(resnet, device, request):
+    """On the device; fewer images where a GPU is imitated."""
     model, x, y, masks = resnet
+    n = 40 if request.node.callspec.params["device"] == "simt" else len(x)
+    return copy.deepcopy(model).to(device), *(t.to(device) for t in (x[:n], y[:n], masks))
+
+
+@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
+def test_qualities_equal_plain_loops(resnet, bn, device, request):
+    model, x, y, masks = resnet = moved(resnet, device, request)
     e = make(resnet, bn=bn)
     logits = e.logits(masks, x)
-    batches = [(x[:64], y[:64]), (x[64:65], y[64:65]), (x[65:], y[65:])]
+    n = len(x) // 2
+    batches = [(x[:n], y[:n]), (x[n:n + 1], y[n:n + 1]), (x[n + 1:], y[n + 1:])]
     accuracy = [sum(int(row.argmax()) == int(c) for row, c in zip(one, y, strict=True)) / len(y) for one in logits]
     found = e.accuracy(masks, iter(batches))
     assert found.dtype == torch.float64 and found.tolist() == accuracy
-    loss = torch.stack([F.cross_entropy(one.double(), y) for one in logits])
+    loss = torch.stack([F.cross_entropy(one.double(), y) for one in logits]).cpu()
     assert torch.allclose(e.loss(masks, batches), loss, rtol=1e-12)
     with torch.no_grad():
         full = model(x).argmax(1)
@@ -170,8 +186,9 @@ def test_qualities_equal_plain_loops(resnet, bn):
 
 
 @pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
-def test_results_do_not_depend_on_the_cut(resnet, bn, monkeypatch, poisoned):
-    _, x, y, masks = resnet
+def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypatch, poisoned):
+    _, x, y, masks = resnet = moved(resnet, device, request)
+    n = len(x)
     e = make(resnet, bn=bn)
     logits, loss, accuracy = e.logits(masks, x), e.loss(masks, (x, y)), e.accuracy(masks, (x, y))
     with pytest.raises(ValueError, match="one individual needs") as refused:
@@ -179,20 +196,22 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, monkeypatch, poisoned):
     need = int(str(refused.value).rsplit(" ", 1)[1].replace(",", ""))
     before = torch.get_num_threads()
     order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(1))
+    masks, inputs = masks.cpu(), masks  # on any device
+    assert torch.equal(e.loss(inputs, (x, y)), loss)
     calls = []
     try:
         for threads, work, piece, limit in ((1, 1, 768, None), (2, 1e12, 48, None), (3, 1e12, 7, 3 * need), (2, 1, 64, need + 20_000)):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(evaluator, "WORK", work)
+            monkeypatch.setitem(evaluator.WORK, device.type, work)
             monkeypatch.setattr(evaluator, "PIECE", piece)
             other = make(resnet, bn=bn, memory_limit=limit)
-            assert torch.equal(other.loss(masks[order], [(x[:31], y[:31]), (x[31:], y[31:])],
+            assert torch.equal(other.loss(masks[order], [(x[:n // 5], y[:n // 5]), (x[n // 5:], y[n // 5:])],
                                           progress=lambda *a: calls.append(a)), loss[order])
             assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
-            assert calls[-1][0] == calls[-1][1] == 6 * (150 + 90 * (bn == "recalibrate"))
+            assert calls[-1][0] == calls[-1][1] == 6 * (n + 3 * n // 5 * (bn == "recalibrate"))
             other.memory_limit = None
             assert torch.equal(other.logits(masks[order], x), logits[order])
-            assert torch.equal(other.logits(masks[2], x[40:41]), logits[2:3, 40:41])
+            assert torch.equal(other.logits(masks[2], x[n // 4:n // 4 + 1]), logits[2:3, n // 4:n // 4 + 1])
     finally:
         torch.set_num_threads(before)
     assert len(calls) > 10
@@ -230,7 +249,7 @@ def test_memo(resnet):
 
 def test_interrupted(resnet, monkeypatch):
     _, x, y, masks = resnet
-    monkeypatch.setattr(evaluator, "WORK", 1)
+    monkeypatch.setitem(evaluator.WORK, "cpu", 1)
     monkeypatch.setattr(evaluator, "PIECE", 48)
     g = torch.Generator().manual_seed(0)
     e = make(resnet)
@@ -307,7 +326,7 @@ def test_bad_masks_and_data(resnet):
     for wrong, error, says in (
             (x[:0], ValueError, "at least one image, got N = 0"), (x[:, :2], ValueError, r"\[N, 3, 16, 16\], got \[150, 2, 16, 16\]"),
             (x[..., :15], ValueError, r"\[N, 3, 16, 16\]"), (x[0], ValueError, r"\[N, 3, 16, 16\]"), (x.double(), TypeError, "torch.float32 as the model is"),
-            (x.numpy(), TypeError, "must be a tensor, got ndarray"), (x.to("meta"), NotImplementedError, "runs on the CPU, but x .*is on meta")):
+            (x.numpy(), TypeError, "must be a tensor, got ndarray"), (x.to("meta"), ValueError, "x .*must be on cpu as the model is, got meta")):
         with pytest.raises(error, match=says):
             e.logits(masks, wrong)
         with pytest.raises(error, match=says):
@@ -341,9 +360,9 @@ def test_bad_construction(resnet):
         PopulationEvaluator(other, x)
     with pytest.raises(ValueError, match="does not fit"):
         PopulationEvaluator(model, x[:, :2])
-    with pytest.raises(TypeError, match=r"float32 or float64, got torch\.bfloat16"):
+    with pytest.raises(TypeError, match=r"float32 or float64 on cpu, got torch\.bfloat16"):
         PopulationEvaluator(copy.deepcopy(model).bfloat16(), x.bfloat16())
-    with pytest.raises(NotImplementedError, match="runs on the CPU, but example_input is on meta"):
+    with pytest.raises(NotImplementedError, match="runs on CPUs and CUDA devices, but example_input is on meta"):
         PopulationEvaluator(model, x.to("meta"))
     with pytest.raises(UnsupportedModelError, match="cannot be traced"):
         PopulationEvaluator(Net(lambda self, x: self.a(x) if x.sum() > 0 else x, a=conv(3, 6)).eval(), IMAGES.float())

@@ -25,7 +25,8 @@ __all__ = ["PopulationEvaluator", "Stats"]
 Batches = Iterable[Any]
 Progress = Callable[[int, int], object]
 PIECE = 768  # images of one native call, at most; a multiple of what its blocks and threads like
-WORK = 2e10  # multiplications of one native call, about: some half second, after which Ctrl-C is heard
+# Multiplications of one native call, about: some half second or less, after which Ctrl-C is heard.
+WORK = {"cpu": 2e10, "cuda": 1e13}
 RATE = 4e10  # multiplications per second and thread that `explain` predicts with
 
 
@@ -57,17 +58,20 @@ class PopulationEvaluator:
     share these. Results do not depend on the other individuals, on their order, on how the work is cut, or on the
     number of threads: bit for bit.
 
-    It runs on the CPU, in float32 or float64.
+    It runs where the model is: on the CPU in float32 or float64, on a CUDA device also in float16 and bfloat16 (sums
+    are in float32, the classes' scores are rounded to the model's dtype). There, float32 uses TF32 where torch's own
+    convolutions may (``torch.backends.cudnn.allow_tf32``).
 
     Args:
         model: in evaluation mode. Its weights are copied: changing them later has no effect.
-        example_input: [N, C, ...] of the dtype of the model, as for :func:`fastkd.population.trace`.
+        example_input: [N, C, ...] of the dtype and on the device of the model, as for
+            :func:`fastkd.population.trace`.
         bn: "inherit" takes the model's running statistics, "recalibrate" computes them anew for each individual;
             see :meth:`calibrate`.
         memo: remember qualities by mask, data, and batch-norm mode over calls.
         memory_limit: bytes that a call may take beyond its arguments, with its result; by default, a quarter of
-            what is free when it begins. `batches` that come one by one (a DataLoader) are held during a call, and
-            count as arguments.
+            what is free (on the device) when it begins. `batches` that come one by one (a DataLoader) are held
+            during a call, and count as arguments.
 
     Attributes:
         space: the :class:`fastkd.population.GeneSpace`; masks are bool [P, space.num_genes].
@@ -77,7 +81,8 @@ class PopulationEvaluator:
         TypeError, ValueError: as `trace`; arguments that are not as above.
         UnsupportedModelError: as `trace`, and for operations that have no kernel; they are named, with the line of the
             model.
-        NotImplementedError: a model or tensors on another device than the CPU.
+        NotImplementedError: a model on a device that is neither a CPU nor CUDA.
+        RuntimeError: a model on a CUDA device with a build of fastkd for the CPU alone.
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor, *, bn: Literal["inherit", "recalibrate"] = "inherit",
@@ -90,16 +95,20 @@ class PopulationEvaluator:
             if memory_limit < 1:
                 raise ValueError(f"memory_limit must be at least 1, got {memory_limit}")
         if isinstance(example_input, Tensor):
-            _on_cpu("example_input", example_input)
-            if example_input.is_floating_point() and example_input.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"example_input and the model must be float32 or float64, got {example_input.dtype}")
+            where, dtype = example_input.device, example_input.dtype
+            if where.type not in ("cpu", "cuda"):
+                raise NotImplementedError("the population evaluator runs on CPUs and CUDA devices, but example_input "
+                                          f"is on {where}")
+            if example_input.is_floating_point() and not _ops.runs(where, dtype):
+                raise TypeError(f"example_input and the model must be float32 or float64 on {where}, got {dtype}")
         self.space = trace(model, example_input)
+        self.device = example_input.device
         self.bn, self.memo, self.memory_limit = bn, memo, memory_limit
         self.dtype, self.shape = example_input.dtype, self.space.values[0].shape
         self.stats = Stats()
         self._program: Program = lower(self.space)
         self._network = _ops.Network(self._program.values, self._program.nodes, self.space.num_genes, self.dtype,
-                                     self._program.output)
+                                     self._program.output, self.device)
         self._calibration: list[Tensor] = []
         self._calibrated_on = b""
         self._known: dict[tuple[str, str, bytes, bytes], dict[bytes, float]] = {}
@@ -144,7 +153,8 @@ class PopulationEvaluator:
         keys, first, inverse = _distinct(masks)
         self.stats.asked += len(masks)
         self.stats.duplicates += len(masks) - len(keys)
-        out = torch.empty(len(masks), data.images, *self.space.values[self.space.output].shape, dtype=self.dtype)
+        out = torch.empty(len(masks), data.images, *self.space.values[self.space.output].shape, dtype=self.dtype,
+                          device=self.device)
 
         def take(rows: slice, at: slice, y: Tensor) -> None:
             out[rows, at] = y
@@ -152,7 +162,7 @@ class PopulationEvaluator:
         self._evaluate(masks[first], data, take, progress, held=out.nbytes)
         self.stats.computed += len(keys)
         if not np.array_equal(inverse, np.arange(len(masks))):
-            out = out[torch.from_numpy(inverse)]
+            out = out[torch.from_numpy(inverse).to(self.device)]
         return out
 
     def accuracy(self, masks: Tensor, batches: Batches, *, progress: Progress | None = None) -> Tensor:
@@ -182,13 +192,13 @@ class PopulationEvaluator:
         self._masks(masks)
         fingerprint = data.fingerprint()
         if self._full is None or self._full[0] != fingerprint or not self.memo:
-            y = torch.empty(data.images, dtype=torch.int64)
+            y = torch.empty(data.images, dtype=torch.int64, device=self.device)
 
             def take(rows: slice, at: slice, logits: Tensor) -> None:
                 y[at] = logits[0].argmax(1)
 
             self._evaluate(self.space.ones(1), data, take, None, inherit=True)
-            self._full = fingerprint, y
+            self._full = fingerprint, y.cpu()
         data.y = self._full[1]
         return self._quality("agreement", masks, data, progress)
 
@@ -208,14 +218,14 @@ class PopulationEvaluator:
 
             def take(rows: slice, at: slice, logits: Tensor) -> None:
                 assert data.y is not None
-                y = data.y[at].expand(len(logits), -1)
+                y = data.y[at].to(self.device).expand(len(logits), -1)
                 if name == "loss":
                     each = F.cross_entropy(logits.double().flatten(0, 1), y.flatten(), reduction="none")
                     # One after the other, so that the sum does not depend on where the images are cut.
-                    terms = np.concatenate((sums[rows, None], each.reshape(y.shape).numpy()), 1)
+                    terms = np.concatenate((sums[rows, None], each.reshape(y.shape).cpu().numpy()), 1)
                     sums[rows] = np.add.accumulate(terms, 1)[:, -1]
                 else:
-                    sums[rows] += (logits.argmax(2) == y).sum(1).numpy()
+                    sums[rows] += (logits.argmax(2) == y).sum(1).cpu().numpy()
                 if at.stop == data.images:
                     for k in range(rows.start, rows.stop):
                         known[keys[new[k]]] = float(sums[k] / data.images)
@@ -245,7 +255,7 @@ class PopulationEvaluator:
             affines = self._recalibrated(own) if recalibrate else None
             done += len(own) * (passes - data.images)
             for at, x in data.pieces(images):
-                take(rows, at, self._program.finish(self._network(own, self._maps(x), affines)))
+                take(rows, at, self._program.finish(self._network(own, self._maps(x), affines, agree=True)))
                 done += len(own) * (at.stop - at.start)
                 if progress is not None:
                     progress(done, total)
@@ -254,36 +264,38 @@ class PopulationEvaluator:
     def _cut(self, individuals: int, images: int, macs: float, recalibrate: bool, extra: int,
              held: int) -> tuple[int, int]:
         """How many individuals, and how many images, one native call has."""
-        limit = _free_bytes() // 4 if self.memory_limit is None else self.memory_limit
+        limit = _free_bytes(self.device) // 4 if self.memory_limit is None else self.memory_limit
         size = torch.finfo(self.dtype).bits // 8
         outputs = int(np.prod(self._network.shapes[self._network.output]))
         outputs *= size * (1 + bool(self._program.softmax)) + extra
         alone = 2 * self.space.num_genes + 64  # the mask, and its copy that is sorted
-        fixed = held
+        channels = sum(self._network.shapes[v][0] for v in self._network.norms)
         if recalibrate:
-            channels = sum(self._network.shapes[v][0] for v in self._network.norms)
-            alone += channels * (4 * 8 + 4 * 8 + 2 * size)  # moments of a batch, their sums, what is made of them
-            fixed += max(self._network.bytes(len(x), True) for x in self._calibration)
+            alone += channels * (4 * 8 + 4 * 8 + 2 * 8)  # moments of a batch, their sums, what is made of them
+        measured = {len(x) for x in self._calibration} if recalibrate else set()
 
-        def need(n: int) -> int:
-            return fixed + self._network.bytes(n) + alone + n * outputs
+        def need(p: int, n: int) -> int:
+            own = self._network.bytes(n, False, p) + max((self._network.bytes(m, True, p) for m in measured), default=0)
+            return held + own + p * (alone + n * outputs)
 
         n = min(images, PIECE)
-        while n > 1 and need(n) > limit:
+        while n > 1 and need(1, n) > limit:
             n = -(-n // 2)
-        if need(n) > limit:
-            what = f"one individual needs {need(n):,}"
+        first = need(1, n)
+        if first > limit:
+            what = f"one individual needs {first:,}"
             if held:
                 what += f", of which the result takes {held:,}"
             which = "memory_limit" if self.memory_limit is not None else "memory_limit (a quarter of what is free)"
             raise ValueError(f"{which} = {limit:,} bytes is too small: {what}")
-        p = 1 + (limit - need(n)) // (alone + n * outputs)
-        return max(1, min(p, individuals, max(16, int(WORK / max(macs * n, 1))))), n
+        p = 1 + (limit - first) // (need(2, n) - first)  # it grows by as much for every individual
+        return max(1, min(p, individuals, max(16, int(WORK[self.device.type] / max(macs * n, 1))))), n
 
     def _recalibrated(self, masks: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Scale and shift of every norm, each [P, channels], from the calibration batches."""
         norms = self._network.norms
-        mean = {v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64) for v in norms}
+        mean = {v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64, device=self.device)
+                for v in norms}
         variance = {v: torch.zeros_like(m) for v, m in mean.items()}
         for x in self._calibration:
             for v, (m, s) in zip(norms, self._network.moments(masks, self._maps(x)), strict=True):
@@ -297,7 +309,7 @@ class PopulationEvaluator:
                 continue
             scale, shift = self._program.affine(v, mean[v] / len(self._calibration),
                                                 variance[v] / len(self._calibration))
-            out.append((scale.to(self.dtype), shift.to(self.dtype)))
+            out.append((scale.to(self._network.acc), shift.to(self._network.acc)))
         return out
 
     def _maps(self, x: Tensor) -> Tensor:
@@ -318,7 +330,8 @@ class PopulationEvaluator:
     def _check(self, x: Any, name: str = "x") -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-        _on_cpu(name, x)
+        if x.device != self.device:
+            raise ValueError(f"{name} must be on {self.device} as the model is, got {x.device}")
         if x.dtype != self.dtype:
             raise TypeError(f"{name} must be {self.dtype} as the model is, got {x.dtype}")
         if x.shape[1:] != self.shape:
@@ -436,7 +449,7 @@ def _size(x: Tensor) -> Tensor:
 def _hash(*tensors: Tensor) -> bytes:
     h = hashlib.sha256()
     for t in tensors:
-        h.update(t.contiguous().numpy().data)
+        h.update(t.cpu().contiguous().view(torch.uint8).numpy().data)
     return h.digest()
 
 
@@ -454,12 +467,10 @@ def _distinct(masks: Tensor) -> tuple[list[bytes], np.ndarray, np.ndarray]:
     return keys, np.array([first[key] for key in keys]), np.array([place[row] for row in rows])
 
 
-def _on_cpu(name: str, x: Tensor) -> None:
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"the population evaluator runs on the CPU, but {name} is on {x.device}")
-
-
-def _free_bytes() -> int:
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":  # what torch has taken and does not use is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -204,7 +204,7 @@ class _Lowering:
         return self.node("norm", a, scale=full + scale, shift=full + shift)
 
     def lower_prelu(self, op: Op, a: int) -> int:
-        weight = op.module.weight.detach().double()  # type: ignore[union-attr, operator]
+        weight = op.module.weight.detach().double().cpu()  # type: ignore[union-attr, operator]
         if len(weight) == 1:
             return self.node("activation", a, name="leaky_relu", param=float(weight))
         negative = self.node("activation", self.scaled(a, -1.0), name="relu")
