@@ -14,7 +14,6 @@ Benchmark = dict[str, Any]  # extra_info
 SIDES = {"sequential": ("sequential loop", "#0072B2"), "dense": ("dense batch", "#56B4E9"),
          "compact": ("compact loop", "#009E73"), "vmap": ("vmap", "#CC79A7")}
 OTHERS = [side for side in SIDES if side != "sequential"]
-SIZES = {"3x3": "#D55E00", "1x1": "#0072B2", "depthwise": "#009E73"}
 
 
 def of(results: dict[str, Any], kind: str) -> list[Benchmark]:
@@ -36,8 +35,7 @@ def against(b: Benchmark, side: str) -> float | None:
 
 
 def best(b: Benchmark) -> float | None:
-    """The best of the sides but the sequential loop; without all of them measured it is not known, unless what is
-    missing does not fit."""
+    """The best of the sides but the sequential loop."""
     return min((r for side in OTHERS if (r := against(b, side)) is not None), default=None)
 
 
@@ -71,7 +69,7 @@ def networks(rows: list[Benchmark]) -> str:
 
     body = []
     for b in rows:
-        asked = f"{b['asked'][0]:g}x" + (f", {b['asked'][1]:g}x" if b["asked"][1] else "")
+        asked = ", ".join(f"{value:g}x" for value in b["asked"] if value)
         own, top = b["seconds"]["fastkd"], best(b)
         body.append([
             f"{label(b, rows)} (P={b['population']}, N={b['images']})", number(1e3 * statistics.median(own)),
@@ -140,83 +138,80 @@ def plot(results: dict[str, Any], path: Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    cases, own = of(results, "population"), of(results, "layer")
-    drawn = [draw for draw, rows in ((draw_networks, [*cases, *of(results, "converging")]), (draw_layers, own)) if rows]
+    cases, single = of(results, "population") + of(results, "converging"), of(results, "layer")
+    drawn = [draw for draw, rows in ((draw_networks, cases), (draw_layers, single)) if rows]
     if not drawn:
         return False
-    figure, panels = plt.subplots(1, len(drawn), squeeze=False, layout="constrained",
-                                  figsize=(5.5 * len(drawn), max(4.2, 0.9 * len(cases) + 1.5)))
+    size = 5.5 * len(drawn), max(3.0, 0.8 * len(cases) + 1.5, 0.16 * len(single) + 1.5)
+    figure, panels = plt.subplots(1, len(drawn), squeeze=False, layout="constrained", figsize=size)
     for draw, panel in zip(drawn, panels[0], strict=True):
         draw(panel, results)
-        panel.grid(axis="x" if draw is draw_networks else "y", color="0.88", linewidth=0.6)
+        panel.grid(axis="x", color="0.88", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xscale("log")
-        panel.xaxis.set_minor_locator(NullLocator())
-        ticks = (1, 2, 5, 10, 20, 50, 100, 200) if draw is draw_networks else sorted({b["kept"] for b in own} - {
-            7, 9, 15, 17, 63})
-        low, high = panel.get_xlim()
-        panel.xaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-        panel.xaxis.set_major_formatter(FuncFormatter(
-            (lambda v, _: f"{v:g}x") if draw is draw_networks else (lambda v, _: f"{v:g}")))
+        panel.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
     figure.savefig(path, dpi=200)
     plt.close(figure)
     return True
 
 
 def draw_networks(panel: Any, results: dict[str, Any]) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     cases, height = of(results, "population"), 0.8 / len(SIDES)
     names = [label(b, cases) for b in cases]
-    for k, (side, (title, colour)) in enumerate(SIDES.items()):
-        for y, b in enumerate(cases):
-            where, value = y + (k - (len(SIDES) - 1) / 2) * height, against(b, side)
-            panel.barh(where, (value or 1) - 1, height, left=1, color=colour, edgecolor="white", linewidth=0.3,
-                       label=None if y else title)
-            panel.text((value or 1) * 1.04, where, f"{number(value, 2)}x" if value else b["absent"][side], va="center",
-                       fontsize=7)
-    marks = []  # x, from y, to y
+    marks: list[tuple[float | None, float, float]] = []  # what is asked, over which bars
+
+    def bar(y: float, value: float | None, text: str, colour: str, title: str | None) -> None:
+        panel.barh(y, (value or 1) - 1, height, left=1, color=colour, edgecolor="white", linewidth=0.3, label=title)
+        panel.text(max(value or 1, 1) * 1.04, y, text, va="center", fontsize=7, zorder=3,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+
     for y, b in enumerate(cases):
-        top = y - 0.4
-        marks.append((b["asked"][0], top, top + height))
-        if b["asked"][1]:
-            marks.append((b["asked"][1], top + height, y + 0.4))
+        for k, (side, (title, colour)) in enumerate(SIDES.items()):
+            value = against(b, side)
+            text = b["absent"][side] if value is None else f"{number(value, 2)}x"
+            bar(y + (k + 0.5) * height - 0.4, value, text, colour, None if y else title)
+        marks += [(b["asked"][0], y - 0.4, y - 0.4 + height), (b["asked"][1], y - 0.4 + height, y + 0.4)]
     for b in of(results, "converging"):
         y, gain = len(names), sum(b["seconds"]["alone"]) / sum(b["seconds"]["fastkd"])
-        names.append("converging,\nResNet-20")
-        panel.barh(y, gain - 1, height, left=1, color="#999999", label="each by itself, in fastkd")
-        panel.text(gain * 1.04, y, f"{number(gain, 3)}x", va="center", fontsize=7)
+        names.append("converging\nResNet-20")
+        bar(y, gain, f"{number(gain, 2)}x", "#999999", "each by itself, in fastkd")
         marks.append((b["asked"], y - height / 2, y + height / 2))
-    for k, (x, low, high) in enumerate(marks):
-        panel.plot([x, x], [low, high], color="black", linewidth=2, solid_capstyle="butt",
-                   label=None if k else "asked, at least (of the best)")
-    panel.axvline(1, color="#D55E00", linewidth=1.6)
-    panel.set_yticks(range(len(names)), names)
+    for k, (x, low, high) in enumerate(mark for mark in marks if mark[0]):
+        panel.plot([x, x], [low, high], color="black", linewidth=2, solid_capstyle="butt", zorder=4,
+                   label=None if k else "asked, at least")
+    panel.axvline(1, color="#D55E00", linewidth=1.6, label="fastkd")
+    panel.set_xscale("log")
+    low, high = panel.get_xlim()
+    low, high = min(low, 0.93), high * 1.4  # room for the line at 1 and the text
+    panel.set_xlim(low, high)
+    steps = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200)
+    panel.xaxis.set_major_locator(FixedLocator([x for x in steps if low <= x <= high]))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+    panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.set_ylim(len(names) - 0.5, -0.5)
-    values = [v for b in cases for side in SIDES if (v := against(b, side))]
-    panel.set_xlim(min(0.9, 0.9 * min(values, default=1)), 1.6 * max(values, default=10))
-    panel.set_title("Time over fastkd's (the line at 1x)", fontsize=10)
-    panel.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3)
+    panel.set_title("Time over fastkd's", fontsize=10)
 
 
 def draw_layers(panel: Any, results: dict[str, Any]) -> None:
     rows = of(results, "layer")
-    rows = [b for b in rows if b["dtype"] == rows[-1]["dtype"]]
-    for kind, colour in SIZES.items():
-        for own, marker in ((True, "o"), (False, "x")):
-            points = [(b["kept"], of_gemm(b, per_layer(b) if own else b["seconds"][better(b, "torch")], b["macs"]))
-                      for b in rows if b["layer"] == kind]
-            if points:
-                panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, alpha=0.8,
-                           label=f"{kind}, {'fastkd' if own else 'torch'}")
-    for k, b in enumerate(b for b in rows if b["asked"]):
-        panel.plot([b["kept"] * 0.95, b["kept"] * 1.05], [b["asked"]] * 2, color="black", linewidth=2,
+    for y, b in enumerate(rows):
+        own, torch = (of_gemm(b, taken, b["macs"]) for taken in (per_layer(b), b["seconds"][better(b, "torch")]))
+        panel.plot([own, torch], [y, y], color="0.7", linewidth=1, zorder=1)
+        panel.plot(torch, y, "o", color="#0072B2", markersize=4,
+                   label=None if y else "torch's convolution, compact tensors")
+        panel.plot(own, y, "o", color="#D55E00", markersize=4, label=None if y else "fastkd")
+    for k, (y, b) in enumerate((y, b) for y, b in enumerate(rows) if b["asked"]):
+        panel.plot([b["asked"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2, solid_capstyle="butt",
                    label=None if k else "asked of fastkd, at least")
-    panel.set_ylim(bottom=0)
-    panel.set_xlabel("kept channels", fontsize=9)
-    panel.set_title("Multiplications per second over those of a square GEMM,\none mark per layer", fontsize=10)
-    panel.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+    panel.set_yticks(range(len(rows)), [label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, keeps {b['kept']}")
+                                        for b in rows], fontsize=6)
+    panel.set_ylim(len(rows) - 0.5, -0.5)
+    panel.set_xlim(left=0)
+    panel.set_title("A layer: multiplications per second over a square GEMM's", fontsize=10)
 
 
 def write(results: dict[str, Any], path: Path) -> bool:

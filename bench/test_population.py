@@ -121,7 +121,8 @@ def test_network(name: str, dtype: torch.dtype, benchmark, device: torch.device,
     steps = list(e._program.steps(e._network, masks.numpy()))
     benchmark.group = f"{name}: all logits of a population"
     benchmark.extra_info.update(
-        kind="population", case=name, population=case.population, images=images, asked=case.asked, absent=absent,
+        kind="population", case=name, population=case.population, images=images, absent=absent,
+        asked=case.asked if device.type == "cpu" else (10 if case.shape[1:] == (32, 32) else None, None),
         macs=int(e.space.macs(masks).sum()) * images,
         shared=sum(int(s.macs[1]) for s in steps) / max(1, sum(int(s.macs[2]) for s in steps)))
     in_turns(benchmark, every, clip(budget / sum(once.values()), *ROUNDS), device, dtype)
@@ -172,7 +173,8 @@ def test_layer(layer: Layer, dtype: torch.dtype, benchmark, device: torch.device
     round_ = sum(seconds(run, calls[side]) for side, run in every.items())
     benchmark.group = f"layer {layer}"
     benchmark.extra_info.update(
-        kind="layer", layer=layer.kind, kept=layer.kept, size=layer.size, images=images, asked=layer.asked,
+        kind="layer", layer=layer.kind, kept=layer.kept, size=layer.size, images=images,
+        asked=layer.asked if device.type == "cpu" else None,
         macs=layer.macs(images), depth=DEPTH if "alone" in every else 1,
         dense_macs=layer.macs(images) * (2 if layer.kind == "depthwise" else 4))
     in_turns(benchmark, every, clip(budget * LAYER_SHARE / round_, *LAYER_ROUNDS), device, dtype, calls)
