@@ -26,7 +26,7 @@ ROUNDS = 3, 15  # fewest and most
 LAYER_ROUNDS, LAYER_SHARE = (5, 15), 1 / 40  # a layer gets this share of the time of a case
 GENERATIONS, SIZE = 20, 32
 # Relative difference from fastkd's result in the 2-norm. On a GPU, torch takes TF32 for float32 convolutions.
-TOLERANCE = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-2, ("cuda", "bfloat16"): 1e-1}
+TOLERANCE = {("cpu", "float32"): 1e-4, ("cuda", "float32"): 1e-2, ("cuda", "bfloat16"): 3e-2}
 
 pytestmark = pytest.mark.benchmark(timer=timer, disable_gc=True)
 
@@ -65,16 +65,16 @@ def evaluator(model: nn.Module, x: torch.Tensor, **options: Any) -> PopulationEv
 
 
 def agree(every: Sides, tolerance: float) -> dict[str, float]:
-    """Seconds of one call of each side, when all have been called and agree with the first one."""
-    first, *others = every
-    once, expected = {}, every[first]()
-    once[first] = seconds(every[first])
-    for side in others:
-        result = every[side]()
-        off = float((result.float() - expected.float()).norm() / expected.float().norm())
+    """Seconds of the first call of each side; all agree with the first one."""
+    once: dict[str, float] = {}
+    expected = None
+    for side, run in every.items():
+        results: list[torch.Tensor] = []
+        once[side] = seconds(lambda: results.append(run()))
+        result = results.pop().float()
+        expected = result if expected is None else expected
+        off = float((result - expected).norm() / expected.norm())
         assert off <= tolerance, f"{side} is off by {off}"
-        del result
-        once[side] = seconds(every[side])
     return once
 
 
