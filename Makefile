@@ -1,6 +1,6 @@
 # make test    sets everything up and runs the tests
 # make demo    sets everything up, trains a teacher and distils it into a small student
-# make bench   benchmarks against every peer; writes bench/results/cpu.{json,md,png} and end_to_end.{json,md}
+# make bench   benchmarks against every peer; writes cpu, population.{json,md,png} and end_to_end.{json,md} in bench/results
 # All work happens in .venv and .build; `make clean` removes both.
 
 PYTHON ?= python3
@@ -63,10 +63,11 @@ demo: setup
 	$(BIN)/fastkd demo
 
 bench: setup
-	$(BIN)/pytest bench --benchmark-json=bench/results/cpu.json
+	$(BIN)/pytest bench/test_lsp.py --benchmark-json=bench/results/cpu.json
 	$(BIN)/python -m bench.report bench/results/cpu.json
+	$(BIN)/pytest bench/test_population.py --benchmark-json=bench/results/population.json
+	$(BIN)/python -m bench.report bench/results/population.json
 	$(BIN)/python -m bench.end_to_end
-	$(BIN)/python -m bench.population
 
 lint: setup
 	$(PIP) ruff mypy

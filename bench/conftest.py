@@ -6,6 +6,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastkd")
     group.addoption("--device", default="cpu", choices=["cpu", "cuda"])
     group.addoption("--no-memory", action="store_true", help="leave out the peak memory (shorter)")
+    group.addoption("--share", type=float, default=1.0, help="of the images of populations; the table says how many")
+    group.addoption("--seconds", type=float, default=120, help="of the rounds of a population's case, about")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""``python -m bench.report RESULTS.json`` writes RESULTS.md (tables) and RESULTS.png beside it."""
+"""``python -m bench.report RESULTS.json`` writes RESULTS.md (tables) and RESULTS.png beside it.
+
+Where RESULTS.json holds benchmarks of test_lsp.py and of test_population.py, the latter are in RESULTS_population.md
+and .png.
+"""
 
 from __future__ import annotations
 
@@ -196,10 +200,18 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 def main(path: Path) -> None:
+    from . import population_report
+
     results = json.loads(path.read_text())
     rows = steps(results)
-    if not rows:
-        raise SystemExit(f"{path} holds no step of test_lsp.py")
+    populations = population_report.write(results, path.with_stem(f"{path.stem}_population") if rows else path)
+    if rows:
+        write(results, rows, path)
+    elif not populations:
+        raise SystemExit(f"{path} holds no step of test_lsp.py and nothing of test_population.py")
+
+
+def write(results: dict[str, Any], rows: Rows, path: Path) -> None:
     parts = [heading(results, rows)]
     parts += [f"## {title}\n\n{times(rows, form)}" for form, title in FORMS.items()]
     parts += [
