@@ -56,8 +56,8 @@ sanitize: setup $(BUILD)/sanitize/.built
 	FASTKD_SANITIZED=1 FASTKD_SIMT_DIR=$(abspath $(BUILD)/sanitize) \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/pytest tests/test_ops.py -m "not large" \
-	    -k "(layout or index_dtypes or reduction) and not cuda"
+	$(BIN)/pytest tests/test_ops.py tests/test_network.py -m "not large" \
+	    -k "(layout or index_dtypes or reduction or each_alone or moments or tensor_cores or own) and not cuda"
 
 demo: setup
 	$(BIN)/fastkd demo

@@ -5,7 +5,8 @@
 #
 # builds the package from this tree for the GPU at hand, runs the whole test suite with CUDA, runs
 # compute-sanitizer (memcheck and racecheck) over a small part of it, runs the benchmarks, and writes
-# OUT_FOLDER/gpu_check.json, cuda.json (the benchmarks), cuda.md and cuda.png. Needs nvcc and a python3
+# OUT_FOLDER/gpu_check.json, cuda.json (the benchmarks), cuda.md and cuda.png, and the same of the
+# populations as cuda_population.md and .png. Needs nvcc and a python3
 # with a CUDA build of torch. What else Python needs (scripts/gpu_wheels.txt) is taken from WHEEL_FOLDER
 # where that is given (see `pip download -r scripts/gpu_wheels.txt`), or must be installed.
 # Exits non-zero if any part failed; later parts run all the same.
@@ -42,10 +43,10 @@ if [ "${result[build]}" = passed ]; then
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -c \
-                "import sys, pytest; sys.exit(pytest.main(['tests/test_ops.py', '-k', 'cuda and (layout or index_dtypes)', '-p', 'no:cacheprovider']))"
+                "import sys, pytest; sys.exit(pytest.main(['tests/test_ops.py', 'tests/test_network.py', '-k', 'cuda and (layout or index_dtypes or tensor_cores or moments_of)', '-p', 'no:cacheprovider']))"
         done
     fi
-    part benchmarks python3 -c "import sys, pytest; sys.exit(pytest.main(['bench', '--device', 'cuda', '--benchmark-json=$out/cuda.json', '-p', 'no:cacheprovider']))"
+    part benchmarks python3 -c "import sys, pytest; sys.exit(pytest.main(['bench', '--device', 'cuda', '--seconds', '15', '--benchmark-json=$out/cuda.json', '-p', 'no:cacheprovider']))"
     part report python3 -m bench.report "$out/cuda.json"
 fi
 

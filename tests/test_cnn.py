@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
-
 from fastkd import data
 from fastkd.data import images
 from fastkd.models import CNNS, build_cnn, load_weights

@@ -1,7 +1,6 @@
 """Data sets: splits, counts and leakage of those that are here; official formats made small; errors."""
 
 import hashlib
-import importlib
 import json
 import os
 import pathlib
@@ -596,14 +595,3 @@ def test_unknown_names():
     with pytest.raises(FileNotFoundError, match="root must be a folder"):
         data.load("cora", root="/nowhere")
     assert {"digits", "shapes69", "ogbn-arxiv", "ppi"} <= set(data.names())
-
-
-def test_without_pyg(monkeypatch):
-    import fastkd
-
-    for name in [n for n in sys.modules if n.startswith("fastkd.data")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(fastkd, "data")
-    monkeypatch.setitem(sys.modules, "torch_geometric", None)
-    with pytest.raises(ImportError, match=r'pip install "fastkd\[distill\]"'):
-        importlib.import_module("fastkd.data")

@@ -5,12 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
-
 from test_cnn import file
 from test_population import IMAGES, SHAPES, SMALL, Net, conv, lively, network, small_net, some_masks, tail
+from torch import nn
 
 from fastkd import PopulationEvaluator, data
 from fastkd.models import build_cnn, load_weights

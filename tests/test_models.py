@@ -1,7 +1,5 @@
 """Networks: against PyG's own layers, in every form of their inputs, and what can be tapped."""
 
-import importlib
-import sys
 
 import pytest
 import torch
@@ -426,14 +424,3 @@ def test_errors_of_other_types():
         make("gcn")(None, directed())
     with pytest.raises(IndexError, match="edge_index"):
         make("gcn")(torch.randn(30, 12), directed())
-
-
-def test_without_pyg(monkeypatch):
-    import fastkd
-
-    for name in [n for n in sys.modules if n.startswith("fastkd.models")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(fastkd, "models")
-    monkeypatch.setitem(sys.modules, "torch_geometric", None)
-    with pytest.raises(ImportError, match=r'pip install "fastkd\[distill\]"'):
-        importlib.import_module("fastkd.models")

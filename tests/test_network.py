@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd import _ops
 from fastkd._ops import ALWAYS, NEVER, Network
 
 ACTIVATION = {
@@ -364,3 +365,59 @@ def test_tensor_cores(name, dtype, tensor_cores, tolerance, device, monkeypatch,
         assert (y.double() - expected).abs().max() > 1e-6 * expected.abs().max()
     for k in range(5):
         assert torch.equal(net(masks[k : k + 1], x)[0], y[k])
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "random"])
+def test_simt_schedule_does_not_matter(schedule, monkeypatch, poisoned):
+    """A kernel that misses a barrier gives other results when its threads run in another order."""
+    from conftest import simt_module
+
+    monkeypatch.setitem(_ops.backends, "cpu", simt_module().cuda)
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        for name in NETWORKS:
+            b = NETWORKS[name]()
+            masks, x = population(b, 3), batch(b, 5).to(dtype)
+            net = Moved(b, dtype, torch.device("cpu"))
+            monkeypatch.setenv("FASTKD_SIMT_ORDER", "forward")
+            y, moments = net(masks, x), net.moments(masks, x)
+            monkeypatch.setenv("FASTKD_SIMT_ORDER", schedule)
+            assert torch.equal(net(masks, x), y)
+            for a, c in zip(net.moments(masks, x), moments, strict=True):
+                assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("where", ["simt", "cuda"])
+def test_device_memory_is_within_what_is_stated(name, where, monkeypatch):
+    from conftest import simt_module
+
+    device = torch.device("cuda" if where == "cuda" else "cpu")
+    if where == "simt":
+        monkeypatch.setitem(_ops.backends, "cpu", simt_module().cuda)
+    elif not torch.cuda.is_available() or _ops.backends["cuda"] is None:
+        pytest.skip("no CUDA device, or a build without CUDA")
+    held, most = {}, 0
+
+    class Counted(_ops._Memory):
+        def _hold(self, x):
+            nonlocal most
+            held[x.data_ptr()] = x.numel()
+            most = max(most, sum(held.values()))
+            return super()._hold(x)
+
+        def give(self, address):
+            del held[address]
+            super().give(address)
+
+    monkeypatch.setattr(_ops, "_Memory", Counted)
+    b = NETWORKS[name]()
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        net = Moved(b, dtype, device)
+        for count, images, density in ((1, 1, 2), (1, 70, 0.4), (4, 9, 2), (6, 33, 0.9), (7, 20, 0.5)):
+            masks, x = population(b, count, density=density), batch(b, images).to(dtype)
+            for recalibrate, run in ((False, net), (True, net.moments)):
+                most = 0
+                run(masks, x)
+                assert not held, "all is given back"
+                assert 0 < most <= net.net.bytes(images, recalibrate, count)

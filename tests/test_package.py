@@ -94,3 +94,23 @@ def test_simt_selftest(tmp_path):
                     "-o", binary], check=True, timeout=300)
     done = subprocess.run([binary], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_convolutional_networks_do_without_torch_geometric(tmp_path):
+    """Engineers who compress CNNs do not install it."""
+    code = """
+import sys
+sys.modules["torch_geometric"] = None
+import fastkd, torch
+from fastkd import data, models
+from fastkd.models import build_cnn
+fastkd.PopulationEvaluator(build_cnn("lenet").eval(), torch.zeros(1, 1, 28, 28))
+for f in (lambda: models.GAT, lambda: data.load("cora")):
+    try:
+        f()
+    except ImportError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('needs torch-geometric: pip install "fastkd[distill]"') == 2

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
-
 from fastkd.models import cnn
 from fastkd.population import KEPT, ZERO, UnsupportedModelError, compact, export_onnx, load, save, trace
 from fastkd.reference import masked_forward

@@ -17,11 +17,6 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-try:
-    import torch_geometric  # noqa: F401
-except ImportError as error:
-    raise ImportError('fastkd.data needs torch-geometric: pip install "fastkd[distill]"') from error
-
 from . import graphs, shapes
 from .files import Task
 from .images import Images
@@ -76,8 +71,12 @@ def load(name: str, root: str | Path | None = None) -> Task:
         ValueError: unknown name (the message lists all), or a file that is damaged, has another checksum
             than stated, or lacks an array; it is left where it is.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
-        ImportError: a package is needed (ogb, scikit-learn).
+        ImportError: a package is needed (torch-geometric, ogb, scikit-learn).
     """
+    try:
+        import torch_geometric  # noqa: F401
+    except ImportError as error:
+        raise ImportError('fastkd.data.load needs torch-geometric: pip install "fastkd[distill]"') from error
     if name in shapes.SETS:
         return shapes.load(name, root)
     if name in graphs.SETS or (name.startswith("tu:") and name != "tu:<NAME>"):

@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch_geometric.data import Data
 
 from ..graph import Graph
 from .files import Arrays, Task, find, official, require
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 __all__ = ["SETS", "load"]
 
@@ -117,7 +119,7 @@ def _tu(name: str, folder: Path) -> Arrays:
         if not attributes:
             degree = torch.bincount(data.edge_index[1], minlength=n).clamp(max=31)
             x = torch.nn.functional.one_hot(degree, 32).float()
-        graphs.append(Data(x=x, y=data.x[:, attributes:].argmax(1), edge_index=data.edge_index))
+        graphs.append(type(data)(x=x, y=data.x[:, attributes:].argmax(1), edge_index=data.edge_index))
     parts = _tenths(len(graphs))
     return _joined({part: [graphs[i] for i in sorted(of)] for part, of in parts.items()})
 
@@ -295,6 +297,8 @@ def _data(x: Tensor, y: Tensor, edges: Tensor, masks: dict[str, Tensor], **more:
     n = len(y)
     graph = Graph.from_edge_index(edges, n)
     adj_t = _csr(graph.rowptr.long(), graph.col.long(), torch.ones(graph.num_edges), (n, n))
+    from torch_geometric.data import Data
+
     return Data(x=x, y=y, edge_index=edges, adj_t=adj_t, **{f"{part}_mask": m for part, m in masks.items()}, **more)
 
 
