@@ -20,7 +20,7 @@
 namespace fastkd::cpu {
 namespace {
 
-constexpr std::int64_t kTasks = 16;
+constexpr std::int64_t kTasks = 8;  // enough to share among threads; each costs a copy of what is shared
 constexpr std::int64_t kHuge = 2 << 20;
 
 struct Free {
@@ -34,6 +34,13 @@ Buffer buffer(std::int64_t bytes) {
 #ifdef MADV_HUGEPAGE
     madvise(b.get(), std::size_t(size), MADV_HUGEPAGE);
 #endif
+    return b;
+}
+
+Buffer zeros(std::int64_t bytes) {
+    if (!bytes) return nullptr;
+    Buffer b = buffer(bytes);
+    std::memset(b.get(), 0, std::size_t(bytes));
     return b;
 }
 
@@ -70,20 +77,19 @@ struct Plan {
           cuts(std::min(blocks.count, kTasks)),
           ranges(std::min(std::max<std::int64_t>(kTasks / cuts, 1), op.individuals)),
           axes{{op, 0}, {op, 1}},
-          x_partial(std::size_t((ranges - 1) * numbers_x * size)),
-          partial(std::size_t((cuts * ranges - 1) * (numbers_weight + numbers_bias) * size)) {}
+          x_partial(zeros((ranges - 1) * numbers_x * size)),
+          partial(zeros((cuts * ranges - 1) * (numbers_weight + numbers_bias) * size)) {}
 
     // Where a task adds: the first to the result.
     char* grad_x(std::int64_t range) {
-        return range ? x_partial.data() + (range - 1) * numbers_x * size : static_cast<char*>(op.grad_x);
+        return range ? x_partial.get() + (range - 1) * numbers_x * size : static_cast<char*>(op.grad_x);
     }
     char* grad_weight(std::int64_t task) {
-        return task ? partial.data() + (task - 1) * numbers_weight * size
-                    : static_cast<char*>(op.grad_weight);
+        return task ? partial.get() + (task - 1) * numbers_weight * size : static_cast<char*>(op.grad_weight);
     }
     char* grad_bias(std::int64_t task) {
         if (!task) return static_cast<char*>(op.grad_bias);
-        return partial.data() + ((cuts * ranges - 1) * numbers_weight + (task - 1) * numbers_bias) * size;
+        return partial.get() + ((cuts * ranges - 1) * numbers_weight + (task - 1) * numbers_bias) * size;
     }
 
     const ConvBackward& op;
@@ -92,7 +98,7 @@ struct Plan {
     ImageBlocks blocks;
     std::int64_t cuts, ranges;  // tasks: cuts of the blocks x ranges of individuals
     Axis axes[2];
-    std::vector<char> x_partial, partial;
+    Buffer x_partial, partial;
 };
 
 // out += the rows of partial, in order.
@@ -248,7 +254,7 @@ void conv_backward(const ConvBackward& op, int threads) {
     });
     auto all = [&](auto number) {
         using A = decltype(number);
-        add<A>(op.grad_x, plan.x_partial.data(), plan.ranges - 1, plan.numbers_x, threads);
+        add<A>(op.grad_x, plan.x_partial.get(), plan.ranges - 1, plan.numbers_x, threads);
         add<A>(op.grad_weight, plan.grad_weight(1), tasks - 1, plan.numbers_weight, threads);
         add<A>(op.grad_bias, plan.grad_bias(1), tasks - 1, plan.numbers_bias, threads);
     };

@@ -70,7 +70,8 @@ struct Run {
 
 // K channels x N vectors of images, pixel after pixel. Every sum runs over (row, column, output).
 template <class A, int Bytes, int K, int N>
-void input_tile(const PlaneGradients& q, const Run& run, A* const* grad_x, const A* packed) {
+__attribute__((noinline)) void input_tile(const PlaneGradients& q, const Run& run, A* const* grad_x,
+                                          const A* packed) {
     using V = typename Vec<A, Bytes>::type;
     constexpr int lanes = Vec<A, Bytes>::lanes;
     const A* const* grad = reinterpret_cast<const A* const*>(q.grad);
@@ -209,10 +210,16 @@ template <class A, int Bytes, int K, int M> void weight_tile(const PlaneGradient
         }
     }
     const std::int64_t taps = q.kernel[0] * q.kernel[1], tap = a * q.kernel[1] + b;
-    for (int k = 0; k < K; ++k)
-        for (int m = 0; m < M; ++m)
-            static_cast<A*>(q.grad_weight)[q.out[output + k] * q.row + q.in[input + m] * taps + tap] +=
-                total<A, Bytes>(sum[k][m]);
+    for (int k = 0; k < K; ++k) {
+        A sums[M];
+        if constexpr (M == 4 && Bytes == kVecBytes) {
+            reduce_add4<A>(sum[k], sums);
+        } else {
+            for (int m = 0; m < M; ++m) sums[m] = total<A, Bytes>(sum[k][m]);
+        }
+        A* row = static_cast<A*>(q.grad_weight) + q.out[output + k] * q.row + tap;
+        for (int m = 0; m < M; ++m) row[q.in[input + m] * taps] += sums[m];
+    }
 }
 
 template <class A, int Bytes> void grad_weight(const PlaneGradients& q) {
