@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fastkd
-from fastkd import masked_conv2d, reference
+from fastkd import _ops, masked_conv2d, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -286,6 +286,22 @@ def test_gradcheck(device, name, own):
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     f = lambda *t: masked_conv2d(*t, in_mask=in_mask, out_mask=out_mask, **conv.options)
     assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("name", ["strided", "grouped", "many", "no_images"])
+def test_loop_over_individuals(name):
+    """What runs on devices without kernels of our own."""
+    conv = CONVS[name]
+    for own in (False, True):
+        x, weight, bias, i, o = conv.make(torch.float64, own)
+        defaults = {"stride": 1, "padding": 0, "dilation": 1}
+        rest = (i, o, *([conv.options.get(k, d)] * 2 for k, d in defaults.items()), conv.options.get("groups", 1))
+        y = _ops.masked_conv2d(x, weight, bias, *rest)
+        torch.testing.assert_close(_ops._masked_conv2d_torch(x, weight, bias, *rest), y)
+        cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+        loop = _ops._masked_conv2d_backward_torch(cotangent, x, weight, *rest, [True] * 3)
+        for a, b in zip(loop, _ops.masked_conv2d_backward(cotangent, x, weight, *rest, [True] * 3), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck():
