@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "conv_backward.h"
 #include "fastkd.h"
 #include "network.h"
 
@@ -194,7 +195,8 @@ struct PythonMemory : cuda::Memory {
     }
     void* put(const void* data, int64_t bytes) override {
         const py::gil_scoped_acquire gil;
-        return pointer(put_(py::memoryview::from_memory(const_cast<void*>(data), bytes)).cast<std::uintptr_t>());
+        return pointer(
+            put_(py::memoryview::from_memory(const_cast<void*>(data), bytes)).cast<std::uintptr_t>());
     }
     void give(void* data) noexcept override {
         const py::gil_scoped_acquire gil;
@@ -302,6 +304,27 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
                  py::gil_scoped_release release;
                  cpu::csr_union(left, right, pointer(rowptr), pointer(col), threads);
              });
+    // sizes: (individuals, images, channels, outputs, groups), geometry: size, out_size, kernel, stride,
+    // padding, dilation, rows and columns of each.
+    host.def("conv_backward", [](int acc, int dtype, const py::tuple& sizes, const py::tuple& geometry,
+                                 Address in_mask, Address out_mask, Address grad, Address x, bool shared,
+                                 Address weight, Address grad_x, Address grad_weight, Address grad_bias,
+                                 int threads) {
+        expect(sizes, 5, "sizes");
+        expect(geometry, 12, "geometry");
+        ConvBackward op{};
+        op.acc = DType(acc), op.dtype = DType(dtype);
+        op.individuals = integer(sizes, 0), op.images = integer(sizes, 1), op.channels = integer(sizes, 2);
+        op.outputs = integer(sizes, 3), op.groups = integer(sizes, 4);
+        pair(geometry, 0, op.size), pair(geometry, 2, op.out_size), pair(geometry, 4, op.kernel);
+        pair(geometry, 6, op.stride), pair(geometry, 8, op.padding), pair(geometry, 10, op.dilation);
+        op.in_mask = pointer<const std::uint8_t>(in_mask),
+        op.out_mask = pointer<const std::uint8_t>(out_mask);
+        op.grad = pointer(grad), op.x = pointer(x), op.shared = shared, op.weight = pointer(weight);
+        op.grad_x = pointer(grad_x), op.grad_weight = pointer(grad_weight), op.grad_bias = pointer(grad_bias);
+        py::gil_scoped_release release;
+        cpu::conv_backward(op, threads);
+    });
     bind_network<cpu::Network>(host).def(
         "run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
                   int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,

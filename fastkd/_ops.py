@@ -749,7 +749,24 @@ def _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padd
     return shape
 
 
-def _masked_conv2d_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
+def _masked_conv2d_backward_cpu(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
+    shape = _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups)
+    acc, shared = acc_dtype(x), x.dim() == 4
+    gx = x.new_zeros(x.shape if wanted[0] else 0, dtype=acc if shared else x.dtype)
+    gw = x.new_zeros(weight.shape if wanted[1] else 0, dtype=acc)
+    gb = x.new_zeros(shape[2] if wanted[2] else 0, dtype=acc)
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.to(acc).contiguous()
+    in_mask, out_mask = (None if m is None else m.contiguous() for m in (in_mask, out_mask))
+    if shape[0] and shape[1]:
+        _C.cpu.conv_backward(
+            DTYPES[acc], DTYPES[x.dtype], (*shape[:2], x.shape[-3], shape[2], groups),
+            (*x.shape[-2:], *shape[3:], *weight.shape[2:], *stride, *padding, *dilation), _ptr(in_mask),
+            _ptr(out_mask), _ptr(grad), _ptr(x), shared, _ptr(weight),
+            *(_ptr(g) if w else 0 for g, w in zip((gx, gw, gb), wanted, strict=True)), torch.get_num_threads())
+    return gx.to(x.dtype), gw.to(x.dtype), gb.to(x.dtype)
+
+
+def _masked_conv2d_backward_torch(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
     """Individual after individual, each on what it keeps; sums over individuals in their order."""
     shape = _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups)
     acc = acc_dtype(x)
@@ -787,7 +804,8 @@ def _masked_conv2d_backward_fake(grad, x, weight, in_mask, out_mask, stride, pad
 
 for _device in ("CPU", "CUDA"):
     _lib.impl("masked_conv2d", _masked_conv2d, _device)
-    _lib.impl("masked_conv2d_backward", _masked_conv2d_backward, _device)
+_lib.impl("masked_conv2d_backward", _masked_conv2d_backward_cpu, "CPU")
+_lib.impl("masked_conv2d_backward", _masked_conv2d_backward_torch, "CUDA")
 torch.library.register_fake("fastkd::masked_conv2d", _masked_conv2d_fake, lib=_lib)
 torch.library.register_fake("fastkd::masked_conv2d_backward", _masked_conv2d_backward_fake, lib=_lib)
 

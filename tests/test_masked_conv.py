@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import fastkd
-from fastkd import masked_conv2d, reference
+from fastkd import _ops, masked_conv2d, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,17 +58,23 @@ CONVS = {
     "odd_outputs": Conv(channels=3, outputs=17, options={"padding": 1}),
     "many": Conv(4, 70, 17, 19, (5, 4), options={"padding": 1}),
     "image": Conv(2, 1, 3, 4, (40, 33), (7, 7), {"stride": 2, "padding": 3}),
+    "large_kernel": Conv(size=(9, 10), kernel=(5, 4), options={"stride": (1, 3), "padding": (4, 1)}),
+    "far_strides": Conv(size=(13, 12), options={"stride": (3, 2), "dilation": (2, 3), "padding": (1, 3)}),
+    "single": Conv(1, 1, 6, 7, options={"padding": (0, 2)}),
+    "large": Conv(2, 40, 12, 20, (30, 31), options={"padding": 1}),
+    "point_large": Conv(2, 50, 20, 24, (17, 16), (1, 1)),
     "no_images": Conv(images=0),
     "no_individuals": Conv(individuals=0),
 }
 
 
-def run(f, x, weight, bias, in_mask, out_mask, options):
+def run(f, x, weight, bias, in_mask, out_mask, options, cotangent=None):
     """Result and gradients, with a fixed cotangent."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
     y = f(*leaves, in_mask=in_mask, out_mask=out_mask, **options)
-    cotangent = torch.linspace(-1, 2, y.numel(), dtype=torch.float64, device=y.device).reshape(y.shape).to(y.dtype)
-    return y.detach(), *torch.autograd.grad(y, leaves, cotangent)
+    if cotangent is None:  # of numbers that every dtype has
+        cotangent = torch.linspace(-64, 128, y.numel(), device=y.device).round().reshape(y.shape) / 64
+    return y.detach(), *torch.autograd.grad(y, leaves, cotangent.to(y.dtype))
 
 
 def check(conv, dtype, own=False, which=(True, True), density=0.5, device="cpu"):
@@ -84,9 +90,10 @@ def check(conv, dtype, own=False, which=(True, True), density=0.5, device="cpu")
         if not e.numel():
             continue
         size = e.abs().max()
-        # The result is one rounding of a sum in acc; gradients are torch's own, in the dtype itself.
+        # One rounding of a sum in acc; on CUDA, gradients are torch's own, in the dtype itself.
         eps = torch.finfo(dtype).eps
-        rounding = 0 if dtype == acc else (eps / 2 * e.abs() if k == 0 else 8 * eps * size)
+        native = k == 0 or x.device.type == "cpu"
+        rounding = 0 if dtype == acc else (eps / 2 * e.abs() if native else 8 * eps * size)
         # In float64 there is nothing to measure the reference with: 1e-12 of the size.
         slack = 8 * torch.finfo(acc).eps if acc == torch.float32 else 1e-12
         allowed = 2 * (p.double() - e).abs().max() + slack * size + rounding
@@ -134,6 +141,24 @@ def test_small_integers_are_exact(device, poisoned, name, dtype):
     assert torch.equal(y, expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONVS)
+def test_gradients_of_small_integers_are_exact(poisoned, name, dtype):
+    conv = CONVS[name]
+    for own, density in ((False, 0.5), (True, 0.5), (False, 1), (True, 1)):
+        tensors = [t if t.dtype == torch.bool else t.mul(1.2).round().clamp(-2, 2) for t in
+                   conv.make(torch.float64, own, density)]
+        *_, in_mask, out_mask = tensors
+        if density < 1:  # the first keeps no input, the last no output
+            in_mask[:1], out_mask[-1:] = False, False
+        shape = reference.masked_conv2d(*tensors[:3], in_mask=in_mask, out_mask=out_mask, **conv.options).shape
+        cotangent = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).double()
+        exact = run(reference.masked_conv2d, *tensors, conv.options, cotangent)
+        ours = run(masked_conv2d, *(t.to(dtype) for t in tensors[:3]), *tensors[3:], conv.options, cotangent)
+        for a, e in zip(ours, exact, strict=True):
+            assert a.dtype == dtype and torch.equal(a, e.to(dtype))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_shape(data):
@@ -151,14 +176,53 @@ def test_any_shape(data):
 def test_what_is_masked_is_not_read(device, poisoned):
     for name in ("padded", "grouped", "depthwise", "point"):
         conv = CONVS[name]
-        x, weight, bias, in_mask, out_mask = conv.make(device=device)
-        in_mask[:, 1], out_mask[:, 2] = False, False
-        clean = run(masked_conv2d, x, weight, bias, in_mask, out_mask, conv.options)
-        x[:, 1], bias[2] = torch.nan, torch.nan
-        if conv.options.get("groups", 1) == 1:
-            weight[2], weight[:, 1] = torch.nan, torch.inf
-        for a, b in zip(clean, run(masked_conv2d, x, weight, bias, in_mask, out_mask, conv.options), strict=True):
-            assert torch.equal(a, b)
+        for own in (False, True):
+            x, weight, bias, in_mask, out_mask = conv.make(own=own, device=device)
+            in_mask[:, 1], out_mask[:, 2] = False, False
+            y = masked_conv2d(x, weight, bias, in_mask=in_mask, out_mask=out_mask, **conv.options)
+            cotangent = torch.linspace(-1, 2, y.numel(), device=device).reshape(y.shape)
+            clean = run(masked_conv2d, x, weight, bias, in_mask, out_mask, conv.options, cotangent)
+            x[..., 1, :, :], bias[2] = torch.nan, torch.nan
+            cotangent.masked_fill_(~out_mask[:, None, :, None, None], torch.nan)
+            if own:
+                x.masked_fill_(~in_mask[:, None, :, None, None], torch.nan)
+            if conv.options.get("groups", 1) == 1:
+                weight[2], weight[:, 1] = torch.nan, torch.inf
+            dirty = run(masked_conv2d, x, weight, bias, in_mask, out_mask, conv.options, cotangent)
+            for a, b in zip(clean, dirty, strict=True):
+                assert torch.equal(a, b)
+            assert not dirty[1][..., 1, :, :].any() and not dirty[2][2].any() and not dirty[3][2]
+            if own:
+                assert not dirty[1].masked_select(~in_mask[:, None, :, None, None]).any()
+
+
+def test_only_what_is_wanted(device):
+    x, weight, bias, *masks = CONVS["many"].make(device=device)
+    y = masked_conv2d(x, weight, bias, in_mask=masks[0], out_mask=masks[1], padding=1)
+    f = lambda *wanted: torch.ops.fastkd.masked_conv2d_backward(
+        torch.ones_like(y), x, weight, *masks, [1, 1], [1, 1], [1, 1], 1, wanted)
+    both = f(True, True, True)
+    for k in range(3):
+        alone = f(*(j == k for j in range(3)))
+        assert torch.equal(alone[k], both[k]) and not any(t.numel() for t in (*alone[:k], *alone[k + 1:]))
+
+
+@pytest.mark.parametrize("name", ["many", "large", "multiplier"])
+def test_gradients_are_independent_of_threads(poisoned, name):
+    threads = torch.get_num_threads()
+    for own in (False, True):
+        conv = replace(CONVS[name], individuals=5, images=100)
+        tensors = conv.make(own=own)
+        try:
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(run(masked_conv2d, *tensors, conv.options))
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b)
 
 
 def test_independent_of_threads_order_and_chunks(poisoned):
@@ -184,13 +248,12 @@ def test_every_instruction_set(tmp_path):
     code = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_masked_conv import CONVS
+from test_masked_conv import CONVS, run
 from fastkd import masked_conv2d
 out = {}
 for name, conv in CONVS.items():
     for dtype in (torch.float32, torch.float64):
-        x, w, b, i, o = conv.make(dtype)
-        out[name, dtype] = masked_conv2d(x, w, b, in_mask=i, out_mask=o, **conv.options)
+        out[name, dtype] = run(masked_conv2d, *conv.make(dtype), conv.options)
 torch.save(out, sys.argv[2])
 """
     results = []
@@ -200,9 +263,11 @@ torch.save(out, sys.argv[2])
                        env={**os.environ, "FASTKD_ISA": isa})
         results.append(torch.load(path))
     for other in results[1:]:
-        for key, y in results[0].items():
+        for key, tensors in results[0].items():
             tolerance = 1e-5 if key[1] == torch.float32 else 1e-13
-            torch.testing.assert_close(other[key], y, rtol=tolerance, atol=10 * tolerance)
+            for a, b in zip(other[key], tensors, strict=True):
+                size = max(10.0, float(b.abs().max())) if b.numel() else 0
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * size)
 
 
 @pytest.mark.parametrize("name", ["strided", "dilated", "grouped", "depthwise", "point", "one"])
@@ -214,6 +279,21 @@ def test_gradcheck(device, name, own):
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
     f = lambda *t: masked_conv2d(*t, in_mask=in_mask, out_mask=out_mask, **conv.options)
     assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("name", ["strided", "grouped", "many", "no_images"])
+def test_loop_over_individuals(name):
+    """The gradients of CUDA tensors."""
+    conv = CONVS[name]
+    for own in (False, True):
+        x, weight, bias, i, o = conv.make(torch.float64, own)
+        defaults = {"stride": 1, "padding": 0, "dilation": 1}
+        rest = (i, o, *([conv.options.get(k, d)] * 2 for k, d in defaults.items()), conv.options.get("groups", 1))
+        y = _ops.masked_conv2d(x, weight, bias, *rest)
+        cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+        loop = _ops._masked_conv2d_backward_torch(cotangent, x, weight, *rest, [True] * 3)
+        for a, b in zip(loop, _ops.masked_conv2d_backward(cotangent, x, weight, *rest, [True] * 3), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_opcheck():

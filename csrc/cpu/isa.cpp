@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "planes.h"
+#include "planes_backward.h"
 
 namespace fastkd::cpu {
 namespace {
@@ -17,13 +17,15 @@ struct Table {
     decltype(&generic::gradient) gradient;
 #define FASTKD_MEMBER(NAME, ARGUMENTS) decltype(&generic::NAME) NAME;
     FASTKD_PLANE_OPS(FASTKD_MEMBER)
+    FASTKD_PLANE_BACKWARD_OPS(FASTKD_MEMBER)
 };
 
 #define FASTKD_TABLE(ISA)                                                                                  \
     Table {                                                                                                \
         #ISA, ISA::inverse_norm, ISA::similarity, ISA::kernel_values, ISA::divergences, ISA::gradient,     \
             ISA::pack_weights, ISA::plane_conv, ISA::plane_pool, ISA::plane_pointwise, ISA::plane_product, \
-            ISA::plane_moment, ISA::plane_load, ISA::plane_store                                           \
+            ISA::plane_moment, ISA::plane_load, ISA::plane_store, ISA::plane_grad_input,                   \
+            ISA::plane_grad_weight, ISA::plane_sum                                                         \
     }
 
 // The best the processor has, or what FASTKD_ISA names if the processor has it.
@@ -62,5 +64,8 @@ void plane_product(DType d, const PlaneProduct& op) { table().plane_product(d, o
 void plane_moment(DType d, const PlaneMoment& op) { table().plane_moment(d, op); }
 void plane_load(DType d, const PlaneTransfer& op) { table().plane_load(d, op); }
 void plane_store(DType d, const PlaneTransfer& op) { table().plane_store(d, op); }
+void plane_grad_input(DType d, const PlaneGradients& op) { table().plane_grad_input(d, op); }
+void plane_grad_weight(DType d, const PlaneGradients& op) { table().plane_grad_weight(d, op); }
+void plane_sum(DType d, const PlaneSum& op) { table().plane_sum(d, op); }
 
 }  // namespace fastkd::cpu
