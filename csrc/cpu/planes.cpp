@@ -98,15 +98,16 @@ template <class A> void activate(Activation activation, double param, A* x, std:
 
 // --- convolution ----------------------------------------------------------------------------------
 
-// Some outputs of a convolution, over a run of pixels of one row.
+// Some outputs of a convolution, over a run of numbers of one row of the result whose columns have the
+// same taps.
 template <class A> struct Strip {
     const PlaneConv* conv;
     const A* weight;      // [taps, inputs, K]
     std::int64_t output;  // the first
-    std::int64_t row, column, columns;
-    std::int64_t image, images;  // of those of the block
-    std::int64_t origin;         // of all addresses
     Range<A> range;
+    std::int64_t row, column;  // where the run begins
+    std::int64_t hop;          // from one column of the run to the next, in columns of the input
+    std::int64_t at, count;    // numbers of the run
 };
 
 // The taps of one axis that fall on the image: first <= tap < last.
@@ -122,8 +123,19 @@ FASTKD_HD Taps taps(const PlaneConv& q, int axis, std::int64_t at) {
     return {start, first, last};
 }
 
-// K outputs x N vectors of images, pixel after pixel. Every sum runs over (row, column, input).
-template <class A, int Bytes, int K, int N> void strip(const Strip<A>& s) {
+// A register of equal parts that are `step` numbers apart.
+template <class V, int Parts, class A> FASTKD_HD V load_parts(const A* p, std::int64_t step) {
+    if constexpr (Parts <= 1) return load_as<V>(p);
+    V v;
+    for (int k = 0; k < Parts; ++k)
+        __builtin_memcpy(reinterpret_cast<char*>(&v) + k * (sizeof(V) / Parts), p + k * step,
+                         sizeof(V) / Parts);
+    return v;
+}
+
+// K outputs x N vectors of numbers at a time. Every sum runs over (row, column, input). Parts: columns
+// in a vector, or 0 if the numbers of the input follow each other as those of the run do.
+template <class A, int Bytes, int Parts, int K, int N> void strip(const Strip<A>& s) {
     using V = typename Vec<A, Bytes>::type;
     constexpr int lanes = Vec<A, Bytes>::lanes;
     const PlaneConv& q = *s.conv;
@@ -134,60 +146,82 @@ template <class A, int Bytes, int K, int N> void strip(const Strip<A>& s) {
     const A* residual[K];
     for (int j = 0; j < K; ++j)
         residual[j] = q.tail.residual ? static_cast<const A*>(q.tail.residual[s.output + j]) : nullptr;
-    const Taps rows = taps(q, 0, s.row);
-    for (std::int64_t column = s.column; column < s.column + s.columns; ++column) {
-        const Taps columns = taps(q, 1, column);
-        for (std::int64_t image = s.image; image < s.image + s.images; image += N * lanes) {
-            V sum[K][N] = {};
-            for (std::int64_t a = rows.first; a < rows.last; ++a) {
-                for (std::int64_t b = columns.first; b < columns.last; ++b) {
-                    const std::int64_t pixel =
-                        (rows.start + a * q.dilation[0]) * q.size[1] + columns.start + b * q.dilation[1];
-                    const std::int64_t from = s.origin + pixel * q.images + image;
-                    const A* w = s.weight + (a * q.kernel[1] + b) * q.inputs * K;
-                    for (std::int64_t c = 0; c < q.inputs; ++c, w += K) {
-                        V x[N];
-#pragma GCC unroll 4
-                        for (int v = 0; v < N; ++v) x[v] = load_as<V>(in[c] + from + v * lanes);
+    const Taps rows = taps(q, 0, s.row), columns = taps(q, 1, s.column);
+    const std::int64_t to_run = (s.row * q.out_size[1] + s.column) * q.images, part = s.hop * q.images;
+    const std::int64_t next = Parts ? lanes * s.hop : lanes;
+    for (std::int64_t at = s.at; at < s.at + s.count; at += N * lanes) {
+        V sum[K][N] = {};
+        for (std::int64_t a = rows.first; a < rows.last; ++a) {
+            for (std::int64_t b = columns.first; b < columns.last; ++b) {
+                const std::int64_t pixel =
+                    (rows.start + a * q.dilation[0]) * q.size[1] + columns.start + b * q.dilation[1];
+                const std::int64_t from = pixel * q.images + at * s.hop;
+                const A* w = s.weight + (a * q.kernel[1] + b) * q.inputs * K;
+                for (std::int64_t c = 0; c < q.inputs; ++c, w += K) {
+                    V x[N];
 #pragma GCC unroll 8
-                        for (int j = 0; j < K; ++j)
-#pragma GCC unroll 4
-                            for (int v = 0; v < N; ++v) sum[j][v] += x[v] * w[j];
-                    }
+                    for (int v = 0; v < N; ++v) x[v] = load_parts<V, Parts>(in[c] + from + v * next, part);
+#pragma GCC unroll 8
+                    for (int j = 0; j < K; ++j)
+#pragma GCC unroll 8
+                        for (int v = 0; v < N; ++v) sum[j][v] += x[v] * w[j];
                 }
             }
-            const std::int64_t to = s.origin + (s.row * q.out_size[1] + column) * q.images + image;
-#pragma GCC unroll 8
-            for (int j = 0; j < K; ++j)
-#pragma GCC unroll 4
-                for (int v = 0; v < N; ++v) {
-                    V y = sum[j][v] * scale[j] + shift[j];
-                    if (residual[j]) y += load_as<V>(residual[j] + to + v * lanes);
-                    y = clamp(y, V{} + s.range.low, V{} + s.range.high);
-                    __builtin_memcpy(out[j] + to + v * lanes, &y, sizeof(y));
-                }
         }
+        const std::int64_t to = to_run + at;
+#pragma GCC unroll 8
+        for (int j = 0; j < K; ++j)
+#pragma GCC unroll 8
+            for (int v = 0; v < N; ++v) {
+                V y = sum[j][v] * scale[j] + shift[j];
+                if (residual[j]) y += load_as<V>(residual[j] + to + v * lanes);
+                y = clamp(y, V{} + s.range.low, V{} + s.range.high);
+                __builtin_memcpy(out[j] + to + v * lanes, &y, sizeof(y));
+            }
     }
 }
 
-template <class A, int Bytes, int N> auto strip_of(std::int64_t outputs) -> void (*)(const Strip<A>&) {
+template <class A, int Bytes, int Parts, int N> auto strip_of(std::int64_t outputs)
+    -> void (*)(const Strip<A>&) {
     switch (outputs) {
         case 1:
-            return strip<A, Bytes, 1, N>;
+            return strip<A, Bytes, Parts, 1, N>;
         case 2:
-            return strip<A, Bytes, 2, N>;
+            return strip<A, Bytes, Parts, 2, N>;
         case 3:
-            return strip<A, Bytes, 3, N>;
+            return strip<A, Bytes, Parts, 3, N>;
         case 4:
-            return strip<A, Bytes, 4, N>;
+            return strip<A, Bytes, Parts, 4, N>;
         case 5:
-            return strip<A, Bytes, 5, N>;
+            return strip<A, Bytes, Parts, 5, N>;
         case 6:
-            return strip<A, Bytes, 6, N>;
+            return strip<A, Bytes, Parts, 6, N>;
         case 7:
-            return strip<A, Bytes, 7, N>;
+            return strip<A, Bytes, Parts, 7, N>;
         default:
-            return strip<A, Bytes, 8, N>;
+            return strip<A, Bytes, Parts, 8, N>;
+    }
+}
+
+// A run in registers as wide as fit.
+template <class A, int Bytes, int Parts> void strips(Strip<A> s, std::int64_t outputs) {
+    constexpr int lanes = Vec<A, Bytes>::lanes;
+    const std::int64_t end = s.at + s.count;
+    auto take = [&](auto vectors, auto strip) {
+        s.count = (end - s.at) / (vectors.value * lanes) * (vectors.value * lanes);
+        if (s.count) strip(s);
+        s.at += s.count;
+    };
+    if constexpr (Bytes == kVecBytes) {
+        // One output alone: as many sums at once as hide the latency of adding.
+        if (outputs == 1) take(value_tag<8>{}, strip<A, Bytes, Parts, 1, 8>);
+        take(value_tag<kVectors>{}, strip_of<A, Bytes, Parts, kVectors>(outputs));
+        if constexpr (!Parts) take(value_tag<2>{}, strip_of<A, Bytes, 0, 2>(outputs));
+    }
+    take(value_tag<1>{}, strip_of<A, Bytes, Parts, 1>(outputs));
+    s.count = end - s.at;
+    if constexpr (Bytes > 16) {
+        if (s.count) strips<A, Bytes / 2, Parts / 2>(s, outputs);
     }
 }
 
@@ -201,41 +235,53 @@ template <class F> void for_outputs(std::int64_t outputs, F&& f) {
     }
 }
 
-template <class A, int Bytes> void convolve(const PlaneConv& q, std::int64_t origin) {
-    constexpr std::int64_t lanes = Vec<A, Bytes>::lanes;
-    constexpr int most = Bytes == kVecBytes ? kVectors : 1;
-    const std::int64_t taps = q.kernel[0] * q.kernel[1];
+// f(column, hop, at, count) for runs of numbers, at first + at ..., of columns with the same taps, that
+// cover the numbers [begin, end) of a row.
+template <class A, class F> void for_runs(const PlaneConv& q, std::int64_t begin, std::int64_t end, F&& f) {
+    const std::int64_t step = q.stride[1], reach = (q.kernel[1] - 1) * q.dilation[1];
+    const std::int64_t first = std::min((q.padding[1] + step - 1) / step, q.out_size[1]);
+    const std::int64_t room = q.size[1] - 1 - reach + q.padding[1];
+    std::int64_t last = std::clamp(room < 0 ? 0 : room / step + 1, first, q.out_size[1]);
+    if (step > 1 && q.images > Vec<A>::lanes) last = first;
+    for (std::int64_t column = begin / q.images; column * q.images < end;) {
+        const bool inside = column >= first && column < last;
+        const std::int64_t from = inside ? first : column, to = inside ? last : column + 1;
+        const std::int64_t at = std::max(begin - from * q.images, std::int64_t(0));
+        f(from, inside ? step : 1, at, std::min(end, to * q.images) - from * q.images - at);
+        column = to;
+    }
+}
+
+template <class A> void convolve(const PlaneConv& q) {
+    constexpr std::int64_t lanes = Vec<A>::lanes, wide = kVectors * lanes;
+    const std::int64_t taps = q.kernel[0] * q.kernel[1], line = q.out_size[1] * q.images;
     const bool clamped = q.tail.activation <= Activation::relu6;
-    // Few enough columns that the rows they read stay near while all outputs are computed.
-    const std::int64_t bytes = q.kernel[0] * q.stride[1] * q.inputs * q.images * std::int64_t(sizeof(A));
-    const std::int64_t chunk = std::max<std::int64_t>(kNear / (bytes + 1), 4);
-    for (std::int64_t row = 0; row < q.out_size[0]; ++row) {
-        for (std::int64_t column = 0; column < q.out_size[1]; column += chunk) {
-            const std::int64_t columns = std::min(chunk, q.out_size[1] - column);
+    // Few enough numbers that the rows they read stay near while all outputs are computed.
+    const std::int64_t bytes = q.kernel[0] * q.stride[1] * q.inputs * std::int64_t(sizeof(A));
+    const std::int64_t chunk = std::max<std::int64_t>(kNear / (bytes + 1) / wide, 4) * wide;
+    for (std::int64_t row = 0; row < q.out_size[0]; ++row)
+        for (std::int64_t begin = 0; begin < line; begin += chunk) {
+            const std::int64_t end = std::min(begin + chunk, line);
             for_outputs(q.outputs, [&](std::int64_t first, std::int64_t count) {
-                Strip<A> s{&q,     static_cast<const A*>(q.packed) + first * q.inputs * taps,
-                           first,  row,
-                           column, columns,
-                           0,      0,
-                           origin, range_of<A>(q.tail.activation)};
-                const std::int64_t vectors = q.images / lanes, rest = vectors % most;
-                if (vectors > rest) {
-                    s.images = (vectors - rest) * lanes;
-                    strip_of<A, Bytes, most>(count)(s);
-                }
-                if constexpr (most > 1) {
-                    s.image = s.images, s.images = rest * lanes;
-                    if (rest == 1) strip_of<A, Bytes, 1>(count)(s);
-                    if (rest == 2) strip_of<A, Bytes, most - 1>(count)(s);
-                }
+                const A* weight = static_cast<const A*>(q.packed) + first * q.inputs * taps;
+                for_runs<A>(q, begin, end,
+                            [&](std::int64_t column, std::int64_t hop, std::int64_t at, std::int64_t n) {
+                                const Strip<A> s{&q,  weight, first, range_of<A>(q.tail.activation),
+                                                 row, column, hop,   at,
+                                                 n};
+                                if (hop == 1) return strips<A, kVecBytes, 0>(s, count);
+                                if (q.images == lanes) return strips<A, kVecBytes, 1>(s, count);
+                                if constexpr (kVecBytes > 16) {
+                                    if (q.images * 2 == lanes) return strips<A, kVecBytes, 2>(s, count);
+                                }
+                                if constexpr (kVecBytes > 32) strips<A, kVecBytes, 4>(s, count);
+                            });
                 if (clamped) return;
                 for (std::int64_t k = first; k < first + count; ++k)
-                    activate(q.tail.activation, q.tail.param,
-                             static_cast<A*>(q.out[k]) + origin + (row * q.out_size[1] + column) * q.images,
-                             columns * q.images);
+                    activate(q.tail.activation, q.tail.param, static_cast<A*>(q.out[k]) + row * line + begin,
+                             end - begin);
             });
         }
-    }
 }
 
 }  // namespace
@@ -246,19 +292,13 @@ void plane_conv(DType dtype, const PlaneConv& q) {
         bool point = true;
         for (int k = 0; k < 2; ++k)
             point = point && q.kernel[k] == 1 && q.stride[k] == 1 && q.padding[k] == 0;
-        if (!point) return dispatch_width<A>(q.images, [&](auto bytes) { convolve<A, bytes.value>(q, 0); });
+        if (!point) return convolve<A>(q);
         // A plane is then one line of numbers, whatever the images.
-        constexpr std::int64_t lanes = Vec<A>::lanes, wide = kVectors * lanes;
-        const std::int64_t n = q.size[0] * q.size[1] * q.images, whole = n / wide * wide;
+        constexpr std::int64_t lanes = Vec<A>::lanes;
         PlaneConv line = q;
-        line.size[0] = line.out_size[0] = 1;
-        auto part = [&](std::int64_t origin, std::int64_t columns, std::int64_t images) {
-            line.size[1] = line.out_size[1] = columns;
-            line.images = images;
-            if (columns > 0 && images > 0) convolve<A, kVecBytes>(line, origin);
-        };
-        part(0, whole / wide, wide);
-        part(whole, 1, (n - whole + lanes - 1) / lanes * lanes);
+        line.images = (q.size[0] * q.size[1] * q.images + lanes - 1) / lanes * lanes;
+        for (int k = 0; k < 2; ++k) line.size[k] = line.out_size[k] = 1;
+        convolve<A>(line);
     });
 }
 
@@ -309,7 +349,8 @@ template <class A, int Bytes> void pool(const PlanePool& q) {
             const std::int64_t inside = std::max<std::int64_t>(rows.last - rows.first, 0) *
                                         std::max<std::int64_t>(columns.last - columns.first, 0);
             // Padding that is larger at the end has windows beyond it.
-            const A count = A(std::max<std::int64_t>(1, q.count_padding ? rows.count * columns.count : inside));
+            const A count =
+                A(std::max<std::int64_t>(1, q.count_padding ? rows.count * columns.count : inside));
             for (std::int64_t n = 0; n < q.images; n += lanes) {
                 V y = V{} + (q.max ? -std::numeric_limits<A>::infinity() : A(0));
                 for (std::int64_t r = rows.first; r < rows.last; r += rows.step)
