@@ -107,7 +107,7 @@ namespace {
 template <class Plan> class Walk {
   public:
     Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
-         const Sorted& sorted, std::int64_t first_block, std::int64_t num_blocks)
+         const Sorted& sorted, Pool& pool, std::int64_t first_block, std::int64_t num_blocks)
         : plan_(plan),
           s_(s),
           run_(run),
@@ -116,6 +116,7 @@ template <class Plan> class Walk {
           agree_(sorted.agree),
           first_(first_block),
           count_(num_blocks),
+          pool_(pool),
           live_(plan.values.size()) {}
 
     void operator()(std::int64_t begin, std::int64_t end) {
@@ -542,7 +543,7 @@ template <class Plan> class Walk {
     const Blocks& blocks_;
     const std::vector<std::int64_t>&sorted_, &agree_;
     std::int64_t first_, count_;
-    Pool pool_;  // before what it lends
+    Pool& pool_;
     std::vector<Live> live_;
     std::vector<char> packed_;
 };
@@ -599,13 +600,24 @@ void Network::run(const NetworkRun& run, int threads) const {
     std::int64_t ranges = 1;
     if (threads > 1 && image_tasks % threads) ranges = (4 * threads + image_tasks - 1) / image_tasks;
     ranges = std::min(ranges, individuals);
+    std::vector<std::unique_ptr<Pool>> pools;  // of tasks that are done, for those that follow
     std::exception_ptr error;
     std::mutex mutex;
     parallel_for(image_tasks * ranges, threads, [&](std::int64_t task) {
         const std::int64_t block = task / ranges, range = task % ranges;
         try {
-            Walk<Plan> walk(plan, s, run, blocks, sorted, block * step, step);
-            walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+            std::unique_ptr<Pool> pool;
+            {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!pools.empty()) pool = std::move(pools.back()), pools.pop_back();
+            }
+            if (!pool) pool = std::make_unique<Pool>();
+            {
+                Walk<Plan> walk(plan, s, run, blocks, sorted, *pool, block * step, step);
+                walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+            }
+            const std::lock_guard<std::mutex> lock(mutex);
+            pools.push_back(std::move(pool));
         } catch (...) {
             const std::lock_guard<std::mutex> lock(mutex);
             error = std::current_exception();

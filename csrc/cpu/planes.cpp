@@ -181,26 +181,15 @@ template <class A, int Bytes, int Parts, int K, int N> void strip(const Strip<A>
     }
 }
 
-template <class A, int Bytes, int Parts, int N> auto strip_of(std::int64_t outputs)
-    -> void (*)(const Strip<A>&) {
-    switch (outputs) {
-        case 1:
-            return strip<A, Bytes, Parts, 1, N>;
-        case 2:
-            return strip<A, Bytes, Parts, 2, N>;
-        case 3:
-            return strip<A, Bytes, Parts, 3, N>;
-        case 4:
-            return strip<A, Bytes, Parts, 4, N>;
-        case 5:
-            return strip<A, Bytes, Parts, 5, N>;
-        case 6:
-            return strip<A, Bytes, Parts, 6, N>;
-        case 7:
-            return strip<A, Bytes, Parts, 7, N>;
-        default:
-            return strip<A, Bytes, Parts, 8, N>;
-    }
+// f(value_tag<count>{}) for a count of outputs, at most kOutputs.
+template <int K = kOutputs, class F> auto for_count(std::int64_t count, F&& f) {
+    if constexpr (K > 1)
+        if (count < K) return for_count<K - 1>(count, f);
+    return f(value_tag<K>{});
+}
+
+template <class A, int Bytes, int Parts, int N> auto strip_of(std::int64_t outputs) {
+    return for_count(outputs, [](auto count) { return &strip<A, Bytes, Parts, count.value, N>; });
 }
 
 // A run in registers as wide as fit.
@@ -307,12 +296,18 @@ void pack_weights(DType dtype, const PackWeights& op) {
         using A = typename decltype(tag)::type;
         for_outputs(op.outputs, [&](std::int64_t first, std::int64_t count) {
             A* packed = static_cast<A*>(op.packed) + first * op.inputs * op.taps;
-            for (std::int64_t j = 0; j < count; ++j) {
-                const A* row = static_cast<const A*>(op.weight) + op.out[first + j] * op.row;
+            const A* rows[kOutputs];
+            for (std::int64_t j = 0; j < count; ++j)
+                rows[j] = static_cast<const A*>(op.weight) + op.out[first + j] * op.row;
+            auto copy = [&](auto outputs) {
                 for (std::int64_t c = 0; c < op.inputs; ++c)
-                    for (std::int64_t t = 0; t < op.taps; ++t)
-                        packed[(t * op.inputs + c) * count + j] = row[op.in[c] * op.taps + t];
-            }
+                    for (std::int64_t t = 0; t < op.taps; ++t) {
+                        A* to = packed + (t * op.inputs + c) * outputs.value;
+#pragma GCC unroll 8
+                        for (int j = 0; j < outputs.value; ++j) to[j] = rows[j][op.in[c] * op.taps + t];
+                    }
+            };
+            for_count(count, copy);
         });
     });
 }
