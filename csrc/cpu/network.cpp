@@ -28,6 +28,8 @@ namespace {
 std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
+constexpr std::int64_t kBand = 256 << 10;  // bytes between two layers that are computed by bands of rows
+
 // Buffers given back are taken again.
 class Pool {
   public:
@@ -95,8 +97,8 @@ struct Blocks {
 
 struct Network::Plan : Program {
     using Program::Program;
-    std::int64_t plane_bytes(const Value& v, std::int64_t images) const {
-        const std::int64_t bytes = round_up(v.height * v.width * images * size_of(dtype), kLine);
+    std::int64_t plane_bytes(const Value& v, std::int64_t rows, std::int64_t images) const {
+        const std::int64_t bytes = round_up(rows * v.width * images * size_of(dtype), kLine);
         // Planes a multiple of 4 KB apart would share a few lines of the cache.
         return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
     }
@@ -140,21 +142,22 @@ template <class Plan> class Walk {
         return live_[std::size_t(v)].planes[std::size_t(b * value(v).channels + c)];
     }
 
-    // Planes for the channels of v; those that are not wanted stay null.
-    void allocate(int v, const std::vector<std::int32_t>& channels) {
+    // Planes for the channels of v, of some of the rows; those that are not wanted stay null.
+    void allocate(int v, const std::vector<std::int32_t>& channels, std::int64_t rows = -1) {
         const Value& shape = value(v);
+        if (rows < 0) rows = shape.height;
         Live& live = live_[std::size_t(v)];
         live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
         live.owners.clear();
         std::int64_t bytes = 0;
         for (std::int64_t b = 0; b < count_; ++b)
-            bytes += plan_.plane_bytes(shape, images(b)) * std::int64_t(channels.size());
+            bytes += plan_.plane_bytes(shape, rows, images(b)) * std::int64_t(channels.size());
         live.owners.push_back(pool_.take(bytes));
         char* next = live.owners[0].get();
         for (std::int64_t b = 0; b < count_; ++b)
             for (std::int32_t c : channels) {
                 live.planes[std::size_t(b * shape.channels + c)] = next;
-                next += plan_.plane_bytes(shape, images(b));
+                next += plan_.plane_bytes(shape, rows, images(b));
             }
     }
 
@@ -250,9 +253,18 @@ template <class Plan> class Walk {
                 }
                 return;
             }
-            execute(step, begin, end);
-            for (int v : step.dying)
-                if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
+            auto bury = [&](const Step& done) {
+                for (int v : done.dying)
+                    if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
+            };
+            if (k + 1 < last && by_bands(step, s_.steps[k + 1]) &&
+                sharing(s_.steps[k + 1], begin, end) == end) {
+                bands(step, s_.steps[++k], begin, end);
+                bury(step);
+            } else {
+                execute(step, begin, end);
+            }
+            bury(s_.steps[k]);
         }
         store(begin, end);
         for (std::size_t v = 0; v < live_.size(); ++v)
@@ -309,64 +321,129 @@ template <class Plan> class Walk {
         }
     }
 
-    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
-              std::int64_t end) {
+    // A convolution for some individuals: what does not depend on the images.
+    struct Layer {
+        struct Group {
+            std::size_t first, last;              // of the channels
+            std::size_t first_input, last_input;  // of the inputs
+            std::size_t packed;                   // bytes
+        };
+        const Step* step;
+        std::vector<std::int32_t> channels, inputs;
+        std::vector<std::int64_t> keepers;  // of the channels
+        std::vector<Group> groups;
+        std::vector<char> scale, shift, packed;
+    };
+
+    void prepare(Layer& layer, const Step& step, const std::vector<std::int32_t>& channels,
+                 std::int64_t begin, std::int64_t end) {
         const Node& node = step.node;
         const Value &in = value(node.inputs[0]), &out = value(node.output);
         const std::int64_t size = size_of(plan_.dtype), taps = node.kernel[0] * node.kernel[1];
         const std::int64_t group_in = in.channels / node.groups, group_out = out.channels / node.groups;
-        std::vector<char> scale(channels.size() * std::size_t(size)), shift = scale;
+        layer.step = &step, layer.channels = channels;
+        layer.scale.resize(channels.size() * std::size_t(size));
+        layer.shift.resize(layer.scale.size());
+        layer.inputs.clear(), layer.keepers.clear(), layer.groups.clear();
         for (std::size_t j = 0; j < channels.size(); ++j) {
             const std::int32_t c = channels[j];
+            const std::int64_t k = keeper(node.output, c, begin, end);
             double a = 1, b = node.bias ? number(static_cast<const char*>(node.bias), c) : 0;
             if (step.norm >= 0) {
-                const std::int64_t k = keeper(node.output, c, begin, end);
                 a = number(affine(step, k, false), c);
                 b = b * a + number(affine(step, k, true), c);
             }
-            put(scale, j, a), put(shift, j, b);
+            layer.keepers.push_back(k);
+            put(layer.scale, j, a), put(layer.shift, j, b);
         }
-        std::vector<std::int32_t> inputs;
-        std::vector<const void*> in_planes, residual;
-        std::vector<void*> out_planes;
+        std::vector<std::int32_t> within;  // the inputs of a group, from its first
+        std::size_t bytes = 0;
         for (std::size_t j = 0; j < channels.size();) {
             const std::int64_t group = channels[j] / group_out;
             std::size_t last = j;
             while (last < channels.size() && channels[last] / group_out == group) ++last;
-            inputs.clear();
+            within.clear();
             for (std::int64_t c = 0; c < group_in; ++c)
                 if (seen_by(begin, node.inputs[0], 0, group * group_in + c))
-                    inputs.push_back(std::int32_t(c));
+                    within.push_back(std::int32_t(c));
             // Of a channel by itself, as in a depthwise convolution, the keepers may differ: it is read
             // by those that keep the output.
-            if (group_in == 1 && inputs.empty() && plane(node.inputs[0], 0, group) &&
-                seen_by(keeper(node.output, channels[j], begin, end), node.inputs[0], 0, group))
-                inputs.push_back(0);
-            const std::int64_t n = std::int64_t(last - j);
-            const std::size_t bytes = std::size_t(n * std::int64_t(inputs.size()) * taps * size);
-            if (packed_.size() < bytes) packed_.resize(bytes);
-            pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, inputs.data(), channels.data() + j,
-                                       std::int64_t(inputs.size()), n, packed_.data()});
-            auto q = geometry<PlaneConv>(node);
-            q.inputs = std::int64_t(inputs.size()), q.outputs = n;
-            q.packed = packed_.data();
-            q.scale = scale.data() + j * std::size_t(size), q.shift = shift.data() + j * std::size_t(size);
-            for (std::int64_t b = 0; b < count_; ++b) {
-                in_planes.clear(), out_planes.clear(), residual.clear();
-                for (std::int32_t c : inputs)
-                    in_planes.push_back(plane(node.inputs[0], b, group * group_in + c));
-                for (std::size_t k = j; k < last; ++k) {
-                    out_planes.push_back(plane(node.output, b, channels[k]));
-                    if (step.residual >= 0)
-                        residual.push_back(seen_by(keeper(node.output, channels[k], begin, end),
-                                                   step.residual, b, channels[k]));
-                }
-                q.images = images(b), q.in = in_planes.data(), q.out = out_planes.data();
-                q.tail = {step.residual >= 0 ? residual.data() : nullptr, step.activation, step.param};
-                plane_conv(plan_.dtype, q);
-            }
+            if (group_in == 1 && within.empty() && plane(node.inputs[0], 0, group) &&
+                seen_by(layer.keepers[j], node.inputs[0], 0, group))
+                within.push_back(0);
+            const std::int64_t n = std::int64_t(last - j), inputs = std::int64_t(within.size());
+            const std::size_t first = layer.inputs.size(), packed = bytes;
+            bytes += std::size_t(n * inputs * taps * size);
+            if (layer.packed.size() < bytes) layer.packed.resize(bytes);
+            pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, within.data(), channels.data() + j,
+                                       inputs, n, layer.packed.data() + packed});
+            for (std::int32_t c : within) layer.inputs.push_back(std::int32_t(group * group_in + c));
+            layer.groups.push_back({j, last, first, layer.inputs.size(), packed});
             j = last;
         }
+    }
+
+    // q: which rows of it, and where they stand.
+    void compute(const Layer& layer, std::int64_t b, PlaneConv q) {
+        const Step& step = *layer.step;
+        const std::size_t size = std::size_t(size_of(plan_.dtype));
+        in_planes_.clear(), out_planes_.clear(), residual_.clear();
+        for (std::int32_t c : layer.inputs) in_planes_.push_back(plane(step.node.inputs[0], b, c));
+        for (std::size_t j = 0; j < layer.channels.size(); ++j) {
+            out_planes_.push_back(plane(step.node.output, b, layer.channels[j]));
+            if (step.residual >= 0)
+                residual_.push_back(seen_by(layer.keepers[j], step.residual, b, layer.channels[j]));
+        }
+        q.images = images(b);
+        for (const auto& g : layer.groups) {
+            q.inputs = std::int64_t(g.last_input - g.first_input), q.outputs = std::int64_t(g.last - g.first);
+            q.packed = layer.packed.data() + g.packed;
+            q.scale = layer.scale.data() + g.first * size, q.shift = layer.shift.data() + g.first * size;
+            q.in = in_planes_.data() + g.first_input, q.out = out_planes_.data() + g.first;
+            q.tail = {step.residual >= 0 ? residual_.data() + g.first : nullptr, step.activation, step.param};
+            plane_conv(plan_.dtype, q);
+        }
+    }
+
+    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        prepare(layers_[0], step, channels, begin, end);
+        auto q = geometry<PlaneConv>(step.node);
+        q.rows[1] = q.out_size[0];
+        for (std::int64_t b = 0; b < count_; ++b) compute(layers_[0], b, q);
+    }
+
+    // A depthwise convolution that only a 1 x 1 convolution reads: some rows of both at a time, so that
+    // what is between them stays in the cache.
+    bool by_bands(const Step& step, const Step& next) const {
+        const Node &a = step.node, &b = next.node;
+        if (a.kind != Operation::conv || b.kind != Operation::conv || b.inputs[0] != a.output) return false;
+        if (!by_channel(a, value(a.inputs[0]), value(a.output)) || b.groups != 1) return false;
+        for (int k = 0; k < 2; ++k)
+            if (b.kernel[k] != 1 || b.stride[k] != 1 || b.padding[k] != 0) return false;
+        return step.residual < 0 && next.residual != a.output &&
+               std::find(next.dying.begin(), next.dying.end(), a.output) != next.dying.end();
+    }
+    void bands(const Step& step, const Step& next, std::int64_t begin, std::int64_t end) {
+        const Value& between = value(step.node.output);
+        const auto inner = wanted(step.node.output, begin, end), outer = wanted(next.node.output, begin, end);
+        const std::int64_t row =
+            between.width * images(0) * size_of(plan_.dtype) * std::int64_t(inner.size());
+        const std::int64_t rows = std::clamp<std::int64_t>(kBand / (row + 1), 1, between.height);
+        allocate(step.node.output, inner, rows);
+        prepare(layers_[0], step, inner, begin, end);
+        allocate(next.node.output, outer);
+        prepare(layers_[1], next, outer, begin, end);
+        auto p = geometry<PlaneConv>(step.node), q = geometry<PlaneConv>(next.node);
+        for (std::int64_t b = 0; b < count_; ++b)
+            for (std::int64_t first = 0; first < between.height; first += rows) {
+                const std::int64_t count = std::min(rows, between.height - first);
+                const std::int64_t origin = first * between.width * images(b);
+                p.rows[0] = first, p.rows[1] = first + count, p.origin = -origin;
+                compute(layers_[0], b, p);
+                q.size[0] = q.out_size[0] = q.rows[1] = count, q.origin = origin;
+                compute(layers_[1], b, q);
+            }
     }
 
     void put(std::vector<char>& row, std::size_t j, double x) const {
@@ -545,7 +622,9 @@ template <class Plan> class Walk {
     std::int64_t first_, count_;
     Pool& pool_;
     std::vector<Live> live_;
-    std::vector<char> packed_;
+    Layer layers_[2];
+    std::vector<const void*> in_planes_, residual_;  // of the convolution that is computed
+    std::vector<void*> out_planes_;
 };
 
 }  // namespace
@@ -567,7 +646,7 @@ std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) 
         const Value& shape = plan_->values[std::size_t(v)];
         for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1));
              ++b)
-            block += plan_->plane_bytes(shape, blocks.padded(b)) * shape.channels;
+            block += plan_->plane_bytes(shape, shape.height, blocks.padded(b)) * shape.channels;
         block += 2 << 20;  // huge pages
     };
     add(0);

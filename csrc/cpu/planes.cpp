@@ -147,7 +147,8 @@ template <class A, int Bytes, int Parts, int K, int N> void strip(const Strip<A>
     for (int j = 0; j < K; ++j)
         residual[j] = q.tail.residual ? static_cast<const A*>(q.tail.residual[s.output + j]) : nullptr;
     const Taps rows = taps(q, 0, s.row), columns = taps(q, 1, s.column);
-    const std::int64_t to_run = (s.row * q.out_size[1] + s.column) * q.images, part = s.hop * q.images;
+    const std::int64_t to_run = q.origin + (s.row * q.out_size[1] + s.column) * q.images,
+                       part = s.hop * q.images;
     const std::int64_t next = Parts ? lanes * s.hop : lanes;
     for (std::int64_t at = s.at; at < s.at + s.count; at += N * lanes) {
         V sum[K][N] = {};
@@ -248,7 +249,7 @@ template <class A> void convolve(const PlaneConv& q) {
     // Few enough numbers that the rows they read stay near while all outputs are computed.
     const std::int64_t bytes = q.kernel[0] * q.stride[1] * q.inputs * std::int64_t(sizeof(A));
     const std::int64_t chunk = std::max<std::int64_t>(kNear / (bytes + 1) / wide, 4) * wide;
-    for (std::int64_t row = 0; row < q.out_size[0]; ++row)
+    for (std::int64_t row = q.rows[0]; row < q.rows[1]; ++row)
         for (std::int64_t begin = 0; begin < line; begin += chunk) {
             const std::int64_t end = std::min(begin + chunk, line);
             for_outputs(q.outputs, [&](std::int64_t first, std::int64_t count) {
@@ -267,8 +268,8 @@ template <class A> void convolve(const PlaneConv& q) {
                             });
                 if (clamped) return;
                 for (std::int64_t k = first; k < first + count; ++k)
-                    activate(q.tail.activation, q.tail.param, static_cast<A*>(q.out[k]) + row * line + begin,
-                             end - begin);
+                    activate(q.tail.activation, q.tail.param,
+                             static_cast<A*>(q.out[k]) + q.origin + row * line + begin, end - begin);
             });
         }
 }
@@ -287,6 +288,7 @@ void plane_conv(DType dtype, const PlaneConv& q) {
         PlaneConv line = q;
         line.images = (q.size[0] * q.size[1] * q.images + lanes - 1) / lanes * lanes;
         for (int k = 0; k < 2; ++k) line.size[k] = line.out_size[k] = 1;
+        line.rows[1] = 1;
         convolve<A>(line);
     });
 }
