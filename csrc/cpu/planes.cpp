@@ -124,13 +124,18 @@ FASTKD_HD Taps taps(const PlaneConv& q, int axis, std::int64_t at) {
 }
 
 // A register of equal parts that are `step` numbers apart.
-template <class V, int Parts, class A> FASTKD_HD V load_parts(const A* p, std::int64_t step) {
-    if constexpr (Parts <= 1) return load_as<V>(p);
-    V v;
-    for (int k = 0; k < Parts; ++k)
-        __builtin_memcpy(reinterpret_cast<char*>(&v) + k * (sizeof(V) / Parts), p + k * step,
-                         sizeof(V) / Parts);
-    return v;
+template <class V, std::size_t... K> FASTKD_HD auto join(V low, V high, std::index_sequence<K...>) {
+    return __builtin_shufflevector(low, high, int(K)...);
+}
+template <class A, int Bytes, int Parts>
+FASTKD_HD typename Vec<A, Bytes>::type load_parts(const A* p, std::int64_t step) {
+    if constexpr (Parts <= 1) {
+        return load_as<typename Vec<A, Bytes>::type>(p);
+    } else {
+        const auto low = load_parts<A, Bytes / 2, Parts / 2>(p, step);
+        const auto high = load_parts<A, Bytes / 2, Parts / 2>(p + Parts / 2 * step, step);
+        return join(low, high, std::make_index_sequence<std::size_t(Vec<A, Bytes>::lanes)>{});
+    }
 }
 
 // K outputs x N vectors of numbers at a time. Every sum runs over (row, column, input). Parts: columns
@@ -159,9 +164,10 @@ template <class A, int Bytes, int Parts, int K, int N> void strip(const Strip<A>
                 const std::int64_t from = pixel * q.images + at * s.hop;
                 const A* w = s.weight + (a * q.kernel[1] + b) * q.inputs * K;
                 for (std::int64_t c = 0; c < q.inputs; ++c, w += K) {
+                    const A* p = in[c] + from;
                     V x[N];
 #pragma GCC unroll 8
-                    for (int v = 0; v < N; ++v) x[v] = load_parts<V, Parts>(in[c] + from + v * next, part);
+                    for (int v = 0; v < N; ++v) x[v] = load_parts<A, Bytes, Parts>(p + v * next, part);
 #pragma GCC unroll 8
                     for (int j = 0; j < K; ++j)
 #pragma GCC unroll 8
@@ -203,8 +209,6 @@ template <class A, int Bytes, int Parts> void strips(Strip<A> s, std::int64_t ou
         s.at += s.count;
     };
     if constexpr (Bytes == kVecBytes) {
-        // One output alone: as many sums at once as hide the latency of adding.
-        if (outputs == 1) take(value_tag<8>{}, strip<A, Bytes, Parts, 1, 8>);
         take(value_tag<kVectors>{}, strip_of<A, Bytes, Parts, kVectors>(outputs));
         if constexpr (!Parts) take(value_tag<2>{}, strip_of<A, Bytes, 0, 2>(outputs));
     }
@@ -242,6 +246,90 @@ template <class A, class F> void for_runs(const PlaneConv& q, std::int64_t begin
     }
 }
 
+// f(value_tag<parts>{}) for the columns in a register of numbers that are `hop` columns apart, see strip.
+template <class A, class F> FASTKD_HD void dispatch_parts(const PlaneConv& q, std::int64_t hop, F&& f) {
+    if (hop == 1) return f(value_tag<0>{});
+    if (q.images == Vec<A>::lanes) return f(value_tag<1>{});
+    if constexpr (kVecBytes > 16) {
+        if (q.images * 2 == Vec<A>::lanes) return f(value_tag<2>{});
+    }
+    if constexpr (kVecBytes > 32) f(value_tag<4>{});
+}
+
+// One channel by itself, over a run as above: as many sums at once as hide the latency of adding.
+template <class A> struct Depth {
+    const PlaneConv& q;
+    Taps rows, columns;
+    const A* in;  // where the run would begin to read, were there no border
+    A* out;
+    const A* residual;
+    Range<A> range;
+    std::int64_t hop, count;
+
+    template <int Bytes, int Parts> FASTKD_HD void run(std::int64_t at) const {
+        if constexpr (Bytes == kVecBytes) {
+            at = strips<Bytes, Parts, 8>(at);
+            at = strips<Bytes, Parts, 3>(at);
+        }
+        at = strips<Bytes, Parts, 1>(at);
+        if constexpr (Bytes > 16) {
+            if (at < count) run<Bytes / 2, Parts / 2>(at);
+        }
+    }
+    template <int Bytes, int Parts, int N> FASTKD_HD std::int64_t strips(std::int64_t at) const {
+        using V = typename Vec<A, Bytes>::type;
+        constexpr int lanes = Vec<A, Bytes>::lanes;
+        const A scale = *static_cast<const A*>(q.scale), shift = *static_cast<const A*>(q.shift);
+        const std::int64_t part = hop * q.images, next = Parts ? lanes * hop : lanes;
+        for (; at + N * lanes <= count; at += N * lanes) {
+            V sum[N] = {};
+            for (std::int64_t a = rows.first; a < rows.last; ++a) {
+                const A* w = static_cast<const A*>(q.packed) + a * q.kernel[1];
+                const A* row = in + a * q.dilation[0] * q.size[1] * q.images + at * hop;
+                for (std::int64_t b = columns.first; b < columns.last; ++b) {
+                    const A* p = row + b * q.dilation[1] * q.images;
+#pragma GCC unroll 8
+                    for (int v = 0; v < N; ++v)
+                        sum[v] += load_parts<A, Bytes, Parts>(p + v * next, part) * w[b];
+                }
+            }
+#pragma GCC unroll 8
+            for (int v = 0; v < N; ++v) {
+                V y = sum[v] * scale + shift;
+                if (residual) y += load_as<V>(residual + at + v * lanes);
+                y = clamp(y, V{} + range.low, V{} + range.high);
+                __builtin_memcpy(out + at + v * lanes, &y, sizeof(y));
+            }
+        }
+        return at;
+    }
+};
+
+template <class A> void depthwise(const PlaneConv& q) {
+    const std::int64_t line = q.out_size[1] * q.images;
+    const A* residual = q.tail.residual ? static_cast<const A*>(*q.tail.residual) : nullptr;
+    A* out = static_cast<A*>(*q.out) + q.origin;
+    for (std::int64_t row = q.rows[0]; row < q.rows[1]; ++row) {
+        const Taps rows = taps(q, 0, row);
+        for_runs<A>(q, 0, line, [&](std::int64_t column, std::int64_t hop, std::int64_t, std::int64_t n) {
+            const Taps columns = taps(q, 1, column);
+            const std::int64_t to = row * line + column * q.images;
+            const Depth<A> run{
+                q,
+                rows,
+                columns,
+                static_cast<const A*>(*q.in) + (rows.start * q.size[1] + columns.start) * q.images,
+                out + to,
+                residual ? residual + q.origin + to : nullptr,
+                range_of<A>(q.tail.activation),
+                hop,
+                n};
+            dispatch_parts<A>(q, hop, [&](auto parts) { run.template run<kVecBytes, parts.value>(0); });
+        });
+    }
+    activate(q.tail.activation, q.tail.param, out + q.rows[0] * line, (q.rows[1] - q.rows[0]) * line);
+}
+
 template <class A> void convolve(const PlaneConv& q) {
     constexpr std::int64_t lanes = Vec<A>::lanes, wide = kVectors * lanes;
     const std::int64_t taps = q.kernel[0] * q.kernel[1], line = q.out_size[1] * q.images;
@@ -259,12 +347,8 @@ template <class A> void convolve(const PlaneConv& q) {
                                 const Strip<A> s{&q,  weight, first, range_of<A>(q.tail.activation),
                                                  row, column, hop,   at,
                                                  n};
-                                if (hop == 1) return strips<A, kVecBytes, 0>(s, count);
-                                if (q.images == lanes) return strips<A, kVecBytes, 1>(s, count);
-                                if constexpr (kVecBytes > 16) {
-                                    if (q.images * 2 == lanes) return strips<A, kVecBytes, 2>(s, count);
-                                }
-                                if constexpr (kVecBytes > 32) strips<A, kVecBytes, 4>(s, count);
+                                dispatch_parts<A>(
+                                    q, hop, [&](auto parts) { strips<A, kVecBytes, parts.value>(s, count); });
                             });
                 if (clamped) return;
                 for (std::int64_t k = first; k < first + count; ++k)
@@ -282,7 +366,7 @@ void plane_conv(DType dtype, const PlaneConv& q) {
         bool point = true;
         for (int k = 0; k < 2; ++k)
             point = point && q.kernel[k] == 1 && q.stride[k] == 1 && q.padding[k] == 0;
-        if (!point) return convolve<A>(q);
+        if (!point) return q.inputs == 1 && q.outputs == 1 ? depthwise<A>(q) : convolve<A>(q);
         // A plane is then one line of numbers, whatever the images.
         constexpr std::int64_t lanes = Vec<A>::lanes;
         PlaneConv line = q;
