@@ -239,6 +239,7 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
             return std::make_unique<cpu::Network>(DType(dtype), genes, std::move(v), std::move(n), output);
         }))
         .def("bytes", &cpu::Network::bytes)
+        .def("taken", &cpu::Network::taken)
         .def("outline",
              [](const cpu::Network& self) {
                  const Outline o = self.outline();

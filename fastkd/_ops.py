@@ -555,9 +555,13 @@ class Network:
                 self._keep(n.get("weight")), self._keep(n.get("bias")), self._keep(n.get("scale")),
                 self._keep(n.get("shift")), select)
 
-    def bytes(self, images: int, recalibrate: bool = False) -> int:
+    def bytes(self, images: int, recalibrate: bool = False, individuals: int = 1) -> int:
         """At most what a run takes beyond its arguments."""
-        return self._native.bytes(images, recalibrate, torch.get_num_threads())
+        return self._native.bytes(images, recalibrate, individuals, torch.get_num_threads())
+
+    def taken(self) -> int:
+        """What the values of the last run took."""
+        return self._native.taken()
 
     def outline(self) -> tuple[list[int], list[int], list[int]]:
         """Genes in the order in which they are met; of each value the step that makes it (steps are nodes that are

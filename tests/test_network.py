@@ -195,7 +195,20 @@ def dense():
     return b
 
 
-NETWORKS = {"lenet": lenet, "resnet": resnet, "mobile": mobile, "dense": dense}
+def strided():
+    """Widths, strides and dilations for which several columns stand in one register, or do not."""
+    b = Builder(2, 13, 11)
+    x = b.act(b.conv(0, 9, 3, stride=2, bias=True))
+    y = b.act(b.conv(x, 7, 3, dilation=2), "gelu")
+    z = b.conv(y, 7, 5, groups=7, genes=b.values[y][3], bias=True)
+    z = b.act(b.conv(z, 11, 1, stride=1), "relu6")
+    z = b.act(b.norm(b.conv(z, 11, 3, stride=3, groups=11, genes=b.values[z][3], padding=2, dilation=2)), "silu")
+    z = b.conv(b.act(b.conv(z, 5, 1)), 6, 2, padding=3, stride=2)
+    b.linear(b.node("flatten", [z], [g for g in b.values[z][3] for _ in range(b.values[z][1] * b.values[z][2])]), 3)
+    return b
+
+
+NETWORKS = {"lenet": lenet, "resnet": resnet, "mobile": mobile, "dense": dense, "strided": strided}
 
 
 def population(b, count, seed=0, density=0.6):
@@ -216,7 +229,7 @@ def batch(b, images, seed=5):
     return torch.randn(images, *b.values[0][:3], generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("images", [1, 3, 17, 50])
+@pytest.mark.parametrize("images", [1, 3, 8, 17, 50])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_each_alone(name, images, poisoned):
     b = NETWORKS[name]()
@@ -252,6 +265,43 @@ def test_does_not_depend_on_the_others(name, poisoned):
                 assert torch.equal(a[0], c[0]) and torch.equal(a[1], c[1])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["mobile", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_does_not_depend_on_the_number_of_images(name, dtype, poisoned):
+    b = NETWORKS[name]()
+    masks, x = population(b, 5), batch(b, 50).to(dtype)
+    x[7, 0, 4, 4], x[49, 1, 0, 0] = torch.nan, torch.inf
+    net = Network(b.values, b.nodes, b.num_genes, dtype)
+    y = net(masks, x)
+    assert y[:, 7].isnan().any() and not y[:, 8].isnan().any()
+    for images in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33):
+        part = net(masks, x[:images])
+        assert part.nan_to_num(7).equal(y[:, :images].nan_to_num(7)), images
+    for p, mask in enumerate(masks):
+        expected = interpret(b.values, b.nodes, mask, x[8:40].double())
+        torch.testing.assert_close(y[p, 8:40].double(), expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_is_within_the_bound(name, threads, poisoned):
+    b = NETWORKS[name]()
+    net = Network(b.values, b.nodes, b.num_genes, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for individuals in (1, 2, 3, 20):
+            for images in (1, 50, 130):
+                masks = population(b, individuals, seed=images, density=0.8)
+                net(masks, batch(b, images).float())
+                assert 0 < net.taken() <= net.bytes(images, False, individuals)
+                net.moments(masks, batch(b, images).float())
+                assert 0 < net.taken() <= net.bytes(images, True, individuals)
+    finally:
+        torch.set_num_threads(before)
+    assert net.bytes(50) < net.bytes(50, individuals=2) <= net.bytes(50, individuals=99)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobile", "dense"])

@@ -6,6 +6,7 @@
 // before it wants; each then reads its own through pointers. The walk goes through all layers of one
 // block of images before the next one, so that activations stay in the cache.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -30,41 +31,55 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 
 constexpr std::int64_t kBand = 256 << 10;  // bytes between two layers that are computed by bands of rows
 
-// Buffers given back are taken again.
+// Buffers given back are taken again. Where none is large enough, the largest is replaced, so that there
+// are never more of some size or above than were lent at once when one of these was asked for.
 class Pool {
   public:
     ~Pool() {
         for (auto& b : free_) std::free(b.data);
     }
+    // What a buffer of so many bytes takes.
+    static std::int64_t size(std::int64_t bytes) {
+        return round_up(bytes + kLine, bytes + kLine >= kHuge ? kHuge : kLine);
+    }
     std::shared_ptr<char> take(std::int64_t bytes) {
-        bytes = round_up(bytes + kLine, kLine);
-        auto best = free_.end();
-        for (auto b = free_.begin(); b != free_.end(); ++b)
+        bytes = size(bytes);
+        auto best = free_.end(), largest = free_.end();
+        for (auto b = free_.begin(); b != free_.end(); ++b) {
             if (b->bytes >= bytes && (best == free_.end() || b->bytes < best->bytes)) best = b;
+            if (largest == free_.end() || b->bytes > largest->bytes) largest = b;
+        }
         Buffer buffer{nullptr, bytes};
         if (best != free_.end()) {
             buffer = *best;
             free_.erase(best);
         } else {
-            constexpr std::int64_t huge = 2 << 20;
-            const bool large = bytes >= huge;
-            buffer.bytes = round_up(bytes, large ? huge : kLine);
+            if (largest != free_.end()) {
+                std::free(largest->data);
+                held_ -= largest->bytes;
+                free_.erase(largest);
+            }
             buffer.data = static_cast<char*>(
-                std::aligned_alloc(std::size_t(large ? huge : kLine), std::size_t(buffer.bytes)));
+                std::aligned_alloc(std::size_t(bytes >= kHuge ? kHuge : kLine), std::size_t(bytes)));
             if (!buffer.data) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-            if (large) madvise(buffer.data, std::size_t(buffer.bytes), MADV_HUGEPAGE);
+            if (bytes >= kHuge) madvise(buffer.data, std::size_t(bytes), MADV_HUGEPAGE);
 #endif
+            held_ += bytes;
+            most_ = std::max(most_, held_);
         }
         return {buffer.data, [this, buffer](char*) { free_.push_back(buffer); }};
     }
+    std::int64_t most() const { return most_; }
 
   private:
+    static constexpr std::int64_t kHuge = 2 << 20;
     struct Buffer {
         char* data;
         std::int64_t bytes;
     };
     std::vector<Buffer> free_;
+    std::int64_t held_ = 0, most_ = 0;
 };
 
 // A value while it is alive: a plane per block and channel, null where not computed.
@@ -102,6 +117,16 @@ struct Network::Plan : Program {
         // Planes a multiple of 4 KB apart would share a few lines of the cache.
         return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
     }
+    // At least what planes of all channels, of all or some rows, take: the same for all individuals, so
+    // that buffers fit the next one.
+    std::int64_t bytes_of(const Value& v, std::int64_t images) const {
+        return v.channels *
+               (round_up(v.height * v.width * images * size_of(dtype), kLine) + kMostLines * kLine);
+    }
+    std::int64_t most_bytes(const Schedule&, const Blocks&, std::int64_t count,
+                            std::int64_t individuals) const;
+    bool by_bands(const Step& step, const Step& next) const;
+    mutable std::atomic<std::int64_t> taken{0};  // by the buffers of the last run
 };
 
 namespace {
@@ -150,8 +175,7 @@ template <class Plan> class Walk {
         live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
         live.owners.clear();
         std::int64_t bytes = 0;
-        for (std::int64_t b = 0; b < count_; ++b)
-            bytes += plan_.plane_bytes(shape, rows, images(b)) * std::int64_t(channels.size());
+        for (std::int64_t b = 0; b < count_; ++b) bytes += plan_.bytes_of(shape, images(b));
         live.owners.push_back(pool_.take(bytes));
         char* next = live.owners[0].get();
         for (std::int64_t b = 0; b < count_; ++b)
@@ -257,7 +281,7 @@ template <class Plan> class Walk {
                 for (int v : done.dying)
                     if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
             };
-            if (k + 1 < last && by_bands(step, s_.steps[k + 1]) &&
+            if (k + 1 < last && plan_.by_bands(step, s_.steps[k + 1]) &&
                 sharing(s_.steps[k + 1], begin, end) == end) {
                 bands(step, s_.steps[++k], begin, end);
                 bury(step);
@@ -413,17 +437,6 @@ template <class Plan> class Walk {
         for (std::int64_t b = 0; b < count_; ++b) compute(layers_[0], b, q);
     }
 
-    // A depthwise convolution that only a 1 x 1 convolution reads: some rows of both at a time, so that
-    // what is between them stays in the cache.
-    bool by_bands(const Step& step, const Step& next) const {
-        const Node &a = step.node, &b = next.node;
-        if (a.kind != Operation::conv || b.kind != Operation::conv || b.inputs[0] != a.output) return false;
-        if (!by_channel(a, value(a.inputs[0]), value(a.output)) || b.groups != 1) return false;
-        for (int k = 0; k < 2; ++k)
-            if (b.kernel[k] != 1 || b.stride[k] != 1 || b.padding[k] != 0) return false;
-        return step.residual < 0 && next.residual != a.output &&
-               std::find(next.dying.begin(), next.dying.end(), a.output) != next.dying.end();
-    }
     void bands(const Step& step, const Step& next, std::int64_t begin, std::int64_t end) {
         const Value& between = value(step.node.output);
         const auto inner = wanted(step.node.output, begin, end), outer = wanted(next.node.output, begin, end);
@@ -638,23 +651,98 @@ std::int64_t Network::norms() const { return plan_->norms; }
 
 Outline Network::outline() const { return plan_->outline(); }
 
-std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) const {
-    const Blocks blocks(images, size_of(plan_->dtype));
-    std::int64_t block = 0;
-    const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
-    auto add = [&](int v) {
-        const Value& shape = plan_->values[std::size_t(v)];
-        for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1));
-             ++b)
-            block += plan_->plane_bytes(shape, shape.height, blocks.padded(b)) * shape.channels;
-        block += 2 << 20;  // huge pages
-    };
-    add(0);
-    for (const Step& step : s.steps)
-        if (step.node.kind != Operation::select && step.node.kind != Operation::flatten)
-            add(step.node.output);
-    return block * threads;
+// A depthwise convolution that only a 1 x 1 convolution reads: some rows of both at a time, so that what
+// is between them stays in the cache.
+bool Network::Plan::by_bands(const Step& step, const Step& next) const {
+    const Node &a = step.node, &b = next.node;
+    if (a.kind != Operation::conv || b.kind != Operation::conv || b.inputs[0] != a.output) return false;
+    if (!by_channel(a, values[std::size_t(a.inputs[0])], values[std::size_t(a.output)])) return false;
+    for (int k = 0; k < 2; ++k)
+        if (b.kernel[k] != 1 || b.stride[k] != 1 || b.padding[k] != 0) return false;
+    return b.groups == 1 && step.residual < 0 && next.residual != a.output &&
+           std::find(next.dying.begin(), next.dying.end(), a.output) != next.dying.end();
 }
+
+// Of one walk over `count` blocks. A value may be alive, or held for individuals that part from others
+// later: what was alive where they part. There is a buffer for each of these at most, and none larger
+// than the largest value met while there are so many.
+std::int64_t Network::Plan::most_bytes(const Schedule& s, const Blocks& blocks, std::int64_t count,
+                                       std::int64_t individuals) const {
+    const int steps = int(s.steps.size());
+    struct Buffer {
+        int made = -1, dies = -1;  // steps
+    };
+    std::vector<Buffer> buffers(values.size());
+    for (int k = steps; k-- > 0;) {
+        const Step& step = s.steps[std::size_t(k)];
+        // Its input is read until the bands are done.
+        const int done = k + 1 < steps && by_bands(step, s.steps[std::size_t(k + 1)]) ? k + 1 : k;
+        for (int v : step.dying) buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, done);
+        buffers[std::size_t(step.node.output)].made = k;
+    }
+    buffers[std::size_t(output)].dies = steps;
+    for (int k = steps; k-- > 0;) {
+        const Node& node = s.steps[std::size_t(k)].node;
+        if (node.kind != Operation::select && node.kind != Operation::flatten) continue;
+        // A list of planes of others, which live as long.
+        Buffer& list = buffers[std::size_t(node.output)];
+        for (int v : node.inputs)
+            buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, list.dies);
+        list = Buffer{};
+    }
+    std::vector<std::pair<std::int64_t, std::int64_t>> met;  // bytes of a value, buffers with it
+    std::vector<char> held(values.size(), 0);
+    std::int64_t most_held = 0;
+    for (int k = -1; k < steps; ++k) {
+        const int v = k < 0 ? 0 : s.steps[std::size_t(k)].node.output;
+        auto alive = [&](std::size_t v) {
+            const bool made = v == 0 || (buffers[v].made >= 0 && buffers[v].made < k);
+            return made && buffers[v].dies >= k;
+        };
+        // Individuals part where they differ in a gene, or in a norm of their own.
+        if (k >= 0 && (s.steps[std::size_t(k)].norm >= 0 ||
+                       s.steps[std::size_t(k)].seen > (k ? s.steps[std::size_t(k - 1)].seen : 0))) {
+            std::int64_t now = 0;
+            for (std::size_t i = 0; i < values.size(); ++i)
+                if (alive(i)) held[i] = 1, ++now;
+            most_held = std::max(most_held, now);
+        }
+        std::int64_t living = 1, waiting = 0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            if (int(i) == v) continue;
+            if (alive(i)) ++living;
+            else waiting += held[i];
+        }
+        if (v != 0 && buffers[std::size_t(v)].made != k) continue;
+        std::int64_t bytes = 0;
+        for (std::int64_t b = 0; b < count; ++b) bytes += bytes_of(values[std::size_t(v)], blocks.padded(b));
+        met.emplace_back(Pool::size(bytes), living + std::min(waiting, (individuals - 1) * most_held));
+    }
+    std::sort(met.rbegin(), met.rend());
+    std::int64_t total = 0, number = 0;
+    for (const auto& [bytes, together] : met) {
+        total += std::max<std::int64_t>(together - number, 0) * bytes;
+        number = std::max(number, together);
+    }
+    return total;
+}
+
+std::int64_t Network::bytes(std::int64_t images, bool recalibrate, std::int64_t individuals,
+                            int threads) const {
+    const Blocks blocks(images, size_of(plan_->dtype));
+    const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
+    std::int64_t weights = 0;  // of a layer, as they are packed
+    for (const Node& n : plan_->nodes)
+        if (n.kind == Operation::conv)
+            weights = std::max(weights, plan_->values[std::size_t(n.output)].channels *
+                                            plan_->values[std::size_t(n.inputs[0])].channels / n.groups *
+                                            n.kernel[0] * n.kernel[1] * size_of(plan_->dtype));
+    // Two layers at a time, in vectors that may be twice as large.
+    return threads *
+           (plan_->most_bytes(s, blocks, recalibrate ? blocks.count : 1, individuals) + 4 * weights);
+}
+
+std::int64_t Network::taken() const { return plan_->taken; }
 
 void Network::run(const NetworkRun& run, int threads) const {
     const Plan& plan = *plan_;
@@ -703,6 +791,8 @@ void Network::run(const NetworkRun& run, int threads) const {
         }
     });
     if (error) std::rethrow_exception(error);
+    plan.taken = 0;
+    for (const auto& pool : pools) plan.taken += pool->most();
 }
 
 }  // namespace fastkd::cpu

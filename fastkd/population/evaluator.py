@@ -259,14 +259,14 @@ class PopulationEvaluator:
         outputs = int(np.prod(self._network.shapes[self._network.output]))
         outputs *= size * (1 + bool(self._program.softmax)) + extra
         alone = 2 * self.space.num_genes + 64  # the mask, and its copy that is sorted
-        fixed = held
+        batches = sorted({len(x) for x in self._calibration}) if recalibrate else []
         if recalibrate:
             channels = sum(self._network.shapes[v][0] for v in self._network.norms)
             alone += channels * (4 * 8 + 4 * 8 + 2 * size)  # moments of a batch, their sums, what is made of them
-            fixed += max(self._network.bytes(len(x), True) for x in self._calibration)
 
-        def need(n: int) -> int:
-            return fixed + self._network.bytes(n) + alone + n * outputs
+        def need(n: int, p: int = 1) -> int:
+            runs = [self._network.bytes(n, False, p), *(self._network.bytes(b, True, p) for b in batches)]
+            return held + max(runs) + p * (alone + n * outputs)
 
         n = min(images, PIECE)
         while n > 1 and need(n) > limit:
@@ -277,8 +277,8 @@ class PopulationEvaluator:
                 what += f", of which the result takes {held:,}"
             which = "memory_limit" if self.memory_limit is not None else "memory_limit (a quarter of what is free)"
             raise ValueError(f"{which} = {limit:,} bytes is too small: {what}")
-        p = 1 + (limit - need(n)) // (alone + n * outputs)
-        return max(1, min(p, individuals, max(16, int(WORK / max(macs * n, 1))))), n
+        most = min(individuals, max(16, int(WORK / max(macs * n, 1))))
+        return max(1, bisect.bisect_right(range(1, most + 1), limit, key=lambda p: need(n, p))), n
 
     def _recalibrated(self, masks: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Scale and shift of every norm, each [P, channels], from the calibration batches."""
