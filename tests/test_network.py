@@ -284,6 +284,25 @@ def test_does_not_depend_on_the_number_of_images(name, dtype, poisoned):
         torch.testing.assert_close(y[p, 8:40].double(), expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("size, stride", [(28, 2), (15, 1)])
+def test_bands_of_rows(size, stride, poisoned):
+    """A depthwise convolution and what reads it, in several bands, the last of them shorter; odd widths."""
+    b = Builder(130, size, size, genes=list(range(130)))
+    b.num_genes = 130
+    x = b.act(b.conv(0, 130, 3, stride, groups=130, genes=b.values[0][3], bias=True), "relu6")
+    b.act(b.norm(b.conv(x, 9, 1, genes=[ALWAYS] * 9)))
+    masks, x = population(b, 3, density=0.9), batch(b, 17)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        net = Network(b.values, b.nodes, b.num_genes, dtype)
+        y = net(masks, x.to(dtype))
+        for p, mask in enumerate(masks):
+            expected = interpret(b.values, b.nodes, mask, x)
+            torch.testing.assert_close(y[p].double(), expected, rtol=tolerance, atol=10 * tolerance)
+        for images in (1, 2, 4, 7, 16):
+            assert torch.equal(net(masks, x[:images].to(dtype)), y[:, :images])
+            assert torch.equal(net(masks[1:2], x[:images].to(dtype)), y[1:2, :images])
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_memory_is_within_the_bound(name, threads, poisoned):

@@ -440,9 +440,11 @@ template <class Plan> class Walk {
     void bands(const Step& step, const Step& next, std::int64_t begin, std::int64_t end) {
         const Value& between = value(step.node.output);
         const auto inner = wanted(step.node.output, begin, end), outer = wanted(next.node.output, begin, end);
-        const std::int64_t row =
-            between.width * images(0) * size_of(plan_.dtype) * std::int64_t(inner.size());
-        const std::int64_t rows = std::clamp<std::int64_t>(kBand / (row + 1), 1, between.height);
+        const std::int64_t row = between.width * images(0) * size_of(plan_.dtype);
+        // Bands begin where lines of the cache do: a plane may be written up to the end of one.
+        const std::int64_t unit = kLine / std::gcd(row, kLine);
+        const std::int64_t near = kBand / (row * std::int64_t(inner.size()) + 1);
+        const std::int64_t rows = std::min(std::max(near / unit, std::int64_t(1)) * unit, between.height);
         allocate(step.node.output, inner, rows);
         prepare(layers_[0], step, inner, begin, end);
         allocate(next.node.output, outer);
