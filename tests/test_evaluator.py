@@ -189,6 +189,7 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, monkeypatch, poisoned):
             assert torch.equal(other.loss(masks[order], [(x[:31], y[:31]), (x[31:], y[31:])],
                                           progress=lambda *a: calls.append(a)), loss[order])
             assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
+            assert limit is None or 0 < other._network.taken() <= limit
             assert calls[-1][0] == calls[-1][1] == 6 * (150 + 90 * (bn == "recalibrate"))
             other.memory_limit = None
             assert torch.equal(other.logits(masks[order], x), logits[order])
