@@ -325,10 +325,11 @@ PYBIND11_MODULE(FASTKD_MODULE, m) {
         py::gil_scoped_release release;
         cpu::conv_backward(op, threads);
     });
-    bind_network<cpu::Network>(host).def(
-        "run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
-                  int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
-                  bool affines_agree, const py::tuple& moments, int threads) {
+    bind_network<cpu::Network>(host)
+        .def("taken", &cpu::Network::taken)
+        .def("run", [](const cpu::Network& self, Address masks, int64_t individuals, Address x, int x_dtype,
+                       int64_t x_stride, int64_t images, Address out, int out_dtype, const py::tuple& affines,
+                       bool affines_agree, const py::tuple& moments, int threads) {
             const Run r(masks, individuals, x, x_dtype, x_stride, images, out, out_dtype, affines,
                         affines_agree, moments, self.norms());
             py::gil_scoped_release release;

@@ -114,8 +114,9 @@ class Network {
     Network(DType dtype, std::int64_t genes, std::vector<Value> values, std::vector<Node> nodes, int output);
     ~Network();
     void run(const NetworkRun&, int threads) const;
-    // What run takes at most beyond its arguments. Less, where individuals share nothing.
-    std::int64_t bytes(std::int64_t images, bool recalibrate, int threads) const;
+    // What run takes at most beyond its arguments.
+    std::int64_t bytes(std::int64_t images, bool recalibrate, std::int64_t individuals, int threads) const;
+    std::int64_t taken() const;  // by the values of the last run
     std::int64_t norms() const;
     Outline outline() const;
 

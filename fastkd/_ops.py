@@ -510,6 +510,7 @@ class _Memory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.held: dict[int, Tensor] = {}
+        self.most = self._now = 0  # bytes
 
     def take(self, size: int) -> int:
         return self._hold(torch.empty(size, dtype=torch.uint8, device=self.device))
@@ -521,10 +522,12 @@ class _Memory:
                           x.pin_memory().to(self.device, non_blocking=True))
 
     def give(self, address: int) -> None:
-        del self.held[address]
+        self._now -= self.held.pop(address).numel()
 
     def _hold(self, x: Tensor) -> int:
         self.held[x.data_ptr()] = x
+        self._now += x.numel()
+        self.most = max(self.most, self._now)
         return x.data_ptr()
 
 
@@ -565,6 +568,7 @@ class Network:
                  device: torch.device | None = None) -> None:
         self.dtype, self.num_genes, self.device = dtype, num_genes, device or torch.device("cpu")
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
+        self._taken = 0
         self.shapes = [tuple(v[:3]) for v in values]
         self.output = nodes[-1]["output"] if output is None else output
         self.norms = [n["output"] for n in nodes if n["op"] == "norm"]
@@ -598,9 +602,13 @@ class Network:
                 self._keep(n.get("scale")), self._keep(n.get("shift")), select)
 
     def bytes(self, images: int, recalibrate: bool = False, individuals: int = 1) -> int:
-        """At most what a run takes beyond its arguments. The CPU takes it per thread, whatever the individuals."""
-        on_host = not _backend(self.device).uses_workspace
-        return self._native.bytes(images, recalibrate, torch.get_num_threads() if on_host else individuals)
+        """At most what a run takes beyond its arguments."""
+        threads = () if _backend(self.device).uses_workspace else (torch.get_num_threads(),)
+        return self._native.bytes(images, recalibrate, individuals, *threads)
+
+    def taken(self) -> int:
+        """What the last run took, on the CPU that of values alone."""
+        return self._taken if _backend(self.device).uses_workspace else self._native.taken()
 
     def outline(self) -> tuple[list[int], list[int], list[int]]:
         """Genes in the order in which they are met; of each value the step that makes it (steps are nodes that are
@@ -619,6 +627,8 @@ class Network:
             self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
                              0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
                              DTYPES[self.dtype if out is None else out.dtype], affines, agree, moments, *where)
+            if launch.native.uses_workspace:
+                self._taken = memory.most
 
     def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
                  out_dtype: torch.dtype | None = None, agree: bool = False) -> Tensor:

@@ -205,6 +205,7 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypat
             assert torch.equal(other.loss(masks[order], [(x[:n // 5], y[:n // 5]), (x[n // 5:], y[n // 5:])],
                                           progress=lambda *a: calls.append(a)), loss[order])
             assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
+            assert limit is None or 0 < other._network.taken() <= limit
             assert calls[-1][0] == calls[-1][1] == 6 * (n + 3 * n // 5 * (bn == "recalibrate"))
             other.memory_limit = None
             assert torch.equal(other.logits(masks[order], x), logits[order])

@@ -6,6 +6,7 @@
 // before it wants; each then reads its own through pointers. The walk goes through all layers of one
 // block of images before the next one, so that activations stay in the cache.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -28,41 +29,57 @@ namespace {
 std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-// Buffers given back are taken again.
+constexpr std::int64_t kBand = 256 << 10;  // bytes between two layers that are computed by bands of rows
+
+// Buffers given back are taken again. Where none is large enough, the largest is replaced, so that there
+// are never more of some size or above than were lent at once when one of these was asked for.
 class Pool {
   public:
     ~Pool() {
         for (auto& b : free_) std::free(b.data);
     }
+    // What a buffer of so many bytes takes.
+    static std::int64_t size(std::int64_t bytes) {
+        return round_up(bytes + kLine, bytes + kLine >= kHuge ? kHuge : kLine);
+    }
     std::shared_ptr<char> take(std::int64_t bytes) {
-        bytes = round_up(bytes + kLine, kLine);
-        auto best = free_.end();
-        for (auto b = free_.begin(); b != free_.end(); ++b)
+        bytes = size(bytes);
+        auto best = free_.end(), largest = free_.end();
+        for (auto b = free_.begin(); b != free_.end(); ++b) {
             if (b->bytes >= bytes && (best == free_.end() || b->bytes < best->bytes)) best = b;
+            if (largest == free_.end() || b->bytes > largest->bytes) largest = b;
+        }
         Buffer buffer{nullptr, bytes};
         if (best != free_.end()) {
             buffer = *best;
             free_.erase(best);
         } else {
-            constexpr std::int64_t huge = 2 << 20;
-            const bool large = bytes >= huge;
-            buffer.bytes = round_up(bytes, large ? huge : kLine);
+            if (largest != free_.end()) {
+                std::free(largest->data);
+                held_ -= largest->bytes;
+                free_.erase(largest);
+            }
             buffer.data = static_cast<char*>(
-                std::aligned_alloc(std::size_t(large ? huge : kLine), std::size_t(buffer.bytes)));
+                std::aligned_alloc(std::size_t(bytes >= kHuge ? kHuge : kLine), std::size_t(bytes)));
             if (!buffer.data) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-            if (large) madvise(buffer.data, std::size_t(buffer.bytes), MADV_HUGEPAGE);
+            if (bytes >= kHuge) madvise(buffer.data, std::size_t(bytes), MADV_HUGEPAGE);
 #endif
+            held_ += bytes;
+            most_ = std::max(most_, held_);
         }
         return {buffer.data, [this, buffer](char*) { free_.push_back(buffer); }};
     }
+    std::int64_t most() const { return most_; }
 
   private:
+    static constexpr std::int64_t kHuge = 2 << 20;
     struct Buffer {
         char* data;
         std::int64_t bytes;
     };
     std::vector<Buffer> free_;
+    std::int64_t held_ = 0, most_ = 0;
 };
 
 // A value while it is alive: a plane per block and channel, null where not computed.
@@ -95,11 +112,21 @@ struct Blocks {
 
 struct Network::Plan : Program {
     using Program::Program;
-    std::int64_t plane_bytes(const Value& v, std::int64_t images) const {
-        const std::int64_t bytes = round_up(v.height * v.width * images * size_of(dtype), kLine);
+    std::int64_t plane_bytes(const Value& v, std::int64_t rows, std::int64_t images) const {
+        const std::int64_t bytes = round_up(rows * v.width * images * size_of(dtype), kLine);
         // Planes a multiple of 4 KB apart would share a few lines of the cache.
         return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
     }
+    // At least what planes of all channels, of all or some rows, take: the same for all individuals, so
+    // that buffers fit the next one.
+    std::int64_t bytes_of(const Value& v, std::int64_t images) const {
+        return v.channels *
+               (round_up(v.height * v.width * images * size_of(dtype), kLine) + kMostLines * kLine);
+    }
+    std::int64_t most_bytes(const Schedule&, const Blocks&, std::int64_t count,
+                            std::int64_t individuals) const;
+    bool by_bands(const Step& step, const Step& next) const;
+    mutable std::atomic<std::int64_t> taken{0};  // by the buffers of the last run
 };
 
 namespace {
@@ -107,7 +134,7 @@ namespace {
 template <class Plan> class Walk {
   public:
     Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
-         const Sorted& sorted, std::int64_t first_block, std::int64_t num_blocks)
+         const Sorted& sorted, Pool& pool, std::int64_t first_block, std::int64_t num_blocks)
         : plan_(plan),
           s_(s),
           run_(run),
@@ -116,6 +143,7 @@ template <class Plan> class Walk {
           agree_(sorted.agree),
           first_(first_block),
           count_(num_blocks),
+          pool_(pool),
           live_(plan.values.size()) {}
 
     void operator()(std::int64_t begin, std::int64_t end) {
@@ -139,21 +167,21 @@ template <class Plan> class Walk {
         return live_[std::size_t(v)].planes[std::size_t(b * value(v).channels + c)];
     }
 
-    // Planes for the channels of v; those that are not wanted stay null.
-    void allocate(int v, const std::vector<std::int32_t>& channels) {
+    // Planes for the channels of v, of some of the rows; those that are not wanted stay null.
+    void allocate(int v, const std::vector<std::int32_t>& channels, std::int64_t rows = -1) {
         const Value& shape = value(v);
+        if (rows < 0) rows = shape.height;
         Live& live = live_[std::size_t(v)];
         live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
         live.owners.clear();
         std::int64_t bytes = 0;
-        for (std::int64_t b = 0; b < count_; ++b)
-            bytes += plan_.plane_bytes(shape, images(b)) * std::int64_t(channels.size());
+        for (std::int64_t b = 0; b < count_; ++b) bytes += plan_.bytes_of(shape, images(b));
         live.owners.push_back(pool_.take(bytes));
         char* next = live.owners[0].get();
         for (std::int64_t b = 0; b < count_; ++b)
             for (std::int32_t c : channels) {
                 live.planes[std::size_t(b * shape.channels + c)] = next;
-                next += plan_.plane_bytes(shape, images(b));
+                next += plan_.plane_bytes(shape, rows, images(b));
             }
     }
 
@@ -249,9 +277,18 @@ template <class Plan> class Walk {
                 }
                 return;
             }
-            execute(step, begin, end);
-            for (int v : step.dying)
-                if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
+            auto bury = [&](const Step& done) {
+                for (int v : done.dying)
+                    if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
+            };
+            if (k + 1 < last && plan_.by_bands(step, s_.steps[k + 1]) &&
+                sharing(s_.steps[k + 1], begin, end) == end) {
+                bands(step, s_.steps[++k], begin, end);
+                bury(step);
+            } else {
+                execute(step, begin, end);
+            }
+            bury(s_.steps[k]);
         }
         store(begin, end);
         for (std::size_t v = 0; v < live_.size(); ++v)
@@ -308,64 +345,120 @@ template <class Plan> class Walk {
         }
     }
 
-    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
-              std::int64_t end) {
+    // A convolution for some individuals: what does not depend on the images.
+    struct Layer {
+        struct Group {
+            std::size_t first, last;              // of the channels
+            std::size_t first_input, last_input;  // of the inputs
+            std::size_t packed;                   // bytes
+        };
+        const Step* step;
+        std::vector<std::int32_t> channels, inputs;
+        std::vector<std::int64_t> keepers;  // of the channels
+        std::vector<Group> groups;
+        std::vector<char> scale, shift, packed;
+    };
+
+    void prepare(Layer& layer, const Step& step, const std::vector<std::int32_t>& channels,
+                 std::int64_t begin, std::int64_t end) {
         const Node& node = step.node;
         const Value &in = value(node.inputs[0]), &out = value(node.output);
         const std::int64_t size = size_of(plan_.dtype), taps = node.kernel[0] * node.kernel[1];
         const std::int64_t group_in = in.channels / node.groups, group_out = out.channels / node.groups;
-        std::vector<char> scale(channels.size() * std::size_t(size)), shift = scale;
+        layer.step = &step, layer.channels = channels;
+        layer.scale.resize(channels.size() * std::size_t(size));
+        layer.shift.resize(layer.scale.size());
+        layer.inputs.clear(), layer.keepers.clear(), layer.groups.clear();
         for (std::size_t j = 0; j < channels.size(); ++j) {
             const std::int32_t c = channels[j];
+            const std::int64_t k = keeper(node.output, c, begin, end);
             double a = 1, b = node.bias ? number(static_cast<const char*>(node.bias), c) : 0;
             if (step.norm >= 0) {
-                const std::int64_t k = keeper(node.output, c, begin, end);
                 a = number(affine(step, k, false), c);
                 b = b * a + number(affine(step, k, true), c);
             }
-            put(scale, j, a), put(shift, j, b);
+            layer.keepers.push_back(k);
+            put(layer.scale, j, a), put(layer.shift, j, b);
         }
-        std::vector<std::int32_t> inputs;
-        std::vector<const void*> in_planes, residual;
-        std::vector<void*> out_planes;
+        std::vector<std::int32_t> within;  // the inputs of a group, from its first
+        std::size_t bytes = 0;
         for (std::size_t j = 0; j < channels.size();) {
             const std::int64_t group = channels[j] / group_out;
             std::size_t last = j;
             while (last < channels.size() && channels[last] / group_out == group) ++last;
-            inputs.clear();
+            within.clear();
             for (std::int64_t c = 0; c < group_in; ++c)
                 if (seen_by(begin, node.inputs[0], 0, group * group_in + c))
-                    inputs.push_back(std::int32_t(c));
+                    within.push_back(std::int32_t(c));
             // Of a channel by itself, as in a depthwise convolution, the keepers may differ: it is read
             // by those that keep the output.
-            if (group_in == 1 && inputs.empty() && plane(node.inputs[0], 0, group) &&
-                seen_by(keeper(node.output, channels[j], begin, end), node.inputs[0], 0, group))
-                inputs.push_back(0);
-            const std::int64_t n = std::int64_t(last - j);
-            const std::size_t bytes = std::size_t(n * std::int64_t(inputs.size()) * taps * size);
-            if (packed_.size() < bytes) packed_.resize(bytes);
-            pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, inputs.data(), channels.data() + j,
-                                       std::int64_t(inputs.size()), n, packed_.data()});
-            auto q = geometry<PlaneConv>(node);
-            q.inputs = std::int64_t(inputs.size()), q.outputs = n;
-            q.packed = packed_.data();
-            q.scale = scale.data() + j * std::size_t(size), q.shift = shift.data() + j * std::size_t(size);
-            for (std::int64_t b = 0; b < count_; ++b) {
-                in_planes.clear(), out_planes.clear(), residual.clear();
-                for (std::int32_t c : inputs)
-                    in_planes.push_back(plane(node.inputs[0], b, group * group_in + c));
-                for (std::size_t k = j; k < last; ++k) {
-                    out_planes.push_back(plane(node.output, b, channels[k]));
-                    if (step.residual >= 0)
-                        residual.push_back(seen_by(keeper(node.output, channels[k], begin, end),
-                                                   step.residual, b, channels[k]));
-                }
-                q.images = images(b), q.in = in_planes.data(), q.out = out_planes.data();
-                q.tail = {step.residual >= 0 ? residual.data() : nullptr, step.activation, step.param};
-                plane_conv(plan_.dtype, q);
-            }
+            if (group_in == 1 && within.empty() && plane(node.inputs[0], 0, group) &&
+                seen_by(layer.keepers[j], node.inputs[0], 0, group))
+                within.push_back(0);
+            const std::int64_t n = std::int64_t(last - j), inputs = std::int64_t(within.size());
+            const std::size_t first = layer.inputs.size(), packed = bytes;
+            bytes += std::size_t(n * inputs * taps * size);
+            if (layer.packed.size() < bytes) layer.packed.resize(bytes);
+            pack_weights(plan_.dtype, {node.weight, group_in * taps, taps, within.data(), channels.data() + j,
+                                       inputs, n, layer.packed.data() + packed});
+            for (std::int32_t c : within) layer.inputs.push_back(std::int32_t(group * group_in + c));
+            layer.groups.push_back({j, last, first, layer.inputs.size(), packed});
             j = last;
         }
+    }
+
+    // q: which rows of it, and where they stand.
+    void compute(const Layer& layer, std::int64_t b, PlaneConv q) {
+        const Step& step = *layer.step;
+        const std::size_t size = std::size_t(size_of(plan_.dtype));
+        in_planes_.clear(), out_planes_.clear(), residual_.clear();
+        for (std::int32_t c : layer.inputs) in_planes_.push_back(plane(step.node.inputs[0], b, c));
+        for (std::size_t j = 0; j < layer.channels.size(); ++j) {
+            out_planes_.push_back(plane(step.node.output, b, layer.channels[j]));
+            if (step.residual >= 0)
+                residual_.push_back(seen_by(layer.keepers[j], step.residual, b, layer.channels[j]));
+        }
+        q.images = images(b);
+        for (const auto& g : layer.groups) {
+            q.inputs = std::int64_t(g.last_input - g.first_input), q.outputs = std::int64_t(g.last - g.first);
+            q.packed = layer.packed.data() + g.packed;
+            q.scale = layer.scale.data() + g.first * size, q.shift = layer.shift.data() + g.first * size;
+            q.in = in_planes_.data() + g.first_input, q.out = out_planes_.data() + g.first;
+            q.tail = {step.residual >= 0 ? residual_.data() + g.first : nullptr, step.activation, step.param};
+            plane_conv(plan_.dtype, q);
+        }
+    }
+
+    void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
+              std::int64_t end) {
+        prepare(layers_[0], step, channels, begin, end);
+        auto q = geometry<PlaneConv>(step.node);
+        q.rows[1] = q.out_size[0];
+        for (std::int64_t b = 0; b < count_; ++b) compute(layers_[0], b, q);
+    }
+
+    void bands(const Step& step, const Step& next, std::int64_t begin, std::int64_t end) {
+        const Value& between = value(step.node.output);
+        const auto inner = wanted(step.node.output, begin, end), outer = wanted(next.node.output, begin, end);
+        const std::int64_t row = between.width * images(0) * size_of(plan_.dtype);
+        // Bands begin where lines of the cache do: a plane may be written up to the end of one.
+        const std::int64_t unit = kLine / std::gcd(row, kLine);
+        const std::int64_t near = kBand / (row * std::int64_t(inner.size()) + 1);
+        const std::int64_t rows = std::min(std::max(near / unit, std::int64_t(1)) * unit, between.height);
+        allocate(step.node.output, inner, rows);
+        prepare(layers_[0], step, inner, begin, end);
+        allocate(next.node.output, outer);
+        prepare(layers_[1], next, outer, begin, end);
+        auto p = geometry<PlaneConv>(step.node), q = geometry<PlaneConv>(next.node);
+        for (std::int64_t b = 0; b < count_; ++b)
+            for (std::int64_t first = 0; first < between.height; first += rows) {
+                const std::int64_t count = std::min(rows, between.height - first);
+                const std::int64_t origin = first * between.width * images(b);
+                p.rows[0] = first, p.rows[1] = first + count, p.origin = -origin;
+                compute(layers_[0], b, p);
+                q.size[0] = q.out_size[0] = q.rows[1] = count, q.origin = origin;
+                compute(layers_[1], b, q);
+            }
     }
 
     void put(std::vector<char>& row, std::size_t j, double x) const {
@@ -542,9 +635,11 @@ template <class Plan> class Walk {
     const Blocks& blocks_;
     const std::vector<std::int64_t>&sorted_, &agree_;
     std::int64_t first_, count_;
-    Pool pool_;  // before what it lends
+    Pool& pool_;
     std::vector<Live> live_;
-    std::vector<char> packed_;
+    Layer layers_[2];
+    std::vector<const void*> in_planes_, residual_;  // of the convolution that is computed
+    std::vector<void*> out_planes_;
 };
 
 }  // namespace
@@ -558,23 +653,98 @@ std::int64_t Network::norms() const { return plan_->norms; }
 
 Outline Network::outline() const { return plan_->outline(); }
 
-std::int64_t Network::bytes(std::int64_t images, bool recalibrate, int threads) const {
-    const Blocks blocks(images, size_of(plan_->dtype));
-    std::int64_t block = 0;
-    const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
-    auto add = [&](int v) {
-        const Value& shape = plan_->values[std::size_t(v)];
-        for (std::int64_t b = 0; b < (recalibrate ? blocks.count : std::min<std::int64_t>(blocks.count, 1));
-             ++b)
-            block += plan_->plane_bytes(shape, blocks.padded(b)) * shape.channels;
-        block += 2 << 20;  // huge pages
-    };
-    add(0);
-    for (const Step& step : s.steps)
-        if (step.node.kind != Operation::select && step.node.kind != Operation::flatten)
-            add(step.node.output);
-    return block * threads;
+// A depthwise convolution that only a 1 x 1 convolution reads: some rows of both at a time, so that what
+// is between them stays in the cache.
+bool Network::Plan::by_bands(const Step& step, const Step& next) const {
+    const Node &a = step.node, &b = next.node;
+    if (a.kind != Operation::conv || b.kind != Operation::conv || b.inputs[0] != a.output) return false;
+    if (!by_channel(a, values[std::size_t(a.inputs[0])], values[std::size_t(a.output)])) return false;
+    for (int k = 0; k < 2; ++k)
+        if (b.kernel[k] != 1 || b.stride[k] != 1 || b.padding[k] != 0) return false;
+    return b.groups == 1 && step.residual < 0 && next.residual != a.output &&
+           std::find(next.dying.begin(), next.dying.end(), a.output) != next.dying.end();
 }
+
+// Of one walk over `count` blocks. A value may be alive, or held for individuals that part from others
+// later: what was alive where they part. There is a buffer for each of these at most, and none larger
+// than the largest value met while there are so many.
+std::int64_t Network::Plan::most_bytes(const Schedule& s, const Blocks& blocks, std::int64_t count,
+                                       std::int64_t individuals) const {
+    const int steps = int(s.steps.size());
+    struct Buffer {
+        int made = -1, dies = -1;  // steps
+    };
+    std::vector<Buffer> buffers(values.size());
+    for (int k = steps; k-- > 0;) {
+        const Step& step = s.steps[std::size_t(k)];
+        // Its input is read until the bands are done.
+        const int done = k + 1 < steps && by_bands(step, s.steps[std::size_t(k + 1)]) ? k + 1 : k;
+        for (int v : step.dying) buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, done);
+        buffers[std::size_t(step.node.output)].made = k;
+    }
+    buffers[std::size_t(output)].dies = steps;
+    for (int k = steps; k-- > 0;) {
+        const Node& node = s.steps[std::size_t(k)].node;
+        if (node.kind != Operation::select && node.kind != Operation::flatten) continue;
+        // A list of planes of others, which live as long.
+        Buffer& list = buffers[std::size_t(node.output)];
+        for (int v : node.inputs)
+            buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, list.dies);
+        list = Buffer{};
+    }
+    std::vector<std::pair<std::int64_t, std::int64_t>> met;  // bytes of a value, buffers with it
+    std::vector<char> held(values.size(), 0);
+    std::int64_t most_held = 0;
+    for (int k = -1; k < steps; ++k) {
+        const int v = k < 0 ? 0 : s.steps[std::size_t(k)].node.output;
+        auto alive = [&](std::size_t v) {
+            const bool made = v == 0 || (buffers[v].made >= 0 && buffers[v].made < k);
+            return made && buffers[v].dies >= k;
+        };
+        // Individuals part where they differ in a gene, or in a norm of their own.
+        if (k >= 0 && (s.steps[std::size_t(k)].norm >= 0 ||
+                       s.steps[std::size_t(k)].seen > (k ? s.steps[std::size_t(k - 1)].seen : 0))) {
+            std::int64_t now = 0;
+            for (std::size_t i = 0; i < values.size(); ++i)
+                if (alive(i)) held[i] = 1, ++now;
+            most_held = std::max(most_held, now);
+        }
+        std::int64_t living = 1, waiting = 0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            if (int(i) == v) continue;
+            if (alive(i)) ++living;
+            else waiting += held[i];
+        }
+        if (v != 0 && buffers[std::size_t(v)].made != k) continue;
+        std::int64_t bytes = 0;
+        for (std::int64_t b = 0; b < count; ++b) bytes += bytes_of(values[std::size_t(v)], blocks.padded(b));
+        met.emplace_back(Pool::size(bytes), living + std::min(waiting, (individuals - 1) * most_held));
+    }
+    std::sort(met.rbegin(), met.rend());
+    std::int64_t total = 0, number = 0;
+    for (const auto& [bytes, together] : met) {
+        total += std::max<std::int64_t>(together - number, 0) * bytes;
+        number = std::max(number, together);
+    }
+    return total;
+}
+
+std::int64_t Network::bytes(std::int64_t images, bool recalibrate, std::int64_t individuals,
+                            int threads) const {
+    const Blocks blocks(images, size_of(plan_->dtype));
+    const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
+    std::int64_t weights = 0;  // of a layer, as they are packed
+    for (const Node& n : plan_->nodes)
+        if (n.kind == Operation::conv)
+            weights = std::max(weights, plan_->values[std::size_t(n.output)].channels *
+                                            plan_->values[std::size_t(n.inputs[0])].channels / n.groups *
+                                            n.kernel[0] * n.kernel[1] * size_of(plan_->dtype));
+    // Two layers at a time, in vectors that may be twice as large.
+    return threads *
+           (plan_->most_bytes(s, blocks, recalibrate ? blocks.count : 1, individuals) + 4 * weights);
+}
+
+std::int64_t Network::taken() const { return plan_->taken; }
 
 void Network::run(const NetworkRun& run, int threads) const {
     const Plan& plan = *plan_;
@@ -599,19 +769,32 @@ void Network::run(const NetworkRun& run, int threads) const {
     std::int64_t ranges = 1;
     if (threads > 1 && image_tasks % threads) ranges = (4 * threads + image_tasks - 1) / image_tasks;
     ranges = std::min(ranges, individuals);
+    std::vector<std::unique_ptr<Pool>> pools;  // of tasks that are done, for those that follow
     std::exception_ptr error;
     std::mutex mutex;
     parallel_for(image_tasks * ranges, threads, [&](std::int64_t task) {
         const std::int64_t block = task / ranges, range = task % ranges;
         try {
-            Walk<Plan> walk(plan, s, run, blocks, sorted, block * step, step);
-            walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+            std::unique_ptr<Pool> pool;
+            {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!pools.empty()) pool = std::move(pools.back()), pools.pop_back();
+            }
+            if (!pool) pool = std::make_unique<Pool>();
+            {
+                Walk<Plan> walk(plan, s, run, blocks, sorted, *pool, block * step, step);
+                walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+            }
+            const std::lock_guard<std::mutex> lock(mutex);
+            pools.push_back(std::move(pool));
         } catch (...) {
             const std::lock_guard<std::mutex> lock(mutex);
             error = std::current_exception();
         }
     });
     if (error) std::rethrow_exception(error);
+    plan.taken = 0;
+    for (const auto& pool : pools) plan.taken += pool->most();
 }
 
 }  // namespace fastkd::cpu

@@ -269,27 +269,26 @@ class PopulationEvaluator:
         outputs = int(np.prod(self._network.shapes[self._network.output]))
         outputs *= size * (1 + bool(self._program.softmax)) + extra
         alone = 2 * self.space.num_genes + 64  # the mask, and its copy that is sorted
-        channels = sum(self._network.shapes[v][0] for v in self._network.norms)
+        batches = sorted({len(x) for x in self._calibration}) if recalibrate else []
         if recalibrate:
+            channels = sum(self._network.shapes[v][0] for v in self._network.norms)
             alone += channels * (4 * 8 + 4 * 8 + 2 * 8)  # moments of a batch, their sums, what is made of them
-        measured = {len(x) for x in self._calibration} if recalibrate else set()
 
-        def need(p: int, n: int) -> int:
-            own = self._network.bytes(n, False, p) + max((self._network.bytes(m, True, p) for m in measured), default=0)
-            return held + own + p * (alone + n * outputs)
+        def need(n: int, p: int = 1) -> int:
+            runs = [self._network.bytes(n, False, p), *(self._network.bytes(b, True, p) for b in batches)]
+            return held + max(runs) + p * (alone + n * outputs)
 
         n = min(images, PIECE)
-        while n > 1 and need(1, n) > limit:
+        while n > 1 and need(n) > limit:
             n = -(-n // 2)
-        first = need(1, n)
-        if first > limit:
-            what = f"one individual needs {first:,}"
+        if need(n) > limit:
+            what = f"one individual needs {need(n):,}"
             if held:
                 what += f", of which the result takes {held:,}"
             which = "memory_limit" if self.memory_limit is not None else "memory_limit (a quarter of what is free)"
             raise ValueError(f"{which} = {limit:,} bytes is too small: {what}")
-        p = 1 + (limit - first) // (need(2, n) - first)  # it grows by as much for every individual
-        return max(1, min(p, individuals, max(16, int(WORK[self.device.type] / max(macs * n, 1))))), n
+        most = min(individuals, max(16, int(WORK[self.device.type] / max(macs * n, 1))))
+        return max(1, bisect.bisect_right(range(1, most + 1), limit, key=lambda p: need(n, p))), n
 
     def _recalibrated(self, masks: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Scale and shift of every norm, each [P, channels], from the calibration batches."""
