@@ -299,8 +299,8 @@ def test_does_not_depend_on_the_number_of_images(name, dtype, poisoned):
 
 
 @pytest.mark.parametrize("size, stride", [(28, 2), (15, 1)])
-def test_bands_of_rows(size, stride, poisoned):
-    """A depthwise convolution and what reads it, in several bands, the last of them shorter; odd widths."""
+def test_depthwise_and_pointwise(size, stride, poisoned):
+    """Many channels, odd widths, few images."""
     b = Builder(130, size, size, genes=list(range(130)))
     b.num_genes = 130
     x = b.act(b.conv(0, 130, 3, stride, groups=130, genes=b.values[0][3], bias=True), "relu6")

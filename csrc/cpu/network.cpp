@@ -17,19 +17,14 @@
 #include <stdexcept>
 
 #include "../schedule.h"
+#include "blocks.h"
 #include "parallel.h"
-#include "planes.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
 namespace fastkd::cpu {
 namespace {
-
-std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
-constexpr std::int64_t kBand = 256 << 10;  // bytes between two layers that are computed by bands of rows
 
 // Buffers given back are taken again. Where none is large enough, the largest is replaced, so that there
 // are never more of some size or above than were lent at once when one of these was asked for.
@@ -89,43 +84,18 @@ struct Live {
     void clear() { planes.clear(), owners.clear(); }
 };
 
-// The images of a run, in blocks that depend on their number alone.
-struct Blocks {
-    Blocks(std::int64_t images, std::int64_t element) : images(images) {
-        line = kLine / element;
-        lines = (images + line - 1) / line;
-        count = (lines + kMostLines - 1) / kMostLines;
-        narrow = 16 / element;
-        while (narrow < images && narrow < line) narrow *= 2;
-    }
-    std::int64_t first(std::int64_t b) const {
-        return (b * (lines / count) + std::min(b, lines % count)) * line;
-    }
-    std::int64_t valid(std::int64_t b) const { return std::min(first(b + 1), images) - first(b); }
-    std::int64_t padded(std::int64_t b) const {
-        return images < line ? narrow : (lines / count + (b < lines % count)) * line;
-    }
-    std::int64_t images, line, lines, count, narrow;
-};
-
 }  // namespace
 
 struct Network::Plan : Program {
     using Program::Program;
-    std::int64_t plane_bytes(const Value& v, std::int64_t rows, std::int64_t images) const {
-        const std::int64_t bytes = round_up(rows * v.width * images * size_of(dtype), kLine);
-        // Planes a multiple of 4 KB apart would share a few lines of the cache.
-        return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
-    }
-    // At least what planes of all channels, of all or some rows, take: the same for all individuals, so
+    // At least what planes of all channels take: the same for all individuals, so
     // that buffers fit the next one.
     std::int64_t bytes_of(const Value& v, std::int64_t images) const {
         return v.channels *
                (round_up(v.height * v.width * images * size_of(dtype), kLine) + kMostLines * kLine);
     }
-    std::int64_t most_bytes(const Schedule&, const Blocks&, std::int64_t count,
+    std::int64_t most_bytes(const Schedule&, const ImageBlocks&, std::int64_t count,
                             std::int64_t individuals) const;
-    bool by_bands(const Step& step, const Step& next) const;
     mutable std::atomic<std::int64_t> taken{0};  // by the buffers of the last run
 };
 
@@ -133,7 +103,7 @@ namespace {
 
 template <class Plan> class Walk {
   public:
-    Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const Blocks& blocks,
+    Walk(const Plan& plan, const Schedule& s, const NetworkRun& run, const ImageBlocks& blocks,
          const Sorted& sorted, Pool& pool, std::int64_t first_block, std::int64_t num_blocks)
         : plan_(plan),
           s_(s),
@@ -167,10 +137,9 @@ template <class Plan> class Walk {
         return live_[std::size_t(v)].planes[std::size_t(b * value(v).channels + c)];
     }
 
-    // Planes for the channels of v, of some of the rows; those that are not wanted stay null.
-    void allocate(int v, const std::vector<std::int32_t>& channels, std::int64_t rows = -1) {
+    // Planes for the channels of v; those that are not wanted stay null.
+    void allocate(int v, const std::vector<std::int32_t>& channels) {
         const Value& shape = value(v);
-        if (rows < 0) rows = shape.height;
         Live& live = live_[std::size_t(v)];
         live.planes.assign(std::size_t(count_ * shape.channels), nullptr);
         live.owners.clear();
@@ -181,7 +150,7 @@ template <class Plan> class Walk {
         for (std::int64_t b = 0; b < count_; ++b)
             for (std::int32_t c : channels) {
                 live.planes[std::size_t(b * shape.channels + c)] = next;
-                next += plan_.plane_bytes(shape, rows, images(b));
+                next += plane_step(shape.height * shape.width, images(b), size_of(plan_.dtype));
             }
     }
 
@@ -277,18 +246,9 @@ template <class Plan> class Walk {
                 }
                 return;
             }
-            auto bury = [&](const Step& done) {
-                for (int v : done.dying)
-                    if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
-            };
-            if (k + 1 < last && plan_.by_bands(step, s_.steps[k + 1]) &&
-                sharing(s_.steps[k + 1], begin, end) == end) {
-                bands(step, s_.steps[++k], begin, end);
-                bury(step);
-            } else {
-                execute(step, begin, end);
-            }
-            bury(s_.steps[k]);
+            execute(step, begin, end);
+            for (int v : step.dying)
+                if (s_.producer[std::size_t(v)] >= pending) live_[std::size_t(v)].clear();
         }
         store(begin, end);
         for (std::size_t v = 0; v < live_.size(); ++v)
@@ -352,8 +312,7 @@ template <class Plan> class Walk {
             std::size_t first_input, last_input;  // of the inputs
             std::size_t packed;                   // bytes
         };
-        const Step* step;
-        std::vector<std::int32_t> channels, inputs;
+        std::vector<std::int32_t> inputs;
         std::vector<std::int64_t> keepers;  // of the channels
         std::vector<Group> groups;
         std::vector<char> scale, shift, packed;
@@ -365,7 +324,6 @@ template <class Plan> class Walk {
         const Value &in = value(node.inputs[0]), &out = value(node.output);
         const std::int64_t size = size_of(plan_.dtype), taps = node.kernel[0] * node.kernel[1];
         const std::int64_t group_in = in.channels / node.groups, group_out = out.channels / node.groups;
-        layer.step = &step, layer.channels = channels;
         layer.scale.resize(channels.size() * std::size_t(size));
         layer.shift.resize(layer.scale.size());
         layer.inputs.clear(), layer.keepers.clear(), layer.groups.clear();
@@ -407,58 +365,32 @@ template <class Plan> class Walk {
         }
     }
 
-    // q: which rows of it, and where they stand.
-    void compute(const Layer& layer, std::int64_t b, PlaneConv q) {
-        const Step& step = *layer.step;
-        const std::size_t size = std::size_t(size_of(plan_.dtype));
-        in_planes_.clear(), out_planes_.clear(), residual_.clear();
-        for (std::int32_t c : layer.inputs) in_planes_.push_back(plane(step.node.inputs[0], b, c));
-        for (std::size_t j = 0; j < layer.channels.size(); ++j) {
-            out_planes_.push_back(plane(step.node.output, b, layer.channels[j]));
-            if (step.residual >= 0)
-                residual_.push_back(seen_by(layer.keepers[j], step.residual, b, layer.channels[j]));
-        }
-        q.images = images(b);
-        for (const auto& g : layer.groups) {
-            q.inputs = std::int64_t(g.last_input - g.first_input), q.outputs = std::int64_t(g.last - g.first);
-            q.packed = layer.packed.data() + g.packed;
-            q.scale = layer.scale.data() + g.first * size, q.shift = layer.shift.data() + g.first * size;
-            q.in = in_planes_.data() + g.first_input, q.out = out_planes_.data() + g.first;
-            q.tail = {step.residual >= 0 ? residual_.data() + g.first : nullptr, step.activation, step.param};
-            plane_conv(plan_.dtype, q);
-        }
-    }
-
     void conv(const Step& step, const std::vector<std::int32_t>& channels, std::int64_t begin,
               std::int64_t end) {
-        prepare(layers_[0], step, channels, begin, end);
+        prepare(layer_, step, channels, begin, end);
+        const std::size_t size = std::size_t(size_of(plan_.dtype));
         auto q = geometry<PlaneConv>(step.node);
-        q.rows[1] = q.out_size[0];
-        for (std::int64_t b = 0; b < count_; ++b) compute(layers_[0], b, q);
-    }
-
-    void bands(const Step& step, const Step& next, std::int64_t begin, std::int64_t end) {
-        const Value& between = value(step.node.output);
-        const auto inner = wanted(step.node.output, begin, end), outer = wanted(next.node.output, begin, end);
-        const std::int64_t row = between.width * images(0) * size_of(plan_.dtype);
-        // Bands begin where lines of the cache do: a plane may be written up to the end of one.
-        const std::int64_t unit = kLine / std::gcd(row, kLine);
-        const std::int64_t near = kBand / (row * std::int64_t(inner.size()) + 1);
-        const std::int64_t rows = std::min(std::max(near / unit, std::int64_t(1)) * unit, between.height);
-        allocate(step.node.output, inner, rows);
-        prepare(layers_[0], step, inner, begin, end);
-        allocate(next.node.output, outer);
-        prepare(layers_[1], next, outer, begin, end);
-        auto p = geometry<PlaneConv>(step.node), q = geometry<PlaneConv>(next.node);
-        for (std::int64_t b = 0; b < count_; ++b)
-            for (std::int64_t first = 0; first < between.height; first += rows) {
-                const std::int64_t count = std::min(rows, between.height - first);
-                const std::int64_t origin = first * between.width * images(b);
-                p.rows[0] = first, p.rows[1] = first + count, p.origin = -origin;
-                compute(layers_[0], b, p);
-                q.size[0] = q.out_size[0] = q.rows[1] = count, q.origin = origin;
-                compute(layers_[1], b, q);
+        for (std::int64_t b = 0; b < count_; ++b) {
+            in_planes_.clear(), out_planes_.clear(), residual_.clear();
+            for (std::int32_t c : layer_.inputs) in_planes_.push_back(plane(step.node.inputs[0], b, c));
+            for (std::size_t j = 0; j < channels.size(); ++j) {
+                out_planes_.push_back(plane(step.node.output, b, channels[j]));
+                if (step.residual >= 0)
+                    residual_.push_back(seen_by(layer_.keepers[j], step.residual, b, channels[j]));
             }
+            q.images = images(b);
+            for (const auto& g : layer_.groups) {
+                q.inputs = std::int64_t(g.last_input - g.first_input);
+                q.outputs = std::int64_t(g.last - g.first);
+                q.packed = layer_.packed.data() + g.packed;
+                q.scale = layer_.scale.data() + g.first * size;
+                q.shift = layer_.shift.data() + g.first * size;
+                q.in = in_planes_.data() + g.first_input, q.out = out_planes_.data() + g.first;
+                q.tail = {step.residual >= 0 ? residual_.data() + g.first : nullptr, step.activation,
+                          step.param};
+                plane_conv(plan_.dtype, q);
+            }
+        }
     }
 
     void put(std::vector<char>& row, std::size_t j, double x) const {
@@ -632,12 +564,12 @@ template <class Plan> class Walk {
     const Plan& plan_;
     const Schedule& s_;
     const NetworkRun& run_;
-    const Blocks& blocks_;
+    const ImageBlocks& blocks_;
     const std::vector<std::int64_t>&sorted_, &agree_;
     std::int64_t first_, count_;
     Pool& pool_;
     std::vector<Live> live_;
-    Layer layers_[2];
+    Layer layer_;
     std::vector<const void*> in_planes_, residual_;  // of the convolution that is computed
     std::vector<void*> out_planes_;
 };
@@ -653,22 +585,10 @@ std::int64_t Network::norms() const { return plan_->norms; }
 
 Outline Network::outline() const { return plan_->outline(); }
 
-// A depthwise convolution that only a 1 x 1 convolution reads: some rows of both at a time, so that what
-// is between them stays in the cache.
-bool Network::Plan::by_bands(const Step& step, const Step& next) const {
-    const Node &a = step.node, &b = next.node;
-    if (a.kind != Operation::conv || b.kind != Operation::conv || b.inputs[0] != a.output) return false;
-    if (!by_channel(a, values[std::size_t(a.inputs[0])], values[std::size_t(a.output)])) return false;
-    for (int k = 0; k < 2; ++k)
-        if (b.kernel[k] != 1 || b.stride[k] != 1 || b.padding[k] != 0) return false;
-    return b.groups == 1 && step.residual < 0 && next.residual != a.output &&
-           std::find(next.dying.begin(), next.dying.end(), a.output) != next.dying.end();
-}
-
 // Of one walk over `count` blocks. A value may be alive, or held for individuals that part from others
 // later: what was alive where they part. There is a buffer for each of these at most, and none larger
 // than the largest value met while there are so many.
-std::int64_t Network::Plan::most_bytes(const Schedule& s, const Blocks& blocks, std::int64_t count,
+std::int64_t Network::Plan::most_bytes(const Schedule& s, const ImageBlocks& blocks, std::int64_t count,
                                        std::int64_t individuals) const {
     const int steps = int(s.steps.size());
     struct Buffer {
@@ -677,9 +597,7 @@ std::int64_t Network::Plan::most_bytes(const Schedule& s, const Blocks& blocks, 
     std::vector<Buffer> buffers(values.size());
     for (int k = steps; k-- > 0;) {
         const Step& step = s.steps[std::size_t(k)];
-        // Its input is read until the bands are done.
-        const int done = k + 1 < steps && by_bands(step, s.steps[std::size_t(k + 1)]) ? k + 1 : k;
-        for (int v : step.dying) buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, done);
+        for (int v : step.dying) buffers[std::size_t(v)].dies = std::max(buffers[std::size_t(v)].dies, k);
         buffers[std::size_t(step.node.output)].made = k;
     }
     buffers[std::size_t(output)].dies = steps;
@@ -731,7 +649,7 @@ std::int64_t Network::Plan::most_bytes(const Schedule& s, const Blocks& blocks, 
 
 std::int64_t Network::bytes(std::int64_t images, bool recalibrate, std::int64_t individuals,
                             int threads) const {
-    const Blocks blocks(images, size_of(plan_->dtype));
+    const ImageBlocks blocks(images, size_of(plan_->dtype));
     const Schedule& s = recalibrate ? plan_->recalibrate : plan_->inherit;
     std::int64_t weights = 0;  // of a layer, as they are packed
     for (const Node& n : plan_->nodes)
@@ -739,9 +657,9 @@ std::int64_t Network::bytes(std::int64_t images, bool recalibrate, std::int64_t 
             weights = std::max(weights, plan_->values[std::size_t(n.output)].channels *
                                             plan_->values[std::size_t(n.inputs[0])].channels / n.groups *
                                             n.kernel[0] * n.kernel[1] * size_of(plan_->dtype));
-    // Two layers at a time, in vectors that may be twice as large.
+    // In a vector that may be twice as large.
     return threads *
-           (plan_->most_bytes(s, blocks, recalibrate ? blocks.count : 1, individuals) + 4 * weights);
+           (plan_->most_bytes(s, blocks, recalibrate ? blocks.count : 1, individuals) + 2 * weights);
 }
 
 std::int64_t Network::taken() const { return plan_->taken; }
@@ -764,7 +682,7 @@ void Network::run(const NetworkRun& run, int threads) const {
     const Sorted sorted(plan, s, run.masks, individuals);
     // A task is a block of images, or all of them where a norm needs the whole batch, and some
     // neighbours: as few cuts between them as keep the threads busy.
-    const Blocks blocks(run.images, size_of(plan.dtype));
+    const ImageBlocks blocks(run.images, size_of(plan.dtype));
     const std::int64_t image_tasks = run.moments ? 1 : blocks.count, step = run.moments ? blocks.count : 1;
     std::int64_t ranges = 1;
     if (threads > 1 && image_tasks % threads) ranges = (4 * threads + image_tasks - 1) / image_tasks;

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../activation.h"
 #include "../dispatch.h"
 #include "isa.h"
 #include "parallel.h"
@@ -24,28 +25,6 @@ template <class F> void dispatch_plane(DType dtype, F&& f) {
     return f(type_tag<float>{});
 }
 
-// f(value_tag<bytes>): the widest register that divides the images.
-template <class A, class F> void dispatch_width(std::int64_t images, F&& f) {
-    const std::int64_t bytes = images * std::int64_t(sizeof(A));
-    if (bytes % kVecBytes == 0) return f(value_tag<kVecBytes>{});
-    if constexpr (kVecBytes > 32) {
-        if (bytes % 32 == 0) return f(value_tag<32>{});
-    }
-    f(value_tag<16>{});
-}
-
-template <class V, class A> FASTKD_HD V load_as(const A* p) {
-    V v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return v;
-}
-
-// Comparisons such that NaN stays.
-template <class V> FASTKD_HD V clamp(V x, V low, V high) {
-    x = x < low ? low : x;
-    return x > high ? high : x;
-}
-
 template <class A> struct Range {
     A low, high;
 };
@@ -56,43 +35,34 @@ template <class A> Range<A> range_of(Activation activation) {
     return {-infinity, infinity};
 }
 
-FASTKD_HD float erf_(float x) { return ::erff(x); }
-FASTKD_HD double erf_(double x) { return ::erf(x); }
-FASTKD_HD float tanh_(float x) { return ::tanhf(x); }
-FASTKD_HD double tanh_(double x) { return ::tanh(x); }
-
-template <class A, class F> FASTKD_HD void map(A* x, std::int64_t n, F f) {
-    for (std::int64_t k = 0; k < n; ++k) x[k] = f(x[k]);
+template <Activation Kind, class A> void activate_all(double param, A* x, std::int64_t n) {
+    const A given = A(param);
+    for (std::int64_t k = 0; k < n; ++k) x[k] = activated<Kind>(x[k], given);
 }
 
 // What a clamp cannot do; relu and relu6 are done where the sums are stored.
 template <class A> void activate(Activation activation, double param, A* x, std::int64_t n) {
-    const A slope = A(param);
-    auto hard = [](A v) { return clamp(v + 3, A(0), A(6)) / 6; };
     switch (activation) {
         case Activation::none:
         case Activation::relu:
         case Activation::relu6:
             return;
         case Activation::leaky_relu:
-            return map(x, n, [=](A v) { return v < 0 ? v * slope : v; });
+            return activate_all<Activation::leaky_relu>(param, x, n);
         case Activation::sigmoid:
-            return map(x, n, [](A v) { return 1 / (1 + exp_(-v)); });
+            return activate_all<Activation::sigmoid>(param, x, n);
         case Activation::silu:
-            return map(x, n, [](A v) { return v / (1 + exp_(-v)); });
+            return activate_all<Activation::silu>(param, x, n);
         case Activation::hardsigmoid:
-            return map(x, n, hard);
+            return activate_all<Activation::hardsigmoid>(param, x, n);
         case Activation::hardswish:
-            return map(x, n, [=](A v) { return v * hard(v); });
+            return activate_all<Activation::hardswish>(param, x, n);
         case Activation::tanh:
-            return map(x, n, [](A v) { return tanh_(v); });
+            return activate_all<Activation::tanh>(param, x, n);
         case Activation::gelu:
-            return map(x, n, [](A v) { return v * A(0.5) * (1 + erf_(v * A(0.70710678118654752440))); });
+            return activate_all<Activation::gelu>(param, x, n);
         case Activation::gelu_tanh:
-            return map(x, n, [](A v) {
-                const A inner = A(0.79788456080286535588) * (v + A(0.044715) * v * v * v);
-                return A(0.5) * v * (1 + tanh_(inner));
-            });
+            return activate_all<Activation::gelu_tanh>(param, x, n);
     }
 }
 
@@ -152,8 +122,7 @@ template <class A, int Bytes, int Parts, int K, int N> void strip(const Strip<A>
     for (int j = 0; j < K; ++j)
         residual[j] = q.tail.residual ? static_cast<const A*>(q.tail.residual[s.output + j]) : nullptr;
     const Taps rows = taps(q, 0, s.row), columns = taps(q, 1, s.column);
-    const std::int64_t to_run = q.origin + (s.row * q.out_size[1] + s.column) * q.images,
-                       part = s.hop * q.images;
+    const std::int64_t to_run = (s.row * q.out_size[1] + s.column) * q.images, part = s.hop * q.images;
     const std::int64_t next = Parts ? lanes * s.hop : lanes;
     for (std::int64_t at = s.at; at < s.at + s.count; at += N * lanes) {
         V sum[K][N] = {};
@@ -308,8 +277,8 @@ template <class A> struct Depth {
 template <class A> void depthwise(const PlaneConv& q) {
     const std::int64_t line = q.out_size[1] * q.images;
     const A* residual = q.tail.residual ? static_cast<const A*>(*q.tail.residual) : nullptr;
-    A* out = static_cast<A*>(*q.out) + q.origin;
-    for (std::int64_t row = q.rows[0]; row < q.rows[1]; ++row) {
+    A* out = static_cast<A*>(*q.out);
+    for (std::int64_t row = 0; row < q.out_size[0]; ++row) {
         const Taps rows = taps(q, 0, row);
         for_runs<A>(q, 0, line, [&](std::int64_t column, std::int64_t hop, std::int64_t, std::int64_t n) {
             const Taps columns = taps(q, 1, column);
@@ -320,14 +289,14 @@ template <class A> void depthwise(const PlaneConv& q) {
                 columns,
                 static_cast<const A*>(*q.in) + (rows.start * q.size[1] + columns.start) * q.images,
                 out + to,
-                residual ? residual + q.origin + to : nullptr,
+                residual ? residual + to : nullptr,
                 range_of<A>(q.tail.activation),
                 hop,
                 n};
             dispatch_parts<A>(q, hop, [&](auto parts) { run.template run<kVecBytes, parts.value>(0); });
         });
     }
-    activate(q.tail.activation, q.tail.param, out + q.rows[0] * line, (q.rows[1] - q.rows[0]) * line);
+    activate(q.tail.activation, q.tail.param, out, q.out_size[0] * line);
 }
 
 template <class A> void convolve(const PlaneConv& q) {
@@ -337,7 +306,7 @@ template <class A> void convolve(const PlaneConv& q) {
     // Few enough numbers that the rows they read stay near while all outputs are computed.
     const std::int64_t bytes = q.kernel[0] * q.stride[1] * q.inputs * std::int64_t(sizeof(A));
     const std::int64_t chunk = std::max<std::int64_t>(kNear / (bytes + 1) / wide, 4) * wide;
-    for (std::int64_t row = q.rows[0]; row < q.rows[1]; ++row)
+    for (std::int64_t row = 0; row < q.out_size[0]; ++row)
         for (std::int64_t begin = 0; begin < line; begin += chunk) {
             const std::int64_t end = std::min(begin + chunk, line);
             for_outputs(q.outputs, [&](std::int64_t first, std::int64_t count) {
@@ -352,8 +321,8 @@ template <class A> void convolve(const PlaneConv& q) {
                             });
                 if (clamped) return;
                 for (std::int64_t k = first; k < first + count; ++k)
-                    activate(q.tail.activation, q.tail.param,
-                             static_cast<A*>(q.out[k]) + q.origin + row * line + begin, end - begin);
+                    activate(q.tail.activation, q.tail.param, static_cast<A*>(q.out[k]) + row * line + begin,
+                             end - begin);
             });
         }
 }
@@ -372,7 +341,6 @@ void plane_conv(DType dtype, const PlaneConv& q) {
         PlaneConv line = q;
         line.images = (q.size[0] * q.size[1] * q.images + lanes - 1) / lanes * lanes;
         for (int k = 0; k < 2; ++k) line.size[k] = line.out_size[k] = 1;
-        line.rows[1] = 1;
         convolve<A>(line);
     });
 }

@@ -23,8 +23,6 @@ struct Tail {
 struct PlaneConv {
     std::int64_t size[2], out_size[2];  // rows, columns
     std::int64_t kernel[2], stride[2], padding[2], dilation[2];
-    std::int64_t rows[2];  // of the result: first <= row < last are computed
-    std::int64_t origin;   // numbers from where out and residual begin to row 0 of the result
     std::int64_t images, inputs, outputs;
     const void* const* in;  // [inputs]
     void* const* out;       // [outputs]

@@ -16,28 +16,12 @@ constexpr int kChannels = 6, kVectors = 2, kRows = 4, kColumns = 2;
 constexpr std::int64_t kNear = 256 << 10;  // bytes that stay in the second level cache
 constexpr std::int64_t kLeast = 128;       // vectors worth a reduction to one number
 
-// f(value_tag<bytes>): the widest register that divides the images.
-template <class A, class F> void dispatch_width(std::int64_t images, F&& f) {
-    const std::int64_t bytes = images * std::int64_t(sizeof(A));
-    if (bytes % kVecBytes == 0) return f(value_tag<kVecBytes>{});
-    if constexpr (kVecBytes > 32) {
-        if (bytes % 32 == 0) return f(value_tag<32>{});
-    }
-    f(value_tag<16>{});
-}
-
 // f(value_tag<n>), 1 <= n <= Most
 template <int Most, class F> void dispatch_count(std::int64_t n, F&& f) {
     if constexpr (Most > 1) {
         if (n < Most) return dispatch_count<Most - 1>(n, f);
     }
     f(value_tag<Most>{});
-}
-
-template <class V, class A> FASTKD_HD V load_as(const A* p) {
-    V v;
-    __builtin_memcpy(&v, p, sizeof(v));
-    return v;
 }
 
 // f(first, count) for tiles of nearly equal sizes, of at most Most.

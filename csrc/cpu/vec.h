@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../math.h"
+#include "../dispatch.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -26,6 +26,22 @@ template <class A, int Bytes = kVecBytes> struct Vec {
     static constexpr int lanes = Bytes / int(sizeof(A));
 };
 template <class A> using vec = typename Vec<A>::type;
+
+// f(value_tag<bytes>): the widest register that divides the images.
+template <class A, class F> void dispatch_width(std::int64_t images, F&& f) {
+    const std::int64_t bytes = images * std::int64_t(sizeof(A));
+    if (bytes % kVecBytes == 0) return f(value_tag<kVecBytes>{});
+    if constexpr (kVecBytes > 32) {
+        if (bytes % 32 == 0) return f(value_tag<32>{});
+    }
+    f(value_tag<16>{});
+}
+
+template <class V, class A> FASTKD_HD V load_as(const A* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+}
 
 FASTKD_HD vec<float> load(const float* p) {
     vec<float> v;
