@@ -112,7 +112,8 @@ class Layer:
         return 1 if self.kind == "1x1" else 3
 
     def macs(self, images: int) -> int:
-        return images * self.size**2 * self.kernel**2 * self.kept * (1 if self.kind == "depthwise" else self.kept)
+        """Of two individuals."""
+        return 2 * images * self.size**2 * self.kernel**2 * self.kept * (1 if self.kind == "depthwise" else self.kept)
 
 
 _ASKED = {64: 1.2, 63: 1.2, 16: 0.8, 15: 0.8, 17: 0.8, 8: 0.4, 7: 0.4, 9: 0.4}
@@ -126,41 +127,48 @@ DEPTH = 5  # layers in a row
 
 
 def layer_sides(layer: Layer, images: int, device: torch.device, dtype: torch.dtype) -> Sides:
-    """One individual. On the CPU `fastkd` is DEPTH such layers in a row and `alone` is one: what their difference
-    leaves out is the gathering of the kept channels and the writing of the result, which only the ends of a network
-    have. On a GPU `fastkd` is one call of `masked_conv2d`, and `dense` torch's convolution of all channels.
+    """Two individuals, one keeps what the other lacks, so that there is work for two threads however few the images.
+    On the CPU `fastkd` is DEPTH such layers in a row and `alone` is one: what their difference leaves out is the
+    gathering of the kept channels and the writing of the result, which only the ends of a network have. On a GPU
+    `fastkd` is one call of `masked_conv2d`, and `dense` torch's convolution of all channels.
 
-    `alone` (`fastkd` on a GPU) gives all channels, the others the kept ones.
+    What the first one has: from `alone` (`fastkd` on a GPU) all channels, from the others the kept ones.
     """
     channels, kernel = 2 * layer.kept, layer.kernel
     g = torch.Generator().manual_seed(SEED)
     mask = torch.zeros(channels, dtype=torch.bool)
     mask[torch.randperm(channels, generator=g)[:layer.kept]] = True
+    masks = torch.stack((mask, ~mask))
     depthwise = layer.kind == "depthwise"
     rows = 1 if depthwise else channels
     x = torch.randn(images, channels, layer.size, layer.size, generator=g).to(device, dtype)
     weight = torch.randn(channels, rows, kernel, kernel, generator=g).to(device, dtype)
     weight /= math.sqrt(kernel**2 * (1 if depthwise else layer.kept))  # in a row, activations keep their size
-    at = mask.nonzero()[:, 0].to(device)
-    few, own = x[:, at], weight[at] if depthwise else weight[at][:, at]
+    kept = [m.nonzero()[:, 0].to(device) for m in masks]
+    compacted = [(x[:, at], weight[at] if depthwise else weight[at][:, at]) for at in kept]
 
-    def conv(x: Tensor, weight: Tensor, form: torch.memory_format) -> Callable[[], Tensor]:
-        x, weight = x.contiguous(memory_format=form), weight.contiguous(memory_format=form)
-        return lambda: F.conv2d(x, weight, padding=kernel // 2, groups=len(weight) if depthwise else 1)
+    def conv(pairs: list[tuple[Tensor, Tensor]], form: torch.memory_format) -> Callable[[], Tensor]:
+        pairs = [(x.contiguous(memory_format=form), w.contiguous(memory_format=form)) for x, w in pairs]
 
-    every: Sides = {side: conv(few, own, form) for side, form in FORMATS.items()}
+        def run() -> Tensor:
+            every = [F.conv2d(x, w, padding=kernel // 2, groups=len(w) if depthwise else 1) for x, w in pairs]
+            return every[0]
+
+        return run
+
+    every: Sides = {side: conv(compacted, form) for side, form in FORMATS.items()}
     if device.type == "cpu":
         def chain(depth: int) -> Callable[[], Tensor]:
             value = (channels, layer.size, layer.size, list(range(channels)))
             nodes = [{"op": "conv", "inputs": (k,), "output": k + 1, "weight": weight, "groups": channels // rows,
                       "padding": (kernel // 2,) * 2} for k in range(depth)]
             network = _ops.Network([value] * (depth + 1), nodes, channels, dtype)
-            return lambda: network(mask[None], x)[0]
+            return lambda: network(masks, x)[0]
 
         return {"fastkd": chain(DEPTH), "alone": chain(1), **every}
-    both = mask[None].to(device)
-    dense = {f"dense{side.removeprefix('torch')}": conv(x, weight, form) for side, form in FORMATS.items()}
-    return {"fastkd": lambda: masked_conv2d(x, weight, in_mask=both, out_mask=both, padding=kernel // 2,
+    masks = masks.to(device)
+    dense = {f"dense{side.removeprefix('torch')}": conv([(x, weight)] * 2, form) for side, form in FORMATS.items()}
+    return {"fastkd": lambda: masked_conv2d(x, weight, in_mask=masks, out_mask=masks, padding=kernel // 2,
                                             groups=channels // rows)[0], **every, **dense}
 
 

@@ -122,7 +122,7 @@ def layers(rows: list[Benchmark]) -> str:
         head.append("of torch's rate, dense")
         body = [row + [""] * (len(head) - len(row)) for row in body]
     return (
-        "One individual that keeps half of the channels, before and after; stride 1, no bias. *fastkd* is a layer "
+        "Two individuals that keep half of the channels each, before and after; stride 1, no bias. *fastkd* is a layer "
         "between others like it, where activations stay compact; *with its ends* adds what is paid once per network: "
         "gathering the kept channels from a dense tensor, and writing a dense result. *torch* convolves the compact "
         "tensors, made beforehand, in the faster format.\n\n" + table(head, body))

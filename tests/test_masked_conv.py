@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import simt_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -159,9 +161,16 @@ def test_gradients_of_small_integers_are_exact(poisoned, name, dtype):
             assert a.dtype == dtype and torch.equal(a, e.to(dtype))
 
 
+@pytest.mark.parametrize("where", ["cpu", "simt"])
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_shape(data):
+def test_any_shape(where, data):
+    native = simt_module().cuda if where == "simt" else _ops.backends["cpu"]
+    with patch.dict(_ops.backends, cpu=native), patch.object(torch.backends.cudnn, "allow_tf32", False):
+        _any_shape(data)
+
+
+def _any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     groups = draw(1, 3)
     kernel, dilation, padding = (tuple(draw(*r) for _ in range(2)) for r in ((1, 4), (1, 3), (0, 4)))

@@ -81,7 +81,7 @@ template <class T, int Tile> class Loader {
         while (task_.positions && channel_ >= task_.positions) channel_ -= task_.positions, ++tap_;
     }
     const ConvLayer& layer_;
-    const ConvTask& task_;
+    const ConvTask task_;  // a copy, which stays in registers
     const T* image_[4];
     int row_[4], column_[4];
     bool valid_[4];
@@ -174,7 +174,7 @@ template <class T, int Tile, bool Tensor> __global__ void __launch_bounds__(kThr
     using A = acc_t<T>;
     if constexpr (Tensor && !kHasTensorCores) return;
     FASTKD_DYNAMIC_SHARED(shared);
-    const ConvTask& task = task_of<ConvTask>(layer.lists, layer.tasks, layer.count);
+    const ConvTask task = task_of<ConvTask>(layer.lists, layer.tasks, layer.count);
     const Window& w = layer.window;
     const std::int64_t rows = w.images * w.out_size[0] * w.out_size[1];
     const std::int64_t tile = blockIdx.x - task.first, across = (task.width + Tile - 1) / Tile;

@@ -19,7 +19,7 @@ constexpr bool kHasTensorCores = true;
 __device__ inline void copy16(void* to, const void* from, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     const unsigned at = unsigned(__cvta_generic_to_shared(to)), bytes = valid ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 #else
     *static_cast<uint4*>(to) = valid ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
 #endif
@@ -28,14 +28,14 @@ __device__ inline void copy16(void* to, const void* from, bool valid) {
 // Ends a group of copies.
 __device__ inline void commit_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;\n" ::);
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
 #endif
 }
 
 // Waits until all of this thread's groups but the last Left are there.
 template <int Left> __device__ void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(Left));
+    asm volatile("cp.async.wait_group %0;\n" ::"n"(Left) : "memory");
 #endif
 }
 
