@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_distill import LSP, assert_same, gcn, weights
 
-from fastkd import Graph, data, models
+from fastkd import Graph, checkpoint, data, models
 from fastkd.distill import (
     CheckpointError,
     Distiller,
@@ -24,7 +24,6 @@ from fastkd.distill import (
     Stopped,
     TrainConfig,
     World,
-    checkpoint,
     load_config,
     losses,
     runs,
