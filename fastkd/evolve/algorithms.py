@@ -251,27 +251,12 @@ class Random(_Drawn):
 ALGORITHMS: dict[str, Callable[[], Algorithm]] = {"ecs": ECS, "ga": GA, "nsga2": NSGA2, "random": Random}
 
 
-def packed(masks: Tensor) -> Tensor:
-    """uint8 [P, genes / 8], rounded up: eight genes in a byte, the first one highest."""
-    genes = torch.nn.functional.pad(masks.view(torch.uint8), (0, -masks.shape[1] % 8)).view(len(masks), -1, 8)
-    out = genes[..., 0] << 7
-    for k in range(1, 8):
-        out |= genes[..., k] << (7 - k)
-    return out
-
-
-def unpacked(rows: Tensor, genes: int) -> Tensor:
-    """bool [P, genes]"""
-    shift = torch.arange(7, -1, -1, dtype=torch.uint8, device=rows.device)
-    return (rows[..., None] >> shift & 1).bool().flatten(1)[:, :genes].contiguous()
-
-
 def _duplicates(masks: Tensor) -> Tensor:
     """bool [P]: equal to an earlier one."""
-    _, inverse = torch.unique(packed(masks), dim=0, return_inverse=True)
-    rows = torch.arange(len(masks), device=masks.device)
+    _, inverse = torch.unique(operators.packed(masks), dim=0, return_inverse=True)
+    rows = torch.arange(len(masks))
     first = torch.full_like(rows, len(rows)).scatter_reduce_(0, inverse, rows, "amin")
-    return first[inverse] < rows
+    return (first[inverse] < rows).to(masks.device)
 
 
 def _rate(rate: float | None, space: GeneSpace, expected: int = 1) -> float:

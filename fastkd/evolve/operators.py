@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..population import GeneSpace
 
-__all__ = ["CROSSOVERS", "MUTATIONS", "SELECTIONS", "Pattern", "adaptive_rates", "bits", "crossover", "fair",
-           "groupwise", "initial", "mutate", "rank", "roulette", "segment", "tournament"]
+__all__ = ["CROSSOVERS", "MUTATIONS", "SELECTIONS", "Pattern", "adaptive_rates", "bits", "crossover", "fair", "flip",
+           "groupwise", "initial", "mutate", "occurrences", "packed", "rank", "roulette", "segment", "tournament",
+           "unpacked"]
 
 Pattern = Callable[[slice], Tensor]
 """Which genes an operator touches: called once for each block of rows, in order; gives bool [rows, genes]."""
@@ -212,3 +214,26 @@ def initial(population: int, genes: int, density: float | str, generator: torch.
         else:
             out[which] = (torch.rand(rows, genes, generator=generator) < each[which]).to(device)
     return out
+
+
+# --- whole populations ----------------------------------------------------------------------------------
+
+
+def occurrences(masks: Tensor) -> Tensor:
+    """int64 [genes], on the CPU: in how many individuals each gene is on."""
+    if masks.device.type != "cpu":
+        return masks.sum(0).cpu()
+    out, rows = np.zeros(masks.shape[1], np.int64), masks.contiguous().view(torch.uint8).numpy()
+    for first in range(0, len(rows), 255):  # sums that fit a byte are many times as fast
+        out += np.add.reduce(rows[first:first + 255], 0, dtype=np.uint8)
+    return torch.from_numpy(out)
+
+
+def packed(masks: Tensor) -> Tensor:
+    """uint8 [P, genes / 8], rounded up, on the CPU: eight genes in a byte, the first one highest."""
+    return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=1))
+
+
+def unpacked(rows: Tensor, genes: int) -> Tensor:
+    """bool [P, genes]"""
+    return torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=genes)).bool()
