@@ -81,8 +81,7 @@ class Limits:
             place[start:start + size] = (torch.arange(size) + 0.5) / size
         self.order = self._by[place.argsort(stable=True)]
         """int64 [genes]: what a repair removes first."""
-        self._position = torch.empty_like(self.order)
-        self._position[self.order] = torch.arange(space.num_genes)
+        self._back = self._by.argsort()
         # [genes + 1, groups]: how many of a group are among the first t of the order.
         first = torch.nn.functional.one_hot(of_group[self.order], max(groups, 1)).int().cumsum(0, dtype=torch.int32)
         self._among = torch.cat((first[:1] * 0, first)) if len(first) else torch.zeros(1, groups, dtype=torch.int32)
@@ -132,21 +131,21 @@ class Limits:
 
     def _repaired(self, masks: Tensor) -> Tensor:
         device = masks.device
-        by, ends, least = (x.to(device) for x in (self._by, self._ends, self.least))
+        by, back, ends, least, among = (x.to(device) for x in (self._by, self._back, self._ends, self.least,
+                                                               self._among))
         group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
-        on = masks[:, by]
-        before = torch.nn.functional.pad(on.cumsum(1, dtype=torch.int32), (1, 0))  # of the flat string
+        on = masks.index_select(1, by)
+        before = self._before(on)
         total = (before[:, ends[1:]] - before[:, ends[:-1]]).long()
         if bool((total < least).any()):
             # From the strong end: how many of the group that are off come at or after each place.
             place = torch.arange(len(by), device=device)
             off_after = (ends[1:][group] - place) - (before[:, ends[1:]][:, group] - before[:, :-1])
             on |= off_after <= (least - total).clamp(min=0)[:, group]
-            before = torch.nn.functional.pad(on.cumsum(1, dtype=torch.int32), (1, 0))
+            before = self._before(on)
         start = before[:, ends[:-1]].long()
         total = before[:, ends[1:]].long() - start
         spare = (total - least).clamp(min=0)
-        among = self._among.to(device)
 
         def removed(first: Tensor) -> Tensor:
             """int64 [P, groups], when the first ones [P] of the order are passed through."""
@@ -159,9 +158,16 @@ class Limits:
             middle = (low + high) // 2
             ok = self.within(total - removed(middle))
             high, low = torch.where(ok, middle, high), torch.where(ok, low, middle + 1)
-        goes = before[:, :-1] - start[:, group] < removed(high)[:, group]  # the weakest so many of each group
-        out = torch.empty_like(masks)
-        out[:, by] = on & ~goes
+        # The weakest so many of each group go.
+        stays = before[:, :-1] >= (start + removed(high)).to(before.dtype).index_select(1, group)
+        return stays.bitwise_and_(on).index_select(1, back)
+
+    @staticmethod
+    def _before(on: Tensor) -> Tensor:
+        """[P, genes + 1]: how many are on before each place of the flat string."""
+        dtype = torch.int16 if on.shape[1] < 2**15 else torch.int32
+        out = torch.zeros(len(on), on.shape[1] + 1, dtype=dtype, device=on.device)
+        torch.cumsum(on, 1, dtype=dtype, out=out[:, 1:])
         return out
 
 
