@@ -195,8 +195,8 @@ def adaptive_rates(score: Tensor, chosen: Tensor, most: float) -> Tensor:
     Returns:
         float64 [n]; `most` where all of the population are equal.
     """
-    best, mean = score.max(), score.mean()
-    if not bool(best > mean):
+    best, mean = float(score.max()), float(score.cpu().cumsum(0)[-1]) / len(score)
+    if not best > mean:
         return torch.full_like(chosen, most)
     return most * ((best - chosen) / (best - mean)).clamp(0, 1)
 

@@ -10,18 +10,22 @@ from torch import Tensor
 
 __all__ = ["crowding_distance", "hypervolume", "nondominated", "nondominated_sort", "survivors"]
 
+BLOCK = 1 << 24  # comparisons at once
+
 
 def nondominated_sort(objectives: Tensor) -> Tensor:
     """int64 [P]: the front of each individual, 0 for those that no other dominates.
 
-    Equal individuals are in the same front. For two objectives memory is O(P) and time O(P log P) and O(P) for each
-    front; for more, memory is O(P^2) bits.
+    Equal individuals are in the same front. For two objectives memory is O(P), and time O(P log P) and O(P) for each
+    front; for more, memory is P^2 bytes.
 
     Args:
         objectives: float [P, K], minimised.
     """
     _check(objectives)
     distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)  # in lexicographic order
+    if objectives.shape[1] == 1:
+        return inverse
     front = torch.full((len(distinct),), -1, dtype=torch.int64, device=objectives.device)
     left, k = torch.arange(len(distinct), device=objectives.device), 0
     if objectives.shape[1] == 2:
@@ -31,10 +35,10 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
             front[left[first]] = k
             left, k = left[~first], k + 1
         return front[inverse]
-    worse = torch.stack([(distinct <= row).all(1) for row in distinct.split(1)]) if len(distinct) else None
-    while len(left) and worse is not None:
-        among = worse[left][:, left]
-        first = among.sum(1) == 1  # dominated by none but itself
+    rows = max(1, BLOCK // max(distinct.numel(), 1))
+    worse = torch.cat([(distinct <= some[:, None]).all(2) for some in distinct.split(rows)])  # [who, than whom]
+    while len(left):
+        first = worse[left][:, left].sum(1) == 1  # dominated by none but itself
         front[left[first]] = k
         left, k = left[~first], k + 1
     return front[inverse]

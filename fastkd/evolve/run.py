@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import time
@@ -156,6 +157,8 @@ class _Run:
         self.population, self.generations, self.world, self.device = population, generations, world, device
         self.limits = Limits(self.space, fitness.budget, fitness.k_min)
         self.file = None if directory is None else directory / "checkpoint.safetensors"
+        if directory is not None and importlib.util.find_spec("safetensors") is None:
+            raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
         own = {"genes": self.space.num_genes} if isinstance(evaluator, GeneSpace) else evaluator.identity()
         self.identity = json.loads(json.dumps({
             "schema": SCHEMA, "algorithm": algorithm.identity(), "population": population, "seed": seed,
