@@ -655,6 +655,24 @@ def test_evolution_finds_more_than_random_search(algorithm):
     assert min(best(algorithm)) > max(best("random"))
 
 
+@pytest.mark.parametrize("algorithm", ["ecs", "nsga2"])
+def test_given_individuals_come_first(evaluator, tmp_path, algorithm):
+    space, seen = evaluator.space, []
+    given = uniform_l1(space, torch.linspace(0, 1, 5))
+    callback = lambda latest: seen.append(latest.population.masks) if latest.generation == 1 else None
+    whole = run(evaluator, tmp_path, algorithm=algorithm, initial=given, callback=callback)
+    repaired = Limits(space, {"macs": 0.6}).repair(given)
+    assert all((seen[0] == mask).all(1).any() for mask in repaired)
+    assert whole.best_score >= float(fitness_of().scores(fitness_of().measure(evaluator, Limits(space), repaired),
+                                                         float(Limits(space).full["macs"])).score.max())
+    with pytest.raises(CheckpointError, match=r"initial is '.*' there and None here"):
+        run(evaluator, tmp_path, algorithm=algorithm)
+    with pytest.raises(ValueError, match="initial must have at most population = 8 individuals, got 9"):
+        run(evaluator, algorithm=algorithm, initial=space.ones(9))
+    with pytest.raises(ValueError, match=r"initial must have shape \[n, 26\], got \[2, 25\]"):
+        run(evaluator, algorithm=algorithm, initial=space.ones(2)[:, 1:])
+
+
 def test_a_cost_without_limits_of_its_own(evaluator):
     """The reference of the hypervolume is then the worst of the first generation."""
     result = run(evaluator, fitness=fitness_of(budget=None, weight=0.0), algorithm="nsga2", generations=8)

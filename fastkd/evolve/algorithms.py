@@ -158,6 +158,7 @@ class _Mating(_Drawn):
         elites: so many of the best are kept as they are.
     """
 
+    density: float | Literal["random"] = "random"
     selection: str = "tournament"
     crossover: float = 0.9
     crossover_by: str = "uniform"
@@ -214,10 +215,8 @@ class NSGA2(_Mating):
     compete for the next population; of equal masks, all but one come last.
 
     Args:
-        crossover, crossover_by, rate, rates, density: as for :class:`GA`.
+        crossover, crossover_by, rate, rates, density: as for :class:`GA`; the others have no meaning here.
     """
-
-    density: float | Literal["random"] = "random"
 
     name: ClassVar[str] = "nsga2"
 

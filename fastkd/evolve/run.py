@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,9 +79,9 @@ Callback = Callable[[Result], object]
 
 
 def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measure, algorithm: str | Algorithm = "ecs",
-           population: int = 32, generations: int = 50, seed: int = 0, *, checkpoint: str | Path | None = None,
-           callback: Callback | Sequence[Callback] = (), progress: bool = False, world: World | None = None,
-           device: torch.device | str = "cpu") -> Result:
+           population: int = 32, generations: int = 50, seed: int = 0, *, initial: Tensor | None = None,
+           checkpoint: str | Path | None = None, callback: Callback | Sequence[Callback] = (), progress: bool = False,
+           world: World | None = None, device: torch.device | str = "cpu") -> Result:
     """Searches for the masks of the largest fitness.
 
     >>> evaluator = fastkd.PopulationEvaluator(model, images[:1])
@@ -96,6 +97,8 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
         population: individuals of a generation.
         generations: the initial population is the first one: population * generations individuals are asked for.
         seed: of all that is random.
+        initial: bool [n, genes], individuals that take the first places of the initial population, such as those of
+            :func:`uniform_l1`. They are repaired as all are.
         checkpoint: a directory. After every generation it holds checkpoint.safetensors, the one before it
             (previous.safetensors), and history.jsonl. If there is one of the same configuration the run goes
             on from there, bit for bit as if it had never ended; `generations` may have grown.
@@ -113,7 +116,7 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
         Stopped: Ctrl-C or SIGTERM came, with a checkpoint; the generation was finished, and it was written.
         RankLost: another of several ranks has ended.
     """
-    run = _Run(evaluator, fitness, algorithm, population, generations, seed,
+    run = _Run(evaluator, fitness, algorithm, population, generations, seed, initial,
                None if checkpoint is None else Path(checkpoint), world or World(), torch.device(device))
     callbacks: Sequence[Callback] = (callback,) if callable(callback) else tuple(callback)
     try:
@@ -127,7 +130,7 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
 
 class _Run:
     def __init__(self, evaluator: Any, fitness: Any, algorithm: Any, population: int, generations: int, seed: int,
-                 directory: Path | None, world: World, device: torch.device) -> None:
+                 initial: Tensor | None, directory: Path | None, world: World, device: torch.device) -> None:
         for name, value, least in (("population", population, 1), ("generations", generations, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -159,9 +162,19 @@ class _Run:
         self.file = None if directory is None else directory / "checkpoint.safetensors"
         if directory is not None and importlib.util.find_spec("safetensors") is None:
             raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
+        if initial is not None:
+            if not isinstance(initial, Tensor) or initial.dtype != torch.bool:
+                raise TypeError("initial must be a torch.bool tensor, got "
+                                f"{initial.dtype if isinstance(initial, Tensor) else type(initial).__name__}")
+            if initial.dim() != 2 or initial.shape[1] != self.space.num_genes:
+                raise ValueError(f"initial must have shape [n, {self.space.num_genes}], got {list(initial.shape)}")
+            if len(initial) > population:
+                raise ValueError(f"initial must have at most population = {population} individuals, got {len(initial)}")
+        self.initial = None if initial is None else initial.to(device)
         own = {"genes": self.space.num_genes} if isinstance(evaluator, GeneSpace) else evaluator.identity()
         self.identity = json.loads(json.dumps({
             "schema": SCHEMA, "algorithm": algorithm.identity(), "population": population, "seed": seed,
+            "initial": None if self.initial is None else _digest(packed(self.initial).numpy()).hex(),
             "fitness": fitness.identity(), "evaluator": own}))
 
         self.generator = torch.Generator().manual_seed(seed)
@@ -216,6 +229,8 @@ class _Run:
         else:
             children = self.algorithm.initial(self.space, self.population, scores.objectives.shape[1], self.generator,
                                               device)
+            if self.initial is not None:
+                children[:len(self.initial)] = self.initial
         children = self.limits.repair(children)
         values = self._measured(children)
         masks, values = torch.cat((self.masks, children)), torch.cat((self.values, values))
@@ -230,7 +245,7 @@ class _Run:
     def _measured(self, masks: Tensor) -> Tensor:
         """float64 [P, columns]; what is not known yet is shared among ranks."""
         rows = packed(masks).numpy()
-        keys = [hashlib.blake2b(row.data, digest_size=16).digest() for row in rows]
+        keys = [_digest(row) for row in rows]
         new = {key: p for p, key in reversed(list(enumerate(keys))) if key not in self.keys}
         # In the order of their genes, since neighbours share work.
         order = sorted(new, key=lambda key: rows[new[key]].tobytes())
@@ -372,6 +387,10 @@ class _Run:
         self.front, self.front_values = unpacked(tensors["front"], genes).to(device), tensors["front.values"]
         self.generator.set_state(tensors["generator"])
         self.generation, self.history, self.seconds = generation, state["history"], state["seconds"]
+
+
+def _digest(genes: np.ndarray) -> bytes:
+    return hashlib.blake2b(genes.data, digest_size=16).digest()
 
 
 class TensorBoard(Curves):
