@@ -628,6 +628,15 @@ def test_runs(evaluator, algorithm):
         assert float(result.population.score.max()) == result.best_score
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_masks_bred_on_a_gpu(evaluator, algorithm):
+    result = run(evaluator, algorithm=algorithm, device="cuda")
+    for own in (result, result.population, result.front):
+        vars(own).update({k: v.cpu() for k, v in vars(own).items() if isinstance(v, torch.Tensor)})
+    assert_same(result, run(evaluator, algorithm=algorithm))
+
+
 def test_nothing_is_evaluated_twice(evaluator):
     asked = []
 
@@ -830,6 +839,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(evaluator, tmp_path, monkeypatch
     monkeypatch.undo()
     assert [file.read_bytes()] == kept and checkpoint.load(file)[1]["generation"] == 3
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.safetensors", "previous.safetensors", "history.jsonl"}
+    assert_same(run(evaluator, tmp_path), run(evaluator))
+
+
+def test_a_history_that_cannot_be_written(evaluator, tmp_path):
+    def callback(latest):
+        if latest.generation == 3:
+            (tmp_path / "history.jsonl").unlink()
+            (tmp_path / "history.jsonl").mkdir()
+
+    with pytest.raises(CheckpointError, match=r"history.jsonl could not be written.*checkpoint.safetensors is whole"):
+        run(evaluator, tmp_path, callback=callback)
+    (tmp_path / "history.jsonl").rmdir()
     assert_same(run(evaluator, tmp_path), run(evaluator))
 
 
