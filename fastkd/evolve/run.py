@@ -171,11 +171,12 @@ class _Run:
             if len(initial) > population:
                 raise ValueError(f"initial must have at most population = {population} individuals, got {len(initial)}")
         self.initial = None if initial is None else initial.to(device)
-        own = {"genes": self.space.num_genes} if isinstance(evaluator, GeneSpace) else evaluator.identity()
+        own = evaluator.identity() if isinstance(evaluator, PopulationEvaluator) else {
+            "genes": self.space.num_genes, "order": _digest(self.limits.order.numpy()).hex()}
         self.identity = json.loads(json.dumps({
             "schema": SCHEMA, "algorithm": algorithm.identity(), "population": population, "seed": seed,
             "initial": None if self.initial is None else _digest(packed(self.initial).numpy()).hex(),
-            "fitness": fitness.identity(), "evaluator": own}))
+            "fitness": fitness.identity(), "evaluator": {**own, "costs": self.limits.full}}))
 
         self.generator = torch.Generator().manual_seed(seed)
         columns = len(fitness.columns)
@@ -389,8 +390,8 @@ class _Run:
         self.generation, self.history, self.seconds = generation, state["history"], state["seconds"]
 
 
-def _digest(genes: np.ndarray) -> bytes:
-    return hashlib.blake2b(genes.data, digest_size=16).digest()
+def _digest(array: np.ndarray) -> bytes:
+    return hashlib.blake2b(array.data, digest_size=16).digest()
 
 
 class TensorBoard(Curves):
