@@ -479,6 +479,8 @@ def test_costs_by_counts(evaluator, resnet):
         for name in ("macs", "parameters", "filters"):
             assert torch.equal(limits.costs(limits.counts(masks), name), getattr(space, name)(masks))
             assert limits.full[name] == int(getattr(space, name)(space.ones(1)))
+    with pytest.raises(ValueError, match="a cost must be one of filters, parameters, macs, got 'flops'"):
+        space.cost("flops", space.channels(masks))
     model = net()
     assert limits.full["filters"] > 600 and Limits(evaluator.space).full["filters"] == 6 + 11 + 9 + 5
     assert Limits(evaluator.space).full["parameters"] == sum(p.numel() for p in model.parameters())
