@@ -3,6 +3,7 @@
 from . import kernels, reference
 from ._C import __version__
 from .config import show_config
+from .evolve import evolve
 from .graph import Graph
 from .lsp import LSPLoss, TeacherStructure, lsp_loss, teacher_structure
 from .masked_conv import masked_conv2d
@@ -15,6 +16,7 @@ __all__ = [
     "TeacherStructure",
     "__version__",
     "compact",
+    "evolve",
     "kernels",
     "lsp_loss",
     "masked_conv2d",

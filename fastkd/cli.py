@@ -76,8 +76,8 @@ def distill(
 
     On several processes: torchrun --nproc-per-node 2 -m fastkd distill RECIPE."""
     from . import data
+    from .checkpoint import write_json
     from .distill import CheckpointError, ConfigError, RankLost, Stopped, TensorBoard, World, load_config, runs
-    from .distill.checkpoint import write_json
 
     directory = resume or out or Path("runs") / Path(recipe).stem
     begun = directory / "config.json"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_distill import LSP, assert_same, gcn, weights
 
-from fastkd import Graph, data, models
+from fastkd import Graph, checkpoint, data, models
 from fastkd.distill import (
     CheckpointError,
     Distiller,
@@ -24,7 +24,6 @@ from fastkd.distill import (
     Stopped,
     TrainConfig,
     World,
-    checkpoint,
     load_config,
     losses,
     runs,
@@ -64,12 +63,12 @@ def made(case, directory=None, world=None, **changes):
                      directory=directory, world=world)
 
 
-def ranks(size, code, *args, **environment):
+def ranks(size, code, *args, module="test_distributed", **environment):
     """Starts `code` on several ranks as torchrun would, but looks after each by itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_distributed import *\n"
+    head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from {module} import *\n"
     processes = []
     for rank in range(size):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",

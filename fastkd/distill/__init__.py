@@ -7,12 +7,13 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
 
-from .checkpoint import CheckpointError
+from ..checkpoint import CheckpointError
+from ..stopping import Stopped
+from ..world import RankLost, World
 from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
-from .distributed import RankLost, World
 from .taps import Taps
 from .tensorboard import TensorBoard
-from .trainer import Distiller, Result, Stopped
+from .trainer import Distiller, Result
 
 __all__ = [
     "CheckpointError",

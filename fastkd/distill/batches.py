@@ -12,8 +12,8 @@ from torch import Tensor
 from ..data import Task, augment
 from ..data.graphs import rows_of
 from ..graph import Graph
+from ..world import World
 from .config import TrainConfig
-from .distributed import World
 
 __all__ = ["Batch", "batches", "check_sampler"]
 

@@ -29,8 +29,9 @@ from typing import Any
 
 import yaml
 
+from .. import checkpoint
 from ..data import load as load_data
-from . import checkpoint, runs
+from . import runs
 from .config import RECIPES, ConfigError, RunConfig, load_config, merged
 
 __all__ = ["Cell", "Plan", "interval", "run", "write_table"]

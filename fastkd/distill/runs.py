@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import models
+from .. import checkpoint, models
 from ..config import show_config
 from ..data import Task
 from ..data import load as load_data
-from . import checkpoint, measure
+from ..world import World
+from . import measure
 from .batches import batches, check_sampler
 from .config import NetworkConfig, RunConfig, TrainConfig
-from .distributed import World
 from .taps import Taps
 from .trainer import SCHEMA, Distiller, Result
 

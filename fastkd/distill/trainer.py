@@ -13,8 +13,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,20 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoint
 from ..data import Task
-from . import checkpoint, losses, measure
+from ..stopping import Stopped, stop_requests
+from ..world import RankLost, World
+from . import losses, measure
 from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig
-from .distributed import LSPPart, RankLost, World
+from .distributed import LSPPart
 from .taps import Taps
 
-__all__ = ["Distiller", "Result", "Stopped"]
+__all__ = ["Distiller", "Result"]
 
 SCHEMA = 1  # of checkpoints and results
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was asked to stop; a checkpoint from which it goes on is written."""
 
 
 @dataclass
@@ -369,7 +366,7 @@ class Distiller:
             torch.manual_seed(self.seed)  # of dropout: what ran since the constructor does not matter
         saved = time.monotonic()
         memory = measure.PeakMemory(self.device)
-        with _stop_requests(file is not None) as stop:
+        with stop_requests(file is not None) as stop:
             while not self._finished():
                 begin = time.perf_counter()
                 self._epoch()
@@ -501,30 +498,3 @@ def _fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _stop_requests(wanted: bool) -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set an event instead of ending the process in the middle of an epoch; a
-    second one does what it always did."""
-    event = threading.Event()
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before: dict[int, Any] = {}
-
-    def ask(number: Any, frame: object) -> None:
-        event.set()
-        signal.signal(number, before[number])
-
-    for wanted_signal in (signal.SIGINT, signal.SIGTERM):
-        before[wanted_signal] = signal.signal(wanted_signal, ask)
-    try:
-        yield event
-    except RankLost:
-        # torchrun now ends this process too, which has to say first what happened and where to go on.
-        before[signal.SIGTERM] = signal.SIG_IGN
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

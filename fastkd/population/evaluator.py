@@ -76,6 +76,7 @@ class PopulationEvaluator:
     Attributes:
         space: the :class:`fastkd.population.GeneSpace`; masks are bool [P, space.num_genes].
         stats: how many individuals were asked for, computed, remembered.
+        weights: a fingerprint of the copied weights.
 
     Raises:
         TypeError, ValueError: as `trace`; arguments that are not as above.
@@ -106,6 +107,7 @@ class PopulationEvaluator:
         self.bn, self.memo, self.memory_limit = bn, memo, memory_limit
         self.dtype, self.shape = example_input.dtype, self.space.values[0].shape
         self.stats = Stats()
+        self.weights = _hash(*(x.detach().cpu() for _, x in sorted(model.state_dict().items()))).hex()[:16]
         self._program: Program = lower(self.space)
         self._network = _ops.Network(self._program.values, self._program.nodes, self.space.num_genes, self.dtype,
                                      self._program.output, self.device)
@@ -139,6 +141,11 @@ class PopulationEvaluator:
                     raise ValueError(f"batches must have more than one value per channel at {self._program.name[v]}, "
                                      f"got a batch of {len(x)} image")
         self._calibration, self._calibrated_on = held, _hash(*(t for x in held for t in (_size(x), x)))
+
+    def identity(self) -> dict[str, Any]:
+        """All that a quality depends on beside masks and data, for JSON: to be compared, not read."""
+        return {"weights": self.weights, "genes": self.space.num_genes, "dtype": str(self.dtype), "bn": self.bn,
+                "calibration": self._calibrated_on.hex()[:16]}
 
     # --- results -----------------------------------------------------------------------------------------
 

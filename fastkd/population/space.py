@@ -11,6 +11,7 @@ Every channel of every value (the result of an operation) carries one number:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KEPT", "ZERO", "GeneSpace", "Group", "Kind", "Op", "Value"]
+__all__ = ["COSTS", "KEPT", "ZERO", "GeneSpace", "Group", "Kind", "Op", "Value"]
 
 KEPT, ZERO = -1, -2
+COSTS = ("filters", "parameters", "macs")
 
 Kind = Literal["conv", "linear", "batch_norm", "prelu", "elementwise", "spatial", "softmax", "flatten", "pad", "add",
                "mul", "concat"]
@@ -206,27 +208,36 @@ class GeneSpace:
 
     def macs(self, masks: Tensor) -> Tensor:
         """int64 [P]: multiplications of convolutions and linear layers for one image."""
-        have = self._counts(self.check(masks, empty=True))[:, self._row]
-        total = torch.zeros(len(have), dtype=torch.int64, device=have.device)
-        for op in self.ops:
-            if op.kind in ("conv", "linear"):
-                positions = 1
-                for size in self.values[op.output].shape[1:]:
-                    positions *= size
-                total += positions * _weights(op, have)
-        return total
+        return self.cost("macs", self._counts(self.check(masks, empty=True))[:, self._row])
 
     def parameters(self, masks: Tensor) -> Tensor:
         """int64 [P]: those of the compact network, with modules that take no part."""
-        have = self._counts(self.check(masks, empty=True))[:, self._row]
-        total = torch.full((len(have),), self._outside, dtype=torch.int64, device=have.device)
+        return self.cost("parameters", self._counts(self.check(masks, empty=True))[:, self._row])
+
+    def filters(self, masks: Tensor) -> Tensor:
+        """int64 [P]: outputs of all convolutions and linear layers."""
+        return self.cost("filters", self._counts(self.check(masks, empty=True))[:, self._row])
+
+    def cost(self, name: str, channels: Tensor) -> Tensor:
+        """int64 [P]: "macs", "parameters" or "filters" of networks with so many channels, as of :meth:`channels`."""
+        if name not in COSTS:
+            raise ValueError(f"a cost must be one of {', '.join(COSTS)}, got {name!r}")
+        have = channels
+        total = torch.zeros(len(have), dtype=torch.int64, device=have.device)
+        if name == "parameters":
+            total += self._outside
         for op in self.ops:
             m, out = op.module, have[:, op.output]
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                total += _weights(op, have) + (out if m.bias is not None else 0)
-            elif isinstance(m, nn.PReLU):
+            if op.kind in ("conv", "linear"):
+                if name == "macs":
+                    total += math.prod(self.values[op.output].shape[1:]) * _weights(op, have)
+                elif name == "filters":
+                    total += out
+                else:
+                    total += _weights(op, have) + (out if m is not None and m.bias is not None else 0)
+            elif name == "parameters" and isinstance(m, nn.PReLU):
                 total += out if m.num_parameters > 1 else 1
-            elif m is not None:
+            elif name == "parameters" and m is not None:
                 total += len(list(m.parameters())) * out  # scale and shift
         return total
 

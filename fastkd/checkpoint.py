@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
+import torch
 from torch import Tensor
 
-from .. import atomic
+from . import atomic
 
 __all__ = ["CheckpointError", "differences", "load", "replace", "save", "write_json"]
 
@@ -26,10 +26,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         CheckpointError: the disk is full, or whatever else the system says.
     """
+    kept = "the one from before is whole" if path.exists() else "there was none before"
     try:
         atomic.replace(path, write)
-    except (OSError, safetensors.SafetensorError) as error:
-        kept = "the one from before is whole" if path.exists() else "there was none before"
+    except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error}); {kept}. When that is put right, the same "
                               "command goes on from the last checkpoint") from error
 
@@ -40,15 +40,33 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     replace(path, lambda p: p.write_text(f"{{{lines}}}\n"))
 
 
-def save(path: Path, tensors: dict[str, Tensor], state: Any) -> None:
+def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | None = None) -> None:
     """One file, so that tensors and state are always of the same moment: the JSON of `state` is the
-    metadata of the safetensors file."""
+    metadata of the safetensors file.
+
+    Args:
+        previous: where the file that was at `path` goes, once the new one is written.
+    """
+    import safetensors.torch
+
     own = {name: x.detach().contiguous().clone() for name, x in tensors.items()}  # no shared storage
-    metadata = {"fastkd": json.dumps(state)}
-    replace(path, lambda p: safetensors.torch.save_file(own, p, metadata))
+    text = json.dumps(state)
+    metadata = {"fastkd": text, "crc32": _checksum(text, own)}
+
+    def write(part: Path) -> None:
+        try:
+            safetensors.torch.save_file(own, part, metadata)
+        except safetensors.SafetensorError as error:  # what the system said is its text
+            raise OSError(str(error)) from error
+        if previous is not None and path.exists():
+            path.replace(previous)
+
+    replace(path, write)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Any]:
+    import safetensors
+
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -60,7 +78,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], Any]:
                               "to start anew, or put a copy in its place") from None
     if "fastkd" not in metadata:
         raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
-    return tensors, json.loads(metadata["fastkd"])
+    text = metadata["fastkd"]
+    if metadata.get("crc32", "") not in ("", _checksum(text, tensors)):  # older files have none
+        raise CheckpointError(f"{path} is damaged (its checksum differs): it is left as it is; delete it to start "
+                              "anew, or put a copy in its place")
+    return tensors, json.loads(text)
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        data = tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
 
 
 def differences(theirs: Any, ours: Any, key: str = "", *, there: str = "there", here: str = "here") -> list[str]:

@@ -1,0 +1,43 @@
+"""Evolution of masks: operators, fitness, the run with its checkpoints.
+
+``fastkd.evolve`` is the function; its parts are imported from here: ``from fastkd.evolve import Fitness``.
+"""
+
+from ..checkpoint import CheckpointError
+from ..stopping import Stopped
+from ..world import RankLost, World
+from .adapter import Pymoo
+from .algorithms import ALGORITHMS, ECS, GA, NSGA2, Algorithm, Random, Scores
+from .budget import Limits, uniform_l1
+from .fitness import QUALITIES, Fitness, FitnessError, latency
+from .pareto import crowding_distance, hypervolume, nondominated, nondominated_sort
+from .run import Individuals, Result, TensorBoard, evolve
+
+__all__ = [
+    "ALGORITHMS",
+    "ECS",
+    "GA",
+    "NSGA2",
+    "QUALITIES",
+    "Algorithm",
+    "CheckpointError",
+    "Fitness",
+    "FitnessError",
+    "Individuals",
+    "Limits",
+    "Pymoo",
+    "Random",
+    "RankLost",
+    "Result",
+    "Scores",
+    "Stopped",
+    "TensorBoard",
+    "World",
+    "crowding_distance",
+    "evolve",
+    "hypervolume",
+    "latency",
+    "nondominated",
+    "nondominated_sort",
+    "uniform_l1",
+]

@@ -1,0 +1,285 @@
+"""How one population leads to the next: what is asked for, and who stays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..population import GeneSpace
+from . import operators, pareto
+
+__all__ = ["ALGORITHMS", "ECS", "GA", "NSGA2", "Algorithm", "Random", "Scores"]
+
+
+class Scores(NamedTuple):
+    """Of a population, in its order."""
+
+    score: Tensor
+    """float64 [P], one number each, larger is better."""
+    objectives: Tensor
+    """float64 [P, K], minimised: minus the quality, and if there is one the cost, relative to the full network."""
+
+
+class Algorithm:
+    """Asked for individuals that are then evaluated, and told of their scores."""
+
+    name: ClassVar[str]
+    replayed: ClassVar[bool] = False
+    """Has a state beside the population and the generator: a resumed run asks and tells from the beginning, with
+    what is remembered."""
+
+    def identity(self) -> dict[str, Any]:
+        """All options, for JSON."""
+        raise NotImplementedError
+
+    def initial(self, space: GeneSpace, population: int, objectives: int, generator: torch.Generator,
+                device: torch.device) -> Tensor:
+        """bool [population, genes], not repaired."""
+        raise NotImplementedError
+
+    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        """Individuals to evaluate, bool [Q, genes], not repaired. The arguments stay as they are."""
+        raise NotImplementedError
+
+    def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
+        """Who is the next population: int64, into the old one (empty at the beginning) followed by the children, as
+        `scores` is."""
+        return torch.arange(len(masks), len(scores.score), device=children.device)
+
+
+@dataclass(frozen=True)
+class _Drawn(Algorithm):
+    """Of options alone, with an initial population of independent genes.
+
+    Args:
+        density: probability of each gene, or "random": one per individual.
+    """
+
+    density: float | Literal["random"] = 0.5
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, str):
+            _one_of("density", self.density, ("random",))
+        else:
+            _probability("density", self.density)
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def initial(self, space: GeneSpace, population: int, objectives: int, generator: torch.Generator,
+                device: torch.device) -> Tensor:
+        return operators.initial(population, space.num_genes, self.density, generator, device)
+
+
+@dataclass(frozen=True)
+class ECS(_Drawn):
+    """The evolution of arXiv:1707.08005: copies, crossovers and mutations until the next population is full.
+
+    Defaults are as published: the best one first, then one operation after the other, drawn with these
+    probabilities; parents by roulette; a two-point crossover gives both its children; a mutation flips every
+    bit of one random segment. Where only one place is left, a second child has none.
+
+    Args:
+        copy, crossover, mutation: probabilities, of sum 1.
+        selection: "roulette", "rank", "tournament".
+        crossover_by: "two_point", "uniform", "group" (each group of filters from one parent).
+        mutation_by: "segment", or "bit": every gene with probability `rate`.
+        rate: default 1 / genes, at least one gene of each individual on average.
+        elites: so many of the best are kept as they are.
+        density: of the initial population: probability of each gene, or "random": one per individual.
+    """
+
+    copy: float = 0.2
+    crossover: float = 0.7
+    mutation: float = 0.1
+    selection: str = "roulette"
+    crossover_by: str = "two_point"
+    mutation_by: str = "segment"
+    rate: float | None = None
+    elites: int = 1
+
+    name: ClassVar[str] = "ecs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("copy", "crossover", "mutation"):
+            _probability(name, getattr(self, name))
+        if abs(self.copy + self.crossover + self.mutation - 1) > 1e-9:
+            raise ValueError(f"copy + crossover + mutation must be 1, got {self.copy} + {self.crossover} + "
+                             f"{self.mutation}")
+        _check_operators(self)
+        _one_of("mutation_by", self.mutation_by, operators.MUTATIONS)
+
+    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        population, device, score = len(masks), masks.device, scores.score
+        wanted = max(population - self.elites, 0)
+        # As many operations as could be needed; 0: copy, 1: crossover, 2: mutation.
+        drawn = torch.rand(wanted, generator=generator, dtype=torch.float64)
+        kind = (drawn >= self.copy).long() + (drawn >= self.copy + self.crossover).long()
+        made = 1 + (kind == 1).long()
+        at = (made.cumsum(0) - made + self.elites)
+        kind, at = kind[at < population].to(device), at[at < population].to(device)
+        first, second = operators.SELECTIONS[self.selection](score, 2 * len(kind), generator).view(2, -1)
+
+        out = torch.empty(population + 1, masks.shape[1], dtype=torch.bool, device=device)  # a place too much
+        elites = min(self.elites, population)
+        out[:elites] = masks[score.argsort(descending=True, stable=True)[:elites]]
+        copied, crossed, mutated = ((kind == k).nonzero()[:, 0] for k in range(3))
+        out[at[copied]] = masks[first[copied]]
+        pattern = operators.CROSSOVERS[self.crossover_by](len(crossed), space, generator, device)
+        operators.crossover(masks, first[crossed], second[crossed], pattern, out, at[crossed])
+        if self.mutation_by == "segment":
+            pattern = operators.segment(len(mutated), space, generator, device)
+            operators.mutate(masks, first[mutated], pattern, out, at[mutated])
+        else:
+            changed = masks[first[mutated]]
+            operators.flip(changed, _rate(self.rate, space), generator)
+            out[at[mutated]] = changed
+        return out[:population]
+
+
+@dataclass(frozen=True)
+class _Mating(_Drawn):
+    """Pairs of parents, a crossover with some probability, then per-bit mutation of every child.
+
+    Args:
+        density: of the initial population, as for :class:`ECS`.
+        selection: "roulette", "rank", "tournament".
+        crossover: probability that a pair is crossed.
+        crossover_by: "two_point", "uniform", "group".
+        rate: probability that a gene is flipped; default 1 / genes.
+        rates: "constant", or "adaptive": `crossover` and `rate` are the most, and good parents change less
+            (:func:`fastkd.evolve.operators.adaptive_rates`); then `rate` defaults to 4 / genes.
+        elites: so many of the best are kept as they are.
+    """
+
+    density: float | Literal["random"] = "random"
+    selection: str = "tournament"
+    crossover: float = 0.9
+    crossover_by: str = "uniform"
+    rate: float | None = None
+    rates: str = "constant"
+    elites: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _probability("crossover", self.crossover)
+        _one_of("rates", self.rates, ("constant", "adaptive"))
+        _check_operators(self)
+
+    def _children(self, space: GeneSpace, masks: Tensor, score: Tensor, count: int, generator: torch.Generator,
+                  out: Tensor) -> None:
+        """Writes `count` into the first rows of out [count + 1, genes]."""
+        pairs, adaptive = -(-count // 2), self.rates == "adaptive"
+        first, second = operators.SELECTIONS[self.selection](score, 2 * pairs, generator).view(2, -1)
+        chance: float | Tensor = self.crossover
+        most = min(1.0, _rate(self.rate, space, 4 if adaptive else 1))
+        rate: float | Tensor = most
+        if adaptive:
+            chance = operators.adaptive_rates(score, torch.maximum(score[first], score[second]), self.crossover).cpu()
+            parents = torch.stack((first, second), 1).flatten()[:count]
+            rate = operators.adaptive_rates(score, score[parents], most)
+        crossed = (torch.rand(pairs, generator=generator, dtype=torch.float64) < chance).to(masks.device)
+        at = 2 * torch.arange(pairs, device=masks.device)
+        alone = ~crossed
+        out[at[alone]], out[at[alone] + 1] = masks[first[alone]], masks[second[alone]]
+        pattern = operators.CROSSOVERS[self.crossover_by](int(crossed.sum()), space, generator, masks.device)
+        operators.crossover(masks, first[crossed], second[crossed], pattern, out, at[crossed])
+        operators.flip(out[:count], rate, generator)
+
+
+@dataclass(frozen=True)
+class GA(_Mating):
+    __doc__ = f"A generational genetic algorithm. {_Mating.__doc__}"
+
+    name: ClassVar[str] = "ga"
+
+    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        elites = min(self.elites, len(masks))
+        out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
+        out[:elites] = masks[scores.score.argsort(descending=True, stable=True)[:elites]]
+        self._children(space, masks, scores.score, len(masks) - elites, generator, out[elites:])
+        return out[:len(masks)]
+
+
+@dataclass(frozen=True)
+class NSGA2(_Mating):
+    """Several objectives at once: NSGA-II, Deb et al. 2002, doi:10.1109/4235.996017.
+
+    Parents by binary tournament: the better front, then the larger crowding distance. Parents and children
+    compete for the next population; of equal masks, all but one come last.
+
+    Args:
+        crossover, crossover_by, rate, rates, density: as for :class:`GA`; the others have no meaning here.
+    """
+
+    name: ClassVar[str] = "nsga2"
+
+    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        front = pareto.nondominated_sort(scores.objectives)
+        distance = pareto.crowding_distance(scores.objectives, front)
+        order = distance.argsort(descending=True, stable=True)
+        order = order[front[order].argsort(stable=True)]
+        place = torch.empty(len(masks), dtype=torch.float64, device=masks.device)
+        place[order] = torch.arange(len(masks), 0, -1, dtype=torch.float64, device=masks.device)
+        out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
+        self._children(space, masks, place, len(masks), generator, out)
+        return out[:len(masks)]
+
+    def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
+        return pareto.survivors(scores.objectives, len(children), _duplicates(torch.cat((masks, children))))
+
+
+@dataclass(frozen=True)
+class Random(_Drawn):
+    """Random search, the control at an equal number of evaluations: every population is drawn anew."""
+
+    density: float | Literal["random"] = "random"
+
+    name: ClassVar[str] = "random"
+
+    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        return self.initial(space, len(masks), scores.objectives.shape[1], generator, masks.device)
+
+
+ALGORITHMS: dict[str, Callable[[], Algorithm]] = {"ecs": ECS, "ga": GA, "nsga2": NSGA2, "random": Random}
+
+
+def _duplicates(masks: Tensor) -> Tensor:
+    """bool [P]: equal to an earlier one."""
+    _, inverse = torch.unique(operators.packed(masks), dim=0, return_inverse=True)
+    rows = torch.arange(len(masks))
+    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, inverse, rows, "amin")
+    return (first[inverse] < rows).to(masks.device)
+
+
+def _rate(rate: float | None, space: GeneSpace, expected: int = 1) -> float:
+    return expected / max(space.num_genes, 1) if rate is None else rate
+
+
+def _check_operators(algorithm: Any) -> None:
+    _one_of("selection", algorithm.selection, operators.SELECTIONS)
+    _one_of("crossover_by", algorithm.crossover_by, operators.CROSSOVERS)
+    if algorithm.rate is not None:
+        _probability("rate", algorithm.rate)
+    if isinstance(algorithm.elites, bool) or not isinstance(algorithm.elites, int):
+        raise TypeError(f"elites must be an int, got {algorithm.elites!r}")
+    if algorithm.elites < 0:
+        raise ValueError(f"elites must be at least 0, got {algorithm.elites}")
+
+
+def _one_of(name: str, value: Any, valid: Any) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def _probability(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")

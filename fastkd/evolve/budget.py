@@ -1,0 +1,195 @@
+"""Costs by the number of filters in each group, and the repair of masks to a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..population import GeneSpace
+from ..population.space import COSTS
+
+__all__ = ["Limits", "uniform_l1"]
+
+BLOCK = 1 << 22  # genes worked on at once
+
+
+class Limits:
+    """Which masks are allowed: at least so many filters per group, and at most such costs.
+
+    >>> limits = Limits(space, {"macs": 0.4})
+    >>> masks = limits.repair(masks)
+
+    Args:
+        budget: cost -> fraction of the full network's, in (0, 1]. Costs are "macs", "parameters", "filters"; all
+            that are given must hold.
+        k_min: filters (genes) that every group keeps, or all where it has fewer.
+
+    Raises:
+        ValueError: an unknown cost, a fraction out of range, or one that no mask can meet: the message says the
+            least that is possible.
+    """
+
+    def __init__(self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1) -> None:
+        if isinstance(k_min, bool) or not isinstance(k_min, int):
+            raise TypeError(f"k_min must be an int, got {k_min!r}")
+        if k_min < 1:
+            raise ValueError(f"k_min must be at least 1, got {k_min}")
+        self.space, self.k_min = space, k_min
+        self.sizes = torch.tensor([g.size for g in space.groups], dtype=torch.int64)
+        self._ends = torch.cat((torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)))
+        # Channels are linear in the number of filters per group; float64 is exact and has BLAS.
+        groups = len(self.sizes)
+        of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
+        one = torch.zeros(groups + 1, space.num_genes, dtype=torch.bool)
+        one[torch.arange(groups), self._ends[:-1]] = True
+        channels = space.channels(one)
+        self._kept = channels[-1].double()
+        self._per_filter = channels[:-1].double() - self._kept
+        self.full = {name: int(self.costs(self.sizes[None], name)) for name in COSTS}
+        whole = torch.ones(1, space.num_genes, dtype=torch.bool)
+        assert torch.equal(space.channels(whole), self._channels(self.sizes[None]))
+
+        self.least = self.sizes.clamp(max=k_min)
+        self.budget: dict[str, int] = {}
+        for name, fraction in (budget or {}).items():
+            if name not in COSTS:
+                raise ValueError(f"budget must be of {', '.join(COSTS)}, got {name!r}")
+            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+                raise TypeError(f"budget[{name!r}] must be a number, got {fraction!r}")
+            if not 0 < fraction <= 1:
+                raise ValueError(f"budget[{name!r}] must be in (0, 1], a fraction of the full network's, "
+                                 f"got {fraction}")
+            self.budget[name] = math.floor(Fraction(str(fraction)) * self.full[name])  # 0.1 means a tenth
+            least = int(self.costs(self.least[None], name))
+            if least > self.budget[name]:
+                up = math.ceil(least / self.full[name] * 1e4) / 1e4
+                raise ValueError(
+                    f"budget[{name!r}] = {fraction} ({self.budget[name]:,} of {self.full[name]:,}) can be met by no "
+                    f"mask: with k_min = {k_min} in every group the least possible is {least:,}, a fraction of {up:g}")
+
+        # The order of removal: the weakest filters of every group first, by their place in the group relative to its
+        # size, so that all groups shrink alike. Within the group: ascending l1, equal ones by number.
+        self._by = torch.empty(space.num_genes, dtype=torch.int64)  # group by group, weakest first
+        place = torch.empty(space.num_genes, dtype=torch.float64)
+        for start, size in zip(self._ends.tolist(), self.sizes.tolist(), strict=False):
+            self._by[start:start + size] = start + space.l1[start:start + size].argsort(stable=True)
+            place[start:start + size] = (torch.arange(size) + 0.5) / size
+        self.order = self._by[place.argsort(stable=True)]
+        """int64 [genes]: what a repair removes first."""
+        self._back = self._by.argsort()
+        # [genes + 1, groups]: how many of a group are among the first t of the order.
+        first = torch.nn.functional.one_hot(of_group[self.order], max(groups, 1)).int().cumsum(0, dtype=torch.int32)
+        self._among = torch.cat((first[:1] * 0, first)) if len(first) else torch.zeros(1, groups, dtype=torch.int32)
+
+    # --- costs -------------------------------------------------------------------------------------
+
+    def counts(self, masks: Tensor) -> Tensor:
+        """int64 [P, groups]: filters that are on, of masks bool [P, genes]."""
+        if not len(self.sizes):
+            return torch.zeros(len(masks), 0, dtype=torch.int64, device=masks.device)
+        if masks.device.type == "cpu":
+            rows = masks.contiguous().view(torch.uint8).numpy()
+            return torch.from_numpy(np.add.reduceat(rows, self._ends[:-1].numpy(), axis=1, dtype=np.int64))
+        return torch.stack([x.sum(1) for x in masks.split(self.sizes.tolist(), 1)], 1)
+
+    def costs(self, counts: Tensor, name: str) -> Tensor:
+        """int64 [P], given filters per group int64 [P, groups]."""
+        return self.space.cost(name, self._channels(counts))
+
+    def _channels(self, counts: Tensor) -> Tensor:
+        return (counts.double() @ self._per_filter.to(counts.device) + self._kept.to(counts.device)).long()
+
+    def within(self, counts: Tensor) -> Tensor:
+        """bool [P]: whether all budgets hold."""
+        ok = torch.ones(len(counts), dtype=torch.bool, device=counts.device)
+        for name, limit in self.budget.items():
+            ok &= self.costs(counts, name) <= limit
+        return ok
+
+    # --- repair ------------------------------------------------------------------------------------
+
+    def repair(self, masks: Tensor) -> Tensor:
+        """The masks bool [P, genes], changed where they are not allowed, and there no further than that.
+
+        First every group gets its strongest (largest l1) filters back until it has k_min. Then filters are removed in
+        the order of `order`, those that are off or among the last k_min of their group passed over, until every budget
+        holds. Deterministic, and allowed masks stay as they are. Returns the argument itself if all are.
+        """
+        counts = self.counts(masks)
+        wrong = (~self.within(counts) | (counts < self.least.to(counts.device)).any(1)).nonzero()[:, 0]
+        if not len(wrong):
+            return masks
+        out = masks.clone()
+        for rows in wrong.split(max(1, BLOCK // max(self.space.num_genes, 1))):
+            out[rows] = self._repaired(masks[rows])
+        return out
+
+    def _repaired(self, masks: Tensor) -> Tensor:
+        device = masks.device
+        by, back, ends, least, among = (x.to(device) for x in (self._by, self._back, self._ends, self.least,
+                                                               self._among))
+        group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
+        on = masks.index_select(1, by)
+        before = self._before(on)
+        total = (before[:, ends[1:]] - before[:, ends[:-1]]).long()
+        if bool((total < least).any()):
+            # From the strong end: how many of the group that are off come at or after each place.
+            place = torch.arange(len(by), device=device)
+            off_after = (ends[1:][group] - place) - (before[:, ends[1:]][:, group] - before[:, :-1])
+            on |= off_after <= (least - total).clamp(min=0)[:, group]
+            before = self._before(on)
+        start = before[:, ends[:-1]].long()
+        total = before[:, ends[1:]].long() - start
+        spare = (total - least).clamp(min=0)
+
+        def removed(first: Tensor) -> Tensor:
+            """int64 [P, groups], when the first ones [P] of the order are passed through."""
+            upto = ends[:-1] + among[first].long()
+            return (before.gather(1, upto).long() - start).minimum(spare)
+
+        low = torch.zeros(len(masks), dtype=torch.int64, device=device)
+        high = torch.full_like(low, len(by))
+        while bool((low < high).any()):  # the fewest with which the budgets hold
+            middle = (low + high) // 2
+            ok = self.within(total - removed(middle))
+            high, low = torch.where(ok, middle, high), torch.where(ok, low, middle + 1)
+        # The weakest so many of each group go.
+        stays = before[:, :-1] >= (start + removed(high)).to(before.dtype).index_select(1, group)
+        return stays.bitwise_and_(on).index_select(1, back)
+
+    @staticmethod
+    def _before(on: Tensor) -> Tensor:
+        """[P, genes + 1]: how many are on before each place of the flat string."""
+        dtype = torch.int16 if on.shape[1] < 2**15 else torch.int32
+        out = torch.zeros(len(on), on.shape[1] + 1, dtype=dtype, device=on.device)
+        torch.cumsum(on, 1, dtype=dtype, out=out[:, 1:])
+        return out
+
+
+def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Tensor:
+    """The same fraction of every group, those of largest l1: the control of Li et al., "Pruning Filters for Efficient
+    ConvNets", arXiv:1608.08710.
+
+    At a budget: ``Limits(space, {"macs": 0.4}).repair(space.ones(1))`` removes in the same order, to the budget.
+
+    Args:
+        density: in [0, 1], or float [D].
+        k_min: filters that every group keeps, or all where it has fewer.
+
+    Returns:
+        bool [D, genes], round(density * size) of each group, ties up.
+    """
+    d = torch.as_tensor(density, dtype=torch.float64).reshape(-1, 1)
+    if not bool(((d >= 0) & (d <= 1)).all()):
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    out = torch.zeros(len(d), space.num_genes, dtype=torch.bool)
+    for g in space.groups:
+        keep = (d * g.size + 0.5).floor().clamp(min=min(k_min, g.size))
+        strongest = space.l1[g.start:g.start + g.size].argsort(descending=True, stable=True)
+        out[:, g.start + strongest] = torch.arange(g.size) < keep
+    return out

@@ -1,0 +1,190 @@
+"""What an individual is worth: a named quality, and a named cost."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..population import GeneSpace, PopulationEvaluator, compact
+from ..population.space import COSTS
+from .algorithms import Scores
+from .budget import Limits
+
+__all__ = ["QUALITIES", "Fitness", "FitnessError", "latency"]
+
+Measure = Callable[[Tensor], Tensor]
+"""masks bool [P, genes] -> [P]"""
+
+QUALITIES = ("accuracy", "loss", "agreement")
+
+
+class FitnessError(ValueError):
+    """A fitness that is no number; the message names the individual."""
+
+
+class Fitness:
+    """Quality against cost, as one number or as two objectives, possibly within a budget.
+
+    >>> Fitness("accuracy", batches, cost="macs", weight=0.5)       # accuracy + 0.5 * removed fraction of MACs
+    >>> Fitness("accuracy", batches, budget={"macs": 0.4})          # the best with at most 40 % of the MACs
+    >>> Fitness("agreement", batches, cost="macs")                  # for "nsga2": a front of both
+
+    The batches choose between individuals: they must be neither the validation nor the test split, on which results
+    are reported, and had better not be those of :meth:`fastkd.PopulationEvaluator.calibrate`. They are read once and
+    held: all individuals of a run are measured on the same images.
+
+    Args:
+        quality: "accuracy", "agreement" (with the model as given), "loss" (its negative counts), or a callable:
+            masks bool [P, genes] -> [P], larger is better, each row for itself.
+        batches: of the fitness split, as for the method of :class:`fastkd.PopulationEvaluator` of that name; none for
+            a callable.
+        cost: "filters", "parameters", "macs", or a callable: masks -> [P], such as :func:`latency`.
+        weight: lambda in the score; with 0 the cost is only recorded, and an objective.
+        form: "removed": quality + weight * (1 - cost / cost of the full network), as published (arXiv:1707.08005);
+            "cost": quality - weight * cost / cost of the full network.
+        budget: cost -> fraction of the full network's that is allowed, such as {"macs": 0.4}. Every mask is repaired
+            to hold it, see :class:`fastkd.evolve.Limits`.
+        k_min: filters that every group keeps, in any case.
+        reference: (quality, cost) from which the hypervolume counts, the cost relative to the full network; default
+            (0, 1) for accuracy and agreement, else the worst of the first generation.
+
+    Raises:
+        TypeError, ValueError: an unknown name, a quality without its batches, a weight without a cost.
+    """
+
+    def __init__(self, quality: str | Measure = "accuracy", batches: Iterable[Any] | None = None, *,
+                 cost: str | Measure | None = None, weight: float = 0.0, form: str = "removed",
+                 budget: Mapping[str, float] | None = None, k_min: int = 1,
+                 reference: tuple[float, float] | None = None) -> None:
+        if not callable(quality) and quality not in QUALITIES:
+            raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, or a callable, got {quality!r}")
+        if cost is not None and not callable(cost) and cost not in COSTS:
+            raise ValueError(f"cost must be one of {', '.join(COSTS)}, a callable, or None, got {cost!r}")
+        if form not in ("removed", "cost"):
+            raise ValueError(f"form must be 'removed' or 'cost', got {form!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"weight must be a number, got {weight!r}")
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"weight must be at least 0 and finite, got {weight}")
+        if weight and cost is None:
+            raise ValueError(f"weight = {weight} needs a cost: one of {', '.join(COSTS)}, or a callable")
+        if callable(quality) and batches is not None:
+            raise ValueError("batches are for a quality by name, but quality is a callable")
+        if not callable(quality) and batches is None:
+            raise ValueError(f"quality = {quality!r} needs batches: a fitness split, apart from the validation split")
+        if isinstance(batches, Tensor) or (isinstance(batches, tuple) and len(batches) == 2
+                                           and isinstance(batches[0], Tensor) and isinstance(batches[1], Tensor)):
+            batches = [batches]
+        self.batches = None if batches is None else list(batches)
+        if self.batches == []:
+            raise ValueError("batches must have at least one batch of the fitness split, got none")
+        self.quality, self.cost, self.weight, self.form = quality, cost, float(weight), form
+        self.budget, self.k_min, self.reference = dict(budget or {}), k_min, reference
+        if reference is None and quality in ("accuracy", "agreement"):
+            self.reference = (0.0, 1.0)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of what `measure` gives."""
+        return ("quality",) if self.cost is None else ("quality", "cost")
+
+    def identity(self) -> dict[str, Any]:
+        """For JSON; data by a fingerprint."""
+        return {"quality": _name(self.quality), "cost": _name(self.cost), "weight": self.weight, "form": self.form,
+                "budget": self.budget, "k_min": self.k_min, "reference": self.reference,
+                "data": None if self.batches is None else _fingerprint(self.batches)}
+
+    def measure(self, evaluator: PopulationEvaluator | GeneSpace, limits: Limits, masks: Tensor) -> Tensor:
+        """float64 [P, columns], on the CPU: the quality, larger is better, and the cost in its own unit.
+
+        Raises:
+            TypeError, ValueError: a callable that returns something else than [P].
+        """
+        if callable(self.quality):
+            quality = _asked("quality", self.quality, masks)
+        elif isinstance(evaluator, PopulationEvaluator):
+            quality = getattr(evaluator, self.quality)(masks, self.batches)
+            quality = -quality if self.quality == "loss" else quality
+        else:
+            raise TypeError(f"quality = {self.quality!r} needs a PopulationEvaluator, got {type(evaluator).__name__}")
+        if self.cost is None:
+            return quality[:, None]
+        cost = _asked("cost", self.cost, masks) if callable(self.cost) else \
+            limits.costs(limits.counts(masks), self.cost).cpu()
+        return torch.stack((quality, cost.double()), 1)
+
+    def full_cost(self, limits: Limits) -> float:
+        """Of the full network."""
+        if self.cost is None:
+            return 1.0
+        if not callable(self.cost):
+            return float(limits.full[self.cost])
+        full = float(_asked("cost", self.cost, limits.space.ones(1)))
+        if not 0 < full < float("inf"):
+            raise FitnessError(f"cost of the full network must be positive and finite, got {full}")
+        return full
+
+    def scores(self, values: Tensor, full_cost: float) -> Scores:
+        """Of float64 [P, columns] from `measure`."""
+        quality = values[:, 0]
+        if self.cost is None:
+            return Scores(quality, -quality[:, None])
+        cost = values[:, 1] / full_cost
+        score = quality + self.weight * (1 - cost) if self.form == "removed" else quality - self.weight * cost
+        return Scores(score, torch.stack((-quality, cost), 1))
+
+
+def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Measure:
+    """A cost: milliseconds of a forward pass of the compact network, the median of `repeats`.
+
+    A measurement, and so not the same twice; a run remembers it with the individual. State the batch size
+    of `example_input`, and the number of threads, with every figure.
+    """
+
+    @torch.no_grad()
+    def milliseconds(masks: Tensor) -> Tensor:
+        out = []
+        for mask in masks:  # one network at a time is what is measured
+            small, times = compact(model, mask, example_input).eval(), []
+            small(example_input)
+            for _ in range(repeats):
+                start = time.perf_counter()
+                small(example_input)
+                times.append(time.perf_counter() - start)
+            out.append(1e3 * statistics.median(times))
+        return torch.tensor(out, dtype=torch.float64)
+
+    milliseconds.__qualname__ = f"latency(batch={len(example_input)}, repeats={repeats})"
+    return milliseconds
+
+
+def _asked(what: str, measure: Measure, masks: Tensor) -> Tensor:
+    out = measure(masks)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{what} must return a tensor of shape [{len(masks)}], got {type(out).__name__}")
+    if out.shape != masks.shape[:1]:
+        raise ValueError(f"{what} must return a tensor of shape [{len(masks)}], got {list(out.shape)}")
+    return out.detach().cpu().double()
+
+
+def _name(measure: str | Measure | None) -> str | None:
+    if measure is None or isinstance(measure, str):
+        return measure
+    own = getattr(measure, "__qualname__", type(measure).__qualname__)
+    return f"{getattr(measure, '__module__', '')}.{own}"
+
+
+def _fingerprint(batches: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for x in batch if isinstance(batch, (tuple, list)) else (batch,):
+            if isinstance(x, Tensor):
+                digest.update(f"{list(x.shape)} {x.dtype}".encode())
+                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
