@@ -455,7 +455,7 @@ def _size(x: Tensor) -> Tensor:
 def _hash(*tensors: Tensor) -> bytes:
     h = hashlib.sha256()
     for t in tensors:
-        h.update(t.cpu().contiguous().view(torch.uint8).numpy().data)
+        h.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return h.digest()
 
 
