@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -166,7 +165,9 @@ def test_gradients_of_small_integers_are_exact(poisoned, name, dtype):
 @given(st.data())
 def test_any_shape(where, data):
     native = simt_module().cuda if where == "simt" else _ops.backends["cpu"]
-    with patch.dict(_ops.backends, cpu=native), patch.object(torch.backends.cudnn, "allow_tf32", False):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_ops.backends, "cpu", native)
+        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         _any_shape(data)
 
 
