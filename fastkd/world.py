@@ -6,9 +6,11 @@ Only rank 0 looks at files and writes them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +68,11 @@ class World:
             seconds = os.environ.get("FASTKD_TIMEOUT", "300")
             if not seconds.isdecimal() or int(seconds) < 1:
                 raise ValueError(f"FASTKD_TIMEOUT must be a whole number of seconds >= 1, got {seconds!r}")
+            # Its functions have the group of the moment as default: imported after init_process_group, as torch._dynamo
+            # does, they would keep it, and its threads, beyond `close`; and a thread that lets go of a tensor while
+            # Python ends aborts the process.
+            import_module("torch.distributed.nn.functional")
+
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                     timeout=timedelta(seconds=int(seconds)))
         return cls(dist.get_rank(), dist.get_world_size(), device)
@@ -73,6 +80,7 @@ class World:
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # a cycle, such as an exception's, may hold the group still
 
     # --- what ranks tell each other -------------------------------------------------------------
 

@@ -222,6 +222,15 @@ def test_too_small_a_batch(task):
 
 # --- when something goes wrong ------------------------------------------------------------------
 
+def test_nothing_outlives_the_world(tmp_path):
+    """A thread that still holds a tensor when Python ends would abort the process, now and then."""
+    code = ("world = World.from_environment()\nrefuse(sys.argv[1], world)\nworld.close()\n"
+            "print(*(f.read_text().strip() for f in Path('/proc/self/task').glob('*/comm')))\n")
+    for status, said, errors in ended(ranks(2, code, tmp_path)):
+        assert status == 0, errors
+        assert "gloo" not in said and "tcpstore" not in said
+
+
 def test_ranks_that_differ_are_refused(two):
     for rank in range(2):
         configuration, initial = json.loads((two / f"refused-{rank}.json").read_text())
