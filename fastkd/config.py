@@ -9,7 +9,7 @@ import torch
 
 from . import _C
 
-__all__ = ["show_config"]
+__all__ = ["environment", "show_config"]
 
 
 def show_config() -> dict[str, Any]:
@@ -32,3 +32,9 @@ def show_config() -> dict[str, Any]:
         "isa": _C.isa(),
         "threads": torch.get_num_threads(),
     }
+
+
+def environment() -> dict[str, Any]:
+    """Of a record: versions and threads, without names of people or machines."""
+    wanted = ("fastkd", "torch", "python", "isa", "threads", "cuda_available")
+    return {k: v for k, v in show_config().items() if k in wanted}

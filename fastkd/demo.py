@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from . import distill, report
+from . import distill, report, settings
 from .distill import grid
 
 PLAN = Path(distill.__file__).parent / "demo.yaml"
@@ -28,11 +28,11 @@ def prepare(directory: Path, epochs: int | None = None, seeds: int | None = None
             experiment["seeds"] = seeds
         if epochs is not None:
             train = {"train": {"epochs": epochs}}
-            experiment["base"] = distill.config.merged(experiment.get("base", {}), {"teacher": train, "student": train})
+            experiment["base"] = settings.merged(experiment.get("base", {}), {"teacher": train, "student": train})
     text = yaml.safe_dump(content, sort_keys=False, width=120)
     own = directory / "plan.yaml"
     if own.exists() and own.read_text() != text:
-        raise distill.ConfigError(f"{own} is another demo (other epochs or seeds, or another version of fastkd): "
+        raise settings.ConfigError(f"{own} is another demo (other epochs or seeds, or another version of fastkd): "
                                   f"delete {directory}, or choose another folder with --out")
     directory.mkdir(parents=True, exist_ok=True)
     own.write_text(text)

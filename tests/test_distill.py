@@ -30,7 +30,8 @@ from fastkd.distill import (
     load_config,
     runs,
 )
-from fastkd.distill.config import merged, recipes
+from fastkd.distill.config import recipes
+from fastkd.settings import merged
 
 LSP = LossConfig(weight=10, student_layer="layers.0", teacher_layer="layers.0",
                  args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}})
@@ -688,7 +689,7 @@ def test_command_line(tmp_path):
 
 
 def test_peak_memory_of_a_forward_pass():
-    from fastkd.distill.measure import cost
+    from fastkd.measure import cost
 
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     once = 1000 * 256 * 4 / 2**20

@@ -1,37 +1,28 @@
-"""What a run is made of: strict models of the YAML files, with errors that list what is valid."""
+"""What a run of distillation is made of."""
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+
+from .. import settings
+from ..settings import ConfigError, Strict
 
 __all__ = ["ConfigError", "LossConfig", "ModelConfig", "RunConfig", "TrainConfig", "load_config", "recipes"]
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which key, its value and what is valid."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     name: str
     """One of ``fastkd.models.MODELS``."""
     args: dict[str, Any] = Field(default_factory=dict)
     """The model's own arguments."""
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     epochs: int = Field(default=200, ge=1)
     lr: float = Field(default=0.01, gt=0)
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -60,7 +51,7 @@ class TrainConfig(_Strict):
     """Seconds between checkpoints; 0: after every epoch."""
 
 
-class LossConfig(_Strict):
+class LossConfig(Strict):
     weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     student_layer: str | None = None
     """Module name at which the student's features are taken; None for losses of logits."""
@@ -75,12 +66,12 @@ class LossConfig(_Strict):
     """The loss's own arguments (``fastkd.distill.losses``)."""
 
 
-class NetworkConfig(_Strict):
+class NetworkConfig(Strict):
     model: ModelConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     data: str
     """One of ``fastkd.data.names()``."""
     teacher: NetworkConfig
@@ -94,117 +85,9 @@ class RunConfig(_Strict):
 
 def recipes() -> list[str]:
     """The configurations that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return settings.recipes(RECIPES)
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """A run's configuration.
-
-    Args:
-        source: the name of a recipe, a path to a YAML file, or the content of one.
-        overrides: ``"losses.lsp.weight=100"`` and the like; values are YAML.
-
-    Raises:
-        ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
-    """
-    if isinstance(source, dict):
-        content: Any = source
-    else:
-        path = RECIPES / f"{source}.yaml"
-        if not path.exists():
-            path = Path(source)
-        if not path.exists():
-            raise ConfigError(f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes())}"
-                              + _suggestion(str(source), recipes()))
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from None
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} must hold a mapping, got {type(content).__name__}")
-    content = _copy(content)
-    for override in overrides:
-        _override(content, override)
-    return _validated(RunConfig, content)
-
-
-def merged(content: dict, changes: dict) -> dict:
-    """content with changes laid over it, mapping by mapping. A None removes the key."""
-    out = _copy(content)
-    for key, value in changes.items():
-        if value is None:
-            out.pop(key, None)
-        elif isinstance(value, dict) and isinstance(out.get(key), dict):
-            out[key] = merged(out[key], value)
-        else:
-            out[key] = _copy(value)
-    return out
-
-
-def _copy(x: Any) -> Any:
-    return {k: _copy(v) for k, v in x.items()} if isinstance(x, dict) else x
-
-
-def _override(content: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"an override must be KEY=VALUE, such as losses.lsp.weight=100, got {override!r}")
-    *parents, last = key.strip().split(".")
-    at = content
-    for part in parents:
-        at = at.setdefault(part, {})
-        if not isinstance(at, dict):
-            raise ConfigError(f"{override!r}: {part!r} is a value, not a group of keys")
-    try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _validated(model: type[BaseModel], content: dict) -> Any:
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, e) for e in error.errors())) from None
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        valid = _keys(model, loc[:-1])
-        return (f"unknown key {key!r}{_suggestion(loc[-1], valid)}: valid keys"
-                f"{' of ' + '.'.join(loc[:-1]) if loc[:-1] else ''} are {', '.join(valid)}")
-    if error["type"] == "missing":
-        return f"missing key {key!r}"
-    return f"{key} = {error['input']!r}: {error['msg']}"
-
-
-def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """The valid keys of the model at a place inside another."""
-    for part in loc:
-        kinds = [model.model_fields[part].annotation] if part in model.model_fields else []
-        found = None
-        while kinds and found is None:
-            kind = kinds.pop()
-            origin = typing.get_origin(kind)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found = kind
-            elif origin is dict:  # its own keys are free: a loss's name
-                inner = typing.get_args(kind)[1]
-                return _keys_of(inner)
-            elif origin in (typing.Union, types.UnionType):
-                kinds.extend(typing.get_args(kind))
-        if found is None:
-            return []
-        model = found
-    return _keys_of(model)
-
-
-def _keys_of(kind: Any) -> list[str]:
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _suggestion(word: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(word, valid, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    """A run's configuration; arguments and errors as for :func:`fastkd.settings.load`."""
+    return settings.load(RunConfig, RECIPES, source, overrides)

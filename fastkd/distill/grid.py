@@ -31,8 +31,9 @@ import yaml
 
 from .. import checkpoint
 from ..data import load as load_data
+from ..settings import ConfigError, merged
 from . import runs
-from .config import RECIPES, ConfigError, RunConfig, load_config, merged
+from .config import RECIPES, RunConfig, load_config
 
 __all__ = ["Cell", "Plan", "interval", "run", "write_table"]
 

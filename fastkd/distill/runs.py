@@ -11,27 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, models
-from ..config import show_config
+from .. import checkpoint, measure, models
+from ..config import environment
 from ..data import Task
 from ..data import load as load_data
 from ..world import World
-from . import measure
 from .batches import batches, check_sampler
 from .config import NetworkConfig, RunConfig, TrainConfig
 from .taps import Taps
 from .trainer import SCHEMA, Distiller, Result
 
-__all__ = ["build", "distil", "environment", "teacher_of"]
+__all__ = ["build", "distil", "teacher_of"]
 
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """(what is trained, epoch, epochs, latest record)"""
-
-
-def environment() -> dict[str, Any]:
-    """Versions and threads, without names of people or machines."""
-    wanted = ("fastkd", "torch", "python", "isa", "threads", "cuda_available")
-    return {k: v for k, v in show_config().items() if k in wanted}
 
 
 def build(network: NetworkConfig, task: Task, seed: int) -> nn.Module:

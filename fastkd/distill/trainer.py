@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoint
+from .. import checkpoint, measure
 from ..data import Task
 from ..stopping import Stopped, stop_requests
 from ..world import RankLost, World
-from . import losses, measure
+from . import losses
 from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig
 from .distributed import LSPPart
