@@ -38,6 +38,7 @@ from fastkd.evolve import (
     evolve,
     hypervolume,
     latency,
+    mask_id,
     nondominated,
     nondominated_sort,
     operators,
@@ -703,6 +704,13 @@ def test_history_and_curves(evaluator, tmp_path, capsys):
     assert [json.loads(line) for line in lines] == result.history
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.safetensors", "previous.safetensors", "history.jsonl"}
     assert "best" in capsys.readouterr().out
+    genes = evaluator.space.num_genes
+    masks = [np.unpackbits(np.frombuffer(bytes.fromhex(r["mask"]), np.uint8), count=genes) for r in result.history]
+    assert np.array_equal(masks[-1].astype(bool), result.best.numpy())
+    assert len(result.seen.ids) == len(set(result.seen.ids)) == result.evaluations
+    at = result.seen.ids.index(mask_id(result.best))
+    assert float(result.seen.quality[at]) == result.best_quality
+    assert (result.seen.cost is None) == (result.best_cost is None)
     if len(callbacks) > 1:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

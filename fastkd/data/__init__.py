@@ -1,5 +1,5 @@
-"""Data sets: ``load(name)`` finds the files, checks them, and gives a :class:`Task`; ``load_images(name)`` does the
-same for CIFAR-10 and MNIST, and gives :class:`Images`.
+"""Data sets: ``load(name)`` finds the files, checks them, and gives a :class:`Task` of graphs or shapes;
+``load_images(name)`` does the same for images, also of your own, and gives :class:`Images`.
 
 Looked for, in this order: an ``.npz`` in `root` or in the folder ``$FASTKD_DATA`` (also in its
 ``graphs/``, ``shapes/`` and ``images/``), then in the cache (``$FASTKD_CACHE``, else ``~/.cache/fastkd``); else the

@@ -1,9 +1,12 @@
-"""Images with a class each: CIFAR-10 and MNIST."""
+"""Images to compress networks with: digits, MNIST, CIFAR-10, a sample of ImageNet, and own files."""
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
+import io
+import itertools
 import os
 import tarfile
 import urllib.request
@@ -17,16 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import Arrays, find, require
+from .files import Arrays, find, read, require
 from .shapes import _share
 
-__all__ = ["SETS", "Images", "load", "unpack"]
+__all__ = ["PARTS", "SETS", "Images", "load", "unpack"]
+
+
+PARTS = ("train", "fitness", "val", "test")
 
 
 @dataclass
 class Images:
-    """A data set with its split: parts "train", "val" (a tenth of each class of the official training part,
-    drawn with seed 0) and "test"."""
+    """A data set with its split: parts "train", "fitness" (chooses between the individuals of a search, and neither
+    trains, validates nor tests), "val" and "test"."""
 
     name: str
     num_classes: int
@@ -35,7 +41,7 @@ class Images:
     images: dict[str, Tensor]
     """By part: uint8 [n, C, H, W]."""
     labels: dict[str, Tensor]
-    """By part: int64 [n]."""
+    """By part: int64 [n]; empty where there are none."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -43,6 +49,24 @@ class Images:
         """uint8 [n, C, H, W] -> float32, (images / 255 - mean) / std per channel."""
         mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
+
+    def part(self, name: str, count: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Normalised images float32 [n, C, H, W], and labels int64 [n] if there are any.
+
+        Args:
+            name: "train", "fitness", "val" or "test".
+            count: so many, drawn with seed 0; None: all, in their order.
+
+        Raises:
+            ValueError: the part has fewer.
+        """
+        images, labels = self.images[name], self.labels.get(name)
+        if count is None:
+            return self.normalised(images), labels
+        if count > len(images):
+            raise ValueError(f"{self.name}: the part {name!r} has {len(images)} images, but {count} are asked for")
+        rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+        return self.normalised(images[rows]), None if labels is None else labels[rows]
 
 
 def unpack(residuals: np.ndarray) -> np.ndarray:
@@ -119,48 +143,158 @@ def _mnist(root: str | Path | None, folder: Path) -> Arrays:
     return out
 
 
+def _found(name: str, fetch: Callable[[str | Path | None, Path], Arrays],
+           root: str | Path | None) -> tuple[Arrays, str]:
+    return find(name, (name,), root, partial(fetch, root), "")
+
+
+def _digits(root: str | Path | None) -> tuple[Arrays, str]:
+    """Every pixel becomes nine, with a border of two: 28 x 28, as MNIST's."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = (digits.images * (255 / 16)).round().astype(np.uint8)
+    x = np.pad(x.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
+    test = _share(torch.from_numpy(digits.target.astype(np.int64)), 4, torch.Generator().manual_seed(0)).numpy()
+    return {"x_train": x[~test], "y_train": digits.target[~test], "x_test": x[test], "y_test": digits.target[test]}, \
+        "scikit-learn's load_digits"
+
+
+def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
+    """A thousand JPEGs of 224 x 224, one of each class."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ImportError("imagenet_sample needs the package pillow: pip install pillow") from None
+    packed, source = find("imagenet_sample", ("imagenet_sample1000_224",), root, None,
+                          "Put the npz with arrays jpeg (uint8, the files one after the other), offset [n + 1] and "
+                          "label [n] there")
+    require(packed, ("jpeg", "offset", "label"), source)
+    content, ends = packed["jpeg"].tobytes(), packed["offset"].tolist()
+    x = np.stack([np.asarray(Image.open(io.BytesIO(content[a:b])).convert("RGB"))
+                  for a, b in itertools.pairwise(ends)])
+    order = np.random.default_rng(0).permutation(len(x))
+    parts = dict(zip(PARTS, np.split(order, [len(x) * k // 10 for k in (2, 5, 7)]), strict=True))
+    return {**{f"x_{part}": x[rows] for part, rows in parts.items()},
+            **{f"y_{part}": packed["label"][rows] for part, rows in parts.items()}}, source
+
+
 @dataclass(frozen=True)
 class _Set:
-    fetch: Callable[[str | Path | None, Path], Arrays]
+    arrays: Callable[[str | Path | None], tuple[Arrays, str]]
+    """And where they are from; given where to look."""
+    split: str
     shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: int = 10
 
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+HELD = ", a tenth of the training part to validate, another one for fitness"
 SETS = {
-    "cifar10": _Set(_cifar10, (32, 32, 3), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "mnist": _Set(_mnist, (28, 28), (0.1307,), (0.3081,)),
+    "cifar10": _Set(partial(_found, "cifar10", _cifar10), "official split" + HELD, (32, 32, 3), MEAN, STD),
+    "digits": _Set(_digits, "a quarter to test" + HELD, (28, 28), (0.1307,), (0.3081,)),
+    "imagenet_sample": _Set(_imagenet_sample, "2 / 3 / 2 / 3 tenths", (224, 224, 3), MEAN, STD, classes=1000),
+    "mnist": _Set(partial(_found, "mnist", _mnist), "official split" + HELD, (28, 28), (0.1307,), (0.3081,)),
 }
 
 
-def load(name: str, root: str | Path | None = None) -> Images:
-    """CIFAR-10 (with ImageNet's mean and deviation, for which the published networks are made) or MNIST.
+def load(name: str | Path, root: str | Path | None = None) -> Images:
+    """A data set of images, by name or from a file of your own.
 
-    Looked for as ``<name>.npz`` with x_train, x_test (uint8 [n, H, W, 3] or [n, H, W]), y_train and y_test
-    where :func:`fastkd.data.load` looks, also in ``images/``; else ``cifar10.packed.npz`` is unpacked into
-    the cache; else the official files are downloaded and their md5 is checked.
+    ===================  ==================================================================================
+    name                 what
+    ===================  ==================================================================================
+    ``digits``           scikit-learn's 1,797 digits, enlarged to 28 x 28; a quarter of each class is the test part
+    ``mnist``            official split
+    ``cifar10``          official split; ImageNet's mean and deviation, for which the published networks are made
+    ``imagenet_sample``  one image of each class of ImageNet, 224 x 224: 200 / 300 / 200 / 300, drawn with seed 0
+    a path to an npz     x_train, x_fitness, x_val, x_test: uint8 [n, H, W] or [n, H, W, C]; y_train, ...: integers from
+                         0 on, for all parts or for none; mean and std, [C], default those of x_train
+    ===================  ==================================================================================
+
+    Of the official training parts, a tenth of each class, drawn with seed 0, is to validate, and another one is the
+    fitness part.
+
+    A set by name is looked for as ``<name>.npz`` with x_train, x_test (uint8 [n, H, W, 3] or [n, H, W]), y_train and
+    y_test where :func:`fastkd.data.load` looks, also in ``images/``; else ``cifar10.packed.npz`` is unpacked into the
+    cache; else the official files are downloaded and their md5 is checked.
 
     Raises:
         ValueError: unknown name, or a file that is damaged, has another checksum, or lacks an array.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
+        ImportError: a package is needed (scikit-learn, pillow).
     """
+    if str(name).endswith(".npz"):
+        return _own(Path(name))
+    name = str(name)
     if name not in SETS:
-        raise ValueError(f"name must be one of {', '.join(SETS)}, got {name!r}")
+        close = difflib.get_close_matches(name, SETS, 1)
+        raise ValueError(f"name must be one of {', '.join(SETS)}, or a path to an npz, got {name!r}"
+                         + (f" (did you mean {close[0]!r}?)" if close else ""))
     chosen = SETS[name]
-    arrays, source = find(name, (name,), root, partial(chosen.fetch, root), "")
-    require(arrays, ("x_train", "y_train", "x_test", "y_test"), source)
-    x: dict[str, Tensor] = {}
-    y: dict[str, Tensor] = {}
-    for part in ("train", "test"):
-        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if images.dtype != np.uint8 or images.shape != (len(labels), *chosen.shape):
-            raise ValueError(f"{source}: x_{part} must be uint8 [{len(labels)}, {', '.join(map(str, chosen.shape))}], "
-                             f"got {images.dtype} {list(images.shape)}")
-        x[part] = torch.from_numpy(images.copy()).reshape(len(labels), *chosen.shape[:2], -1)
-        x[part] = x[part].permute(0, 3, 1, 2).contiguous()
-        y[part] = torch.from_numpy(labels.astype(np.int64))
-    held = _share(y["train"], 10, torch.Generator().manual_seed(0))
-    rows: dict[str, Any] = {"train": ~held, "val": held}
-    return Images(name, 10, f"{source}; official split, a tenth of the training part to validate",
-                  {**{part: x["train"][r] for part, r in rows.items()}, "test": x["test"]},
-                  {**{part: y["train"][r] for part, r in rows.items()}, "test": y["test"]}, chosen.mean, chosen.std)
+    arrays, source = chosen.arrays(root)
+    parts = PARTS if "x_val" in arrays else ("train", "test")
+    require(arrays, tuple(f"{a}_{part}" for part in parts for a in "xy"), source)
+    x, y = {}, {}
+    for part in parts:
+        x[part], y[part] = _checked(arrays, part, chosen.shape, chosen.classes, source)
+    if "val" not in x:
+        held = _share(y["train"], 10, torch.Generator().manual_seed(0))
+        rest = (~held).nonzero()[:, 0]
+        fitness = _share(y["train"][rest], 9, torch.Generator().manual_seed(1))
+        rows: dict[str, Any] = {"train": rest[~fitness], "fitness": rest[fitness], "val": held}
+        x = {**{part: x["train"][r] for part, r in rows.items()}, "test": x["test"]}
+        y = {**{part: y["train"][r] for part, r in rows.items()}, "test": y["test"]}
+    return Images(name, chosen.classes, f"{source}; {chosen.split}", x, y, chosen.mean, chosen.std)
+
+
+def _checked(arrays: Arrays, part: str, shape: tuple[int, ...], classes: int | None,
+             source: str) -> tuple[Tensor, Tensor]:
+    """Images uint8 [n, C, H, W] and labels int64 [n]."""
+    images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        raise ValueError(f"{source}: x_{part} must be uint8 [n, {', '.join(map(str, shape))}] with n > 0, "
+                         f"got {images.dtype} {list(images.shape)}")
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise ValueError(f"{source}: y_{part} must be integers [{len(images)}] as x_{part} has images, got "
+                         f"{labels.dtype} {list(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (classes is not None and high >= classes):
+        raise ValueError(f"{source}: y_{part} must be in [0, {'...' if classes is None else classes - 1}], got "
+                         f"{low if low < 0 else high}")
+    x = torch.from_numpy(images.copy()).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+    return x, torch.from_numpy(labels.astype(np.int64))
+
+
+def _own(path: Path) -> Images:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    arrays = read(path, path.parent)
+    if "x_fitness" not in arrays:
+        raise ValueError(f"{path} has no fitness split: it needs x_fitness (and y_fitness), images that choose between "
+                         "individuals, apart from those that train, validate and test")
+    require(arrays, tuple(f"x_{part}" for part in PARTS), str(path))
+    labelled = any(key.startswith("y_") for key in arrays)
+    if labelled:
+        require(arrays, tuple(f"y_{part}" for part in PARTS), str(path))
+    shape = arrays["x_train"].shape[1:]
+    if len(shape) not in (2, 3):
+        raise ValueError(f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C], got "
+                         f"{list(arrays['x_train'].shape)}")
+    x, y = {}, {}
+    for part in PARTS:
+        given = arrays if labelled else {**arrays, f"y_{part}": np.zeros(len(arrays[f"x_{part}"]), np.int64)}
+        x[part], y[part] = _checked(given, part, shape, None, str(path))
+    channels = x["train"].shape[1]
+    train = x["train"].transpose(0, 1).reshape(channels, -1).double() / 255
+    stated = {"mean": train.mean(1).numpy(), "std": train.std(1, correction=0).clamp(min=1e-6).numpy()}
+    for key in stated:
+        own = arrays.get(key, stated[key])
+        if own.shape != (channels,) or not np.isfinite(own).all() or (key == "std" and (own <= 0).any()):
+            raise ValueError(f"{path}: {key} must be {channels} finite numbers"
+                             f"{' above 0' if key == 'std' else ''}, one per channel, got {own.tolist()}")
+        stated[key] = own
+    return Images(path.stem, int(max(int(labels.max()) for labels in y.values())) + 1, f"{path}; its own split", x,
+                  y if labelled else {}, tuple(stated["mean"].tolist()), tuple(stated["std"].tolist()))

@@ -11,7 +11,7 @@ from .algorithms import ALGORITHMS, ECS, GA, NSGA2, Algorithm, Random, Scores
 from .budget import Limits, uniform_l1
 from .fitness import QUALITIES, Fitness, FitnessError, latency
 from .pareto import crowding_distance, hypervolume, nondominated, nondominated_sort
-from .run import Individuals, Result, TensorBoard, evolve
+from .run import Individuals, Result, Seen, TensorBoard, evolve, mask_id
 
 __all__ = [
     "ALGORITHMS",
@@ -30,6 +30,7 @@ __all__ = [
     "RankLost",
     "Result",
     "Scores",
+    "Seen",
     "Stopped",
     "TensorBoard",
     "World",
@@ -37,6 +38,7 @@ __all__ = [
     "evolve",
     "hypervolume",
     "latency",
+    "mask_id",
     "nondominated",
     "nondominated_sort",
     "uniform_l1",

@@ -34,9 +34,9 @@ from .budget import Limits
 from .fitness import Fitness, FitnessError, Measure
 from .operators import packed, unpacked
 
-__all__ = ["Individuals", "Result", "TensorBoard", "evolve"]
+__all__ = ["Individuals", "Result", "Seen", "TensorBoard", "evolve", "mask_id"]
 
-SCHEMA = 1  # of checkpoints
+SCHEMA = 2  # of checkpoints
 
 
 @dataclass
@@ -47,6 +47,18 @@ class Individuals:
     """float64 [n], larger is better."""
     quality: Tensor
     """float64 [n], larger is better: minus the loss, for a loss."""
+    cost: Tensor | None
+    """float64 [n], in its own unit; None if the fitness names none."""
+
+
+@dataclass
+class Seen:
+    """Every individual that was evaluated, once each, in the order of evaluation."""
+
+    ids: list[str]
+    """:func:`mask_id`"""
+    quality: Tensor
+    """float64 [n]"""
     cost: Tensor | None
     """float64 [n], in its own unit; None if the fitness names none."""
 
@@ -64,10 +76,11 @@ class Result:
     front: Individuals
     """Of all that were evaluated, those that no other beats in both quality and cost, by ascending cost, one of each
     that are equal; without a cost the best alone."""
+    seen: Seen
     history: list[dict[str, Any]]
     """One record per generation: generation (from 1), best (score so far) with its quality and cost, mean (score),
     diversity (how likely two different individuals differ in a gene), hypervolume (of the front; None without a cost),
-    evaluations (different individuals so far), seconds (so far)."""
+    evaluations (different individuals so far), seconds (so far), mask (of the best so far, hex of numpy.packbits)."""
     generation: int
     generations: int
     evaluations: int
@@ -305,7 +318,8 @@ class _Run:
             "generation": self.generation, "best": float(best.score), "quality": float(self.best_values[0, 0]),
             "cost": float(self.best_values[0, 1]) if self.best_values.shape[1] > 1 else None,
             "mean": math.fsum(scores.tolist()) / n, "diversity": differ / max(n * (n - 1) * self.masks.shape[1], 1),
-            "hypervolume": volume, "evaluations": len(self.known), "seconds": self.seconds})
+            "hypervolume": volume, "evaluations": len(self.known), "seconds": self.seconds,
+            "mask": packed(self.best).numpy().tobytes().hex()})
 
     def result(self) -> Result:
         def individuals(masks: Tensor, values: Tensor) -> Individuals:
@@ -315,7 +329,9 @@ class _Run:
         best = individuals(self.best, self.best_values)
         return Result(self.best[0], float(best.score), float(best.quality),
                       None if best.cost is None else float(best.cost), individuals(self.masks, self.values),
-                      individuals(self.front, self.front_values), list(self.history), self.generation,
+                      individuals(self.front, self.front_values),
+                      Seen([key.hex()[:12] for key in self.keys], self.known[:, 0],
+                           self.known[:, 1] if self.known.shape[1] > 1 else None), list(self.history), self.generation,
                       self.generations, len(self.known), None if self.fitness.cost is None else self.full_cost)
 
     # --- checkpoints -------------------------------------------------------------------------------
@@ -390,6 +406,11 @@ class _Run:
         self.generation, self.history, self.seconds = generation, state["history"], state["seconds"]
 
 
+def mask_id(mask: Tensor) -> str:
+    """The name of a mask bool [genes] in messages and in :class:`Seen`: 12 hexadecimal digits of its digest."""
+    return _digest(packed(mask[None]).numpy()[0]).hex()[:12]
+
+
 def _digest(array: np.ndarray) -> bytes:
     return hashlib.blake2b(array.data, digest_size=16).digest()
 
@@ -408,7 +429,8 @@ class TensorBoard(Curves):
 
     def __call__(self, result: Result) -> None:
         latest = result.history[-1]
-        scalars = {name: value for name, value in latest.items() if name != "generation" and value is not None}
+        scalars = {name: value for name, value in latest.items()
+                   if name not in ("generation", "mask") and value is not None}
         self.write("evolution", result.generation, scalars)
 
 
