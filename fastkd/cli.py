@@ -1,7 +1,8 @@
-"""The command line: ``fastkd info``, ``distill``, ``report``, ``grid`` and ``demo``."""
+"""The command line: ``fastkd info``, ``distill``, ``compress``, ``report``, ``grid`` and ``demo``."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def info() -> None:
 
 
 class _Bars:
-    """One bar per network that is trained, with the best validation score so far."""
+    """One bar per network that is trained, with its latest validation score, and per search, with the best so far."""
 
     def __init__(self) -> None:
         self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -52,7 +53,9 @@ class _Bars:
         if epoch < epochs and time.monotonic() - self.shown < 0.1:
             return  # drawing takes longer than an epoch of a small network
         self.shown = time.monotonic()
-        shown = f"val {latest['val']:.2f} %" if latest else ""
+        shown = f"val {latest['val']:.2f} %" if "val" in latest else ""
+        if "generation" in latest:
+            shown = f"best {latest['best']:.4g}, {latest['evaluations']:,} evaluated"
         self.progress.update(self.tasks[what], completed=epoch, shown=shown)
 
 
@@ -87,8 +90,6 @@ def distill(
             return load_config(recipe, settings)
         if not begun.exists():
             raise ConfigError(f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd distill")
-        import json
-
         return load_config(json.loads(begun.read_text()), settings)
 
     try:
@@ -128,7 +129,7 @@ def distill(
 
 
 def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) -> Table:
-    from .distill.grid import mean_interval
+    from .grid import mean_interval
 
     label = " + ".join(name for name, loss in config.losses.items() if loss.weight) or "labels alone"
     table = Table(title=f"{config.data}, test part")
@@ -146,17 +147,136 @@ def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) 
 
 
 @app.command()
+def compress(
+    recipe: str = typer.Argument(..., help="Name of a recipe (see `fastkd recipes`) or path to a YAML file."),
+    settings: list[str] = typer.Option([], "--set", help="KEY=VALUE laid over it, e.g. fitness.images=500."),
+    budget: list[str] = typer.Option([], help="COST=FRACTION that may be left, in place of the recipe's: macs=0.4; "
+                                              "macs, parameters or filters."),
+    weights: str = typer.Option(None, help="The full network's: an .npz or .safetensors file."),
+    algorithm: str = typer.Option(None, help="ecs, ga, nsga2 or random; or a control: l1, torch-pruning."),
+    seeds: int = typer.Option(1, min=1, help="Networks, with the seeds 0, 1, ..."),
+    out: Path = typer.Option(None, help="Folder for all that is written; default runs/<recipe>."),
+    resume: Path = typer.Option(None, help="Go on in this folder, with the configuration it was begun with."),
+    device: str = typer.Option("cpu", help="cpu, cuda or cuda:N."),
+    tensorboard: bool = typer.Option(False, "--tensorboard", help="Write curves into the folder's tensorboard/."),
+) -> None:
+    """Search for a smaller network, fine-tune it, export it, and measure what is gained.
+
+    Your own network and images: fastkd compress digits --set model.name=MODULE:FUNCTION --set data=FILE.npz
+    --weights FILE.safetensors. On several processes: torchrun --nproc-per-node 2 -m fastkd compress RECIPE."""
+    try:
+        from . import compress as engine
+        from .checkpoint import write_json
+        from .curves import Curves
+        from .evolve import TensorBoard
+    except ImportError as error:
+        _fail(error)
+    directory = resume or out or Path("runs") / Path(recipe).stem
+    begun = directory / "config.json"
+    changes = [*settings, *([f"weights={json.dumps(weights)}"] if weights else []),
+               *([f"algorithm.name={algorithm}"] if algorithm else []), *(["budget={}"] if budget else []),
+               *(f"budget.{b}" for b in budget)]
+
+    def load() -> Any:
+        if resume is None:
+            return engine.load_config(recipe, changes)
+        if not begun.exists():
+            raise engine.ConfigError(f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd "
+                                     "compress")
+        return engine.load_config(json.loads(begun.read_text()), changes)
+
+    try:
+        curves = Curves(directory / "tensorboard") if tensorboard else None
+        world = engine.World.from_environment(device)
+        console.quiet = world.rank > 0
+        config = world.first(load)
+        if resume is None and world.rank == 0:
+            write_json(begun, config.model_dump())
+        bars = _Bars()
+
+        def progress(seed: int, what: str, done: int, total: int, latest: dict[str, Any]) -> None:
+            name = what if seeds == 1 else f"{what}, seed {seed}"
+            bars(name, done, total, latest)
+            if curves is not None and "epoch" in latest:
+                curves.write(name, latest["epoch"], {key: latest[key] for key in ("loss", "val", "lr")})
+
+        records = []
+        with bars.progress:
+            for seed in range(seeds):
+                folder = directory / f"seed{seed}"
+                records.append(engine.compress(
+                    config, seed, folder, shared=directory, device=world.device, world=world,
+                    progress=lambda *latest, seed=seed: progress(seed, *latest),
+                    callback=TensorBoard(folder / "tensorboard") if tensorboard and world.rank == 0 else None))
+        console.print(_before_and_after(records))
+        console.print(f"[bold]{directory}[/]: config.json, and per seed result.json, weights.safetensors (read by "
+                      "fastkd.population.load), model.onnx and model-int8.onnx. "
+                      f"`fastkd report {directory}` draws the search.")
+        world.close()
+    except engine.Stopped as stop:
+        console.print(f"{stop}: fastkd compress {recipe} --resume {directory} --seeds {seeds}")
+        raise typer.Exit(130) from None
+    except (engine.ConfigError, engine.CheckpointError, engine.RankLost, ValueError, TypeError, OSError, ImportError,
+            ArithmeticError) as error:
+        _fail(error)
+
+
+def _before_and_after(records: list[dict[str, Any]]) -> Table:
+    """Means over seeds."""
+    from .grid import mean_interval
+
+    first, agreement = records[0], records[0]["score"] == "agreement"
+    config = first["config"]
+    left = ", ".join(f"{share:.1%} of the {name}" for name, share in config["budget"].items()) or "no budget"
+    table = Table(title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
+                  caption="Latency and peak memory with "
+                          f"{first['environment']['threads']} threads, at a batch of 1 and of 64 images.")
+    score = "agreement with the full network" if agreement else "test"
+    for heading in ("network", f"{score}, %", "parameters", "MACs, M", "file, kB", "latency, ms", "peak memory, MB"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+
+    def both(costs: Any, digits: int) -> str:
+        return "" if costs is None else " / ".join(f"{x:.{digits}f}" for x in costs.values())
+
+    def row(name: str, of: Any, costs: Any, measured: bool = True) -> None:
+        tests = mean_interval([of(r)["test"] for r in records])
+        c = costs(first)
+        table.add_row(name, tests, *((f"{c['parameters']:,}", f"{c['macs'] / 1e6:.2f}") if "macs" in c else ("", "")),
+                      *((f"{c['bytes'] / 1000:,.0f}", both(c["latency_ms"], 2), both(c.get("peak_memory_mb"), 2))
+                        if measured else ("", "", "")))
+
+    row("full", lambda r: r["dense"], lambda r: r["dense"])
+    names = {"masked": "smaller, as found", "recalibrated": "statistics recalibrated", "finetuned": "fine-tuned"}
+    stages = list(first["compact"]["stages"])
+    for stage in stages:
+        row(names[stage], lambda r, stage=stage: r["compact"]["stages"][stage], lambda r: r["compact"],
+            stage == stages[-1])
+    if first["int8"] is not None:
+        row("int8, onnxruntime", lambda r: r["int8"], lambda r: r["int8"])
+    return table
+
+
+@app.command()
 def recipes() -> None:
     """List the configurations that come with the package."""
-    from .distill import load_config
-    from .distill.config import recipes as names
+    from .settings import read
 
-    table = Table("recipe", "data", "teacher", "student", "losses")
-    for name in names():
-        config = load_config(name)
-        table.add_row(name, config.data, config.teacher.model.name, config.student.model.name,
-                      ", ".join(f"{k} x {c.weight:g}" for k, c in config.losses.items()))
-    console.print(table)
+    for command in ("distill", "compress"):
+        folder = Path(__file__).parent / command / "recipes"
+        table = Table(title=f"fastkd {command}", title_justify="left")
+        for heading in ("recipe", "data", "networks", "what"):
+            table.add_column(heading)
+        for path in sorted(folder.glob("*.yaml")):
+            content = read(folder, path.stem)
+            if command == "distill":
+                networks = f"{content['teacher']['model']['name']} to {content['student']['model']['name']}"
+                what = ", ".join(f"{k} x {loss['weight']:g}" for k, loss in content["losses"].items())
+            else:
+                networks = content["model"]["name"]
+                what = ", ".join(f"{share:.1%} of the {name}" for name, share in content.get("budget", {}).items())
+                what += f" by {content['algorithm']['name']}"
+            table.add_row(path.stem, content["data"], networks, what)
+        console.print(table)
 
 
 @app.command()
@@ -168,8 +288,10 @@ def grid(
     table: bool = typer.Option(False, "--table", help="Only write the table anew."),
 ) -> None:
     """Run the missing cells of a table of experiments; finished ones are never touched."""
-    from .distill import CheckpointError, ConfigError, Stopped
-    from .distill import grid as engine
+    from . import grid as engine
+    from .checkpoint import CheckpointError
+    from .settings import ConfigError
+    from .stopping import Stopped
 
     try:
         content = engine.Plan(plan)
@@ -187,9 +309,9 @@ def grid(
 
 def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = None) -> int:
     """The missing cells of a plan, with bars; returns how many were run."""
-    from .distill import grid as engine
+    from . import grid as engine
 
-    missing = sum(not c.done and (only is None or c.experiment == only) for c in plan.cells())
+    missing = sum(not c.done and (only is None or c.experiment.name == only) for c in plan.cells())
     bars = _Bars()
     with bars.progress:
         total = bars.progress.add_task("cells", total=min(missing, limit or missing), shown="")
@@ -202,7 +324,7 @@ def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = Non
                 bars.tasks.clear()
                 bars.progress.update(total, completed=len(running))
                 running.append(cell)
-            bars(f"{cell.experiment}, {cell.row}: {what}", epoch, epochs, latest)
+            bars(f"{cell.experiment.name}, {cell.row}: {what}", epoch, epochs, latest)
 
         count = engine.run(plan, work, progress, only, limit)
         bars.progress.update(total, completed=count)
@@ -227,7 +349,7 @@ def demo(
     seeds: int = typer.Option(None, min=1, help="Students per row; default as in the plan."),
     out: Path = typer.Option(Path("runs/demo"), help="Folder for all that is written."),
 ) -> None:
-    """Distil on scikit-learn's digits, as a static graph and as point clouds, and write a report."""
+    """Distil and compress on scikit-learn's digits, and write a report."""
     try:
         from . import demo as demonstration
         from .distill import CheckpointError, ConfigError, Stopped

@@ -150,6 +150,26 @@ class World:
             raise out[1]
         return out[0]
 
+    def first_at_length(self, make: Callable[[Callable[[], object]], T]) -> T:
+        """As `first`, for what takes longer than a rank may be silent: make(tick) calls tick() now and then."""
+        if self.size == 1:
+            return make(lambda: None)
+        out: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                out[0] = make(lambda: self.any(False))
+            except (Exception, KeyboardInterrupt) as error:
+                out[1] = error
+            self.any(True)
+        else:
+            while not self.any(False):
+                pass
+        with self._talking():
+            dist.broadcast_object_list(out, 0)
+        if out[1] is not None:
+            raise out[1]
+        return out[0]
+
     def same(self, what: str, own: dict[str, Any]) -> None:
         """Raises ValueError on every rank if any has something else than rank 0."""
         if self.size == 1:

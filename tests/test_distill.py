@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd import checkpoint, data, models
+from fastkd import checkpoint, data, grid, models
 from fastkd.distill import (
     CheckpointError,
     ConfigError,
@@ -26,7 +26,6 @@ from fastkd.distill import (
     Taps,
     TensorBoard,
     TrainConfig,
-    grid,
     load_config,
     runs,
 )

@@ -1,0 +1,104 @@
+"""What a compression is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .. import settings
+from ..settings import Strict
+
+__all__ = ["CompressConfig", "load_config", "recipes"]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ModelConfig(Strict):
+    name: str
+    """One of ``fastkd.models.CNNS``, or ``module:function`` of your own."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """The function's arguments."""
+
+
+class TrainConfig(Strict):
+    epochs: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=128, ge=1)
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(default=0.05, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of sgd."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Of the learning rate, over all steps; cosine ends at 0."""
+    augment: bool = False
+    """Random crops of images padded by an eighth, and mirror images."""
+
+
+class FinetuneConfig(TrainConfig):
+    kd: float = Field(default=0.0, ge=0)
+    """Weight of knowledge distillation from the full network, arXiv:1503.02531; the labels' weight is 1."""
+    temperature: float = Field(default=4.0, gt=0)
+
+
+class FitnessConfig(Strict):
+    quality: str = "accuracy"
+    """One of ``fastkd.evolve.QUALITIES``."""
+    images: int = Field(default=1000, ge=1)
+    """Of the fitness part."""
+    cost: Literal["filters", "parameters", "macs"] = "macs"
+    weight: float = Field(default=0.0, ge=0)
+    """Of the removed fraction of the cost, beside the quality."""
+    bn: Literal["inherit", "recalibrate"] = "recalibrate"
+    """Statistics of batch normalisation for every individual: the full network's, or its own."""
+    calibration_images: int = Field(default=500, ge=2)
+    """Of the training part, for these statistics and for those of the network that is taken."""
+    calibration_batch: int = Field(default=250, ge=2)
+
+
+class AlgorithmConfig(Strict):
+    name: str = "ecs"
+    """One of ``fastkd.evolve.ALGORITHMS``, or a control of ``fastkd.compress.controls``."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its options."""
+    population: int = Field(default=32, ge=1)
+    generations: int = Field(default=50, ge=1)
+    start_l1: bool = False
+    """A quarter of the initial population are the filters of largest l1, at as many densities."""
+
+
+class ExportConfig(Strict):
+    onnx: bool = True
+    int8: bool = True
+    """Static quantisation of the ONNX file."""
+    calibration_images: int = Field(default=256, ge=1)
+    """Of the training part, for the ranges of int8."""
+
+
+class CompressConfig(Strict):
+    data: str
+    """One of ``fastkd.data.load_images``, or a path to an npz."""
+    model: ModelConfig
+    weights: str | None = None
+    """Path of an .npz or .safetensors file, or the name of one in ``$FASTKD_DATA/weights``; None: it is trained."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """Of the full network, if no weights are given."""
+    budget: dict[str, float] = Field(default_factory=dict)
+    """Fractions of "macs", "parameters", "filters" that may be left; empty: none."""
+    k_min: int = Field(default=1, ge=1)
+    """Filters that every layer keeps."""
+    fitness: FitnessConfig = Field(default_factory=FitnessConfig)
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
+
+
+def recipes() -> list[str]:
+    """The configurations that come with the package."""
+    return settings.recipes(RECIPES)
+
+
+def load_config(source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()) -> CompressConfig:
+    """A compression's configuration; arguments and errors as for :func:`fastkd.settings.load`."""
+    return settings.load(CompressConfig, RECIPES, source, overrides)
