@@ -449,6 +449,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
     (dict(weights="gone.safetensors"), FileNotFoundError, "no weights file gone.safetensors"),
     (dict(data="no_fitness.npz"), ValueError, "no fitness split"),
     (dict(data="mnsit"), ValueError, r"did you mean 'mnist'\?"),
+    (dict(fitness={"images": 201}), ValueError, "fitness. has 200 images, but 201 are asked for"),
+    (dict(fitness={"calibration_images": 901}), ValueError, "train. has 900 images, but 901"),
     (dict(fitness={"quality": "beauty"}), ValueError, "quality must be one of accuracy"),
 ])
 def test_wrong_configurations(tmp_path, changes, error, told):

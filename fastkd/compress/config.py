@@ -32,6 +32,8 @@ class TrainConfig(Strict):
     weight_decay: float = Field(default=5e-4, ge=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     """Of the learning rate, over all steps; cosine ends at 0."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Largest norm of the gradient."""
     augment: bool = False
     """Random crops of images padded by an eighth, and mirror images."""
 

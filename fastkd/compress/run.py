@@ -132,13 +132,14 @@ class _Run:
         space = trace(self.model, self.example)
         limits = self._limits(space)
         self._algorithm()
+        self._fitness()
         weights = self._weights()
 
         dense, self.dense = world.first_at_length(lambda tick: self._trained(weights, tick))
         self.model.load_state_dict(dense)
         self.model.eval()
-        evaluator, fitness = self._evaluator()
-        search = self._search(evaluator, fitness, self._limits(evaluator.space))
+        evaluator = self._evaluator()
+        search = self._search(evaluator, self._fitness(), self._limits(evaluator.space))
         return world.first_at_length(lambda tick: self._finished(evaluator.space, limits, search, tick))
 
     # --- the full network ----------------------------------------------------------------------------
@@ -204,19 +205,24 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"algorithm.args = {self.config.algorithm.args}: {error}") from None
 
-    def _evaluator(self) -> tuple[PopulationEvaluator, Fitness]:
-        own, device = self.config.fitness, self.world.device
+    def _evaluator(self) -> PopulationEvaluator:
+        own = self.config.fitness
         evaluator = PopulationEvaluator(self.model, self.example, bn=own.bn)
         if own.bn == "recalibrate":
             evaluator.calibrate(self._calibration())
+        return evaluator
+
+    def _fitness(self) -> Fitness:
+        own = self.config.fitness
+        self._calibration()
         x, y = self.data.part("fitness", own.images)
         if y is None and own.quality in ("accuracy", "loss"):
             raise ConfigError(f"fitness.quality = {own.quality!r} needs labels, and data {self.data.name} has none: "
                               "take agreement")
-        batch: Any = x.to(device) if y is None else (x.to(device), y)
-        fitness = Fitness(own.quality, [batch], cost=own.cost, weight=own.weight, budget=self.config.budget,
-                          k_min=self.config.k_min)
-        return evaluator, fitness
+        x = x.to(self.world.device)
+        batch: Any = x if y is None else (x, y)
+        return Fitness(own.quality, [batch], cost=own.cost, weight=own.weight, budget=self.config.budget,
+                       k_min=self.config.k_min)
 
     def _calibration(self) -> list[Tensor]:
         own = self.config.fitness

@@ -98,13 +98,16 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
                                                         reduction="batchmean", log_target=True)
                 optimizer.zero_grad()
                 loss.backward()
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 optimizer.step()
                 total += loss.detach() * len(rows)
                 tick()
             model.eval()
             mean = float(total) / len(images)
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large")
+                raise FloatingPointError(f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or clip_norm "
+                                         f"({config.clip_norm}) too loose")
             history.append({"epoch": epoch, "loss": mean, "val": score(model), "lr": optimizer.param_groups[0]["lr"]})
             if history[-1]["val"] > max((look["val"] for look in history[:-1]), default=-math.inf):
                 best = copy.deepcopy(model.state_dict())
