@@ -206,11 +206,11 @@ def write_table(plan: Plan) -> Path:
     if "compress" in kinds:
         lines += ["Compressed networks, made by `fastkd grid` from the records in `cells/`: accuracy (or agreement "
                   "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
-                  "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's weights and "
-                  "batch-norm statistics of its own, *fine-tuned* is after training. What is left of MACs and "
-                  "parameters is in percent of the full network's. *Faster* is its measured latency over the smaller "
-                  "one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on images apart "
-                  "from those of validation and test. A cell that has not been run is shown as such.", ""]
+                  "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
+                  "weights and batch-norm statistics of its own, *fine-tuned* is after training. What is left of "
+                  "MACs and parameters is in percent of the full network's. *Faster* is its measured latency over "
+                  "the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on "
+                  "images apart from those of validation and test. A cell that has not been run is shown as such.", ""]
     for experiment in sorted(plan.experiments, key=lambda e: e.priority):
         lines += [f"## {experiment.title}", ""]
         if experiment.note:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import statistics
 import struct
@@ -273,3 +274,124 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"seed3.result\.json.*schema 77.*knows 1"):
         fastkd.report.write(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+# --- compressed networks -----------------------------------------------------------------------------------
+
+
+def compressed(algorithm="ecs", seed=0, test=91.0, tuned=True, genes=(6, 10), score="accuracy", int8=True):
+    rng = random.Random(seed)
+    size = sum(genes)
+
+    def costs(share):
+        return {"parameters": round(1000 * share), "macs": round(40000 * share), "filters": 10, "bytes": round(4000 * share),
+                "latency_ms": {"1": 0.5 * share, "64": 9.0 * share}, "peak_memory_mb": {"1": share, "64": 20 * share}}
+
+    searched = algorithm not in ("l1", "torch-pruning")
+    n = 40 if searched else 1
+    ids = [f"{rng.randrange(16 ** 12):012x}" for _ in range(n)]
+    columns = {"quality": [rng.random() for _ in ids], "cost": [rng.randrange(1, 16000) for _ in ids]}
+    mask = lambda: bytes(rng.randrange(256) for _ in range(-(-size // 8))).hex()
+    stages = {"masked": {"test": 50.0, "val": 51.0}, "recalibrated": {"test": test - 3, "val": 89.0}}
+    stages |= {"finetuned": {"test": test, "val": 92.5}} if tuned else {}
+    history = [{"epoch": e, "loss": 1 / (e + 1), "val": 90 + e, "lr": 0.1} for e in range(3)] if tuned else []
+    last = list(stages.values())[-1]
+    return {
+        "schema": 1, "kind": "compress", "seed": seed, "score": score, "environment": {"fastkd": "9.8.7", "threads": 2},
+        "config": {"data": "mnist", "model": {"name": "lenet", "args": {}}, "algorithm": {"name": algorithm}},
+        "dense": {**costs(1.0), "test": 93.25 + seed, "val": 94.0, "seconds": 5.0, "history": []},
+        "compact": {**costs(0.25), **last, "stages": stages, "seconds": 3.0, "history": history},
+        "int8": {"test": 90.5, "val": 90.0, "bytes": 500, "latency_ms": {"1": 0.05, "64": 1.0}} if int8 else None,
+        "onnx": None,
+        "layers": [{"name": f"conv{k}", "size": g, "kept": g // 2} for k, g in enumerate(genes)],
+        "search": {"algorithm": algorithm, "quality": "accuracy", "cost": "macs", "full_quality": 0.97, "full_cost": 40000,
+                   "evaluations": n, "seconds": 12.5, "chosen": ids[-1], "mask": mask(),
+                   "history": [{"generation": g + 1, "best": 0.8 + g / 100, "quality": 0.8, "cost": 9000, "mean": 0.7,
+                                "diversity": 0.4, "hypervolume": 0.5 + g / 100, "evaluations": 10 * g, "seconds": g,
+                                "mask": mask()} for g in range(4)] if searched else [],
+                   "individuals": {"id": ids, **columns}, "front": {"id": ids[:2], **{k: v[:2] for k, v in columns.items()}},
+                   "l1": {"density": [0.5, 1.0], "quality": [0.6, 0.97], "cost": [11000, 40000]}}}
+
+
+def test_a_compressed_network(tmp_path):
+    own = compressed()
+    save(tmp_path / "seed0" / "result.json", own)
+    text = fastkd.report.write(tmp_path).read_text()
+    rows = rows_of(text)
+    assert rows["full"] == ["93.25", "94.00", "1,000", "0.04", "4", "0.50 / 9.00", "1.00 / 20.00"]
+    assert rows["smaller, as found"][:2] == ["50.00", "51.00"] and rows["statistics recalibrated"][0] == "88.00"
+    assert rows["fine-tuned"] == ["91.00", "92.50", "250", "0.01", "1", "0.12 / 2.25", "0.25 / 5.00"]
+    assert rows["int8, onnxruntime"][0] == "90.50"
+    assert rows["less, or faster"][2:] == ["4.00x"] * 3 + ["4.00x / 4.00x"] * 2
+    assert "The smaller one reaches 91.00 % (a single seed), with 4.00x fewer parameters" in text
+    for name, quality, cost in zip(*(own["search"]["individuals"][k] for k in ("id", "quality", "cost")), strict=True):
+        assert f"<title>{name}: accuracy {100 * quality:.4g} %, {100 * cost / 40000:.1f} % of the MACs</title>" in text
+    for name in ("front", "convergence", "masks", "layers", "finetuning"):
+        assert (tmp_path / "pictures" / f"{name}.png").stat().st_size > 5000
+    assert not re.search(r"https?://|<script|<link|@import|<iframe", text) and "9.8.7" in text
+
+
+def test_the_raster_is_the_masks():
+    from fastkd.report import compression
+
+    own = compression.parse(compressed(genes=(3, 8)))
+    figure, _, _ = compression._masks(own, "ecs")
+    [image] = figure.axes[0].images
+    for row, look in zip(image.get_array().tolist(), own.search["history"], strict=True):
+        bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(look["mask"]))[:11]
+        assert row == [int(bit) for bit in bits]
+
+
+def test_methods_of_a_plan(tmp_path):
+    tests = {"ecs": [91.0, 91.2, 91.1], "random-search": [89.0, 89.2, 89.1], "uniform-l1": [91.0, 91.3]}
+    names = {"ecs": "ecs", "random-search": "random", "uniform-l1": "l1"}
+    for row, values in tests.items():
+        for seed, test in enumerate(values):
+            save(tmp_path / "cells" / "lenet" / row / f"{seed}.json", compressed(names[row], seed, test, int8=False))
+    for seed in range(2):  # beside one of distillation
+        save(tmp_path / "cells" / "cora" / "lsp" / f"{seed}.json", record(92.0 + seed, seed, LOSSES["lsp"]))
+    save(tmp_path / "plan.yaml", """experiments:
+  lenet:
+    {title: LeNet made small, compress: lenet-mnist, seeds: 3, note: To a quarter.,
+     rows: {ECS: {}, random search: {}, uniform L1: {}, Torch-Pruning: {}}}
+  cora: {title: Cora, recipe: cora, seeds: 2, rows: {lsp: {}}}""")
+    text = fastkd.report.write(tmp_path).read_text()
+    rows = rows_of(text)
+    assert rows["ECS"][:4] == ["88.10 ± 0.25", "91.10 ± 0.25", "92.50 ± 0.00", "3"]
+    assert rows["ECS"][4:] == ["25.0", "25.0", "4.00x / 4.00x", "40", "12.5"]
+    assert rows["uniform L1"][3] == "2 of 3" and rows["uniform L1"][-2] == "1"
+    assert rows["Torch-Pruning"][0] == "not yet run" and rows["Torch-Pruning"][3] == "0 of 3"
+    assert rows["full network"][:2] == ["94.25 ± 2.48"] * 2
+    assert re.findall(r'<tr class="best"><td>(.*?)</td>', text)[0] == "uniform L1"
+    assert "Best of 3 methods is uniform L1, with 91.15" in text and "It overlaps with ECS" in text
+    assert "LeNet made small" in text and "To a quarter." in text and "Cora" in text
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"lenet-methods.png", "lenet-front.png", "lenet-masks.png", "cora-validation.png"} <= names
+
+
+def test_separated_methods(tmp_path):
+    for row, values in {"ecs": [91.0, 91.2, 91.1], "random": [80.0, 80.2, 80.1]}.items():
+        for seed, test in enumerate(values):
+            save(tmp_path / row / f"seed{seed}" / "result.json", compressed(row, seed, test, tuned=False))
+    text = fastkd.report.write(tmp_path).read_text()
+    assert "Its 95 % interval is separated from random." in text
+    assert "mnist, lenet made smaller" in text and "finetuning" not in text
+
+
+@pytest.mark.parametrize("damage", [
+    lambda r: r.pop("score"), lambda r: r["dense"].pop("macs"), lambda r: r["compact"].update(test="high"),
+    lambda r: r["search"]["front"]["cost"].pop(), lambda r: r["search"]["history"][0].update(mask="ff"),
+    lambda r: r["search"]["history"][0].update(best=float("nan")), lambda r: r["layers"][0].pop("kept")])
+def test_a_record_of_compression_that_is_not_whole(tmp_path, damage):
+    save(tmp_path / "a" / "result.json", compressed())
+    broken = compressed()
+    damage(broken)
+    save(tmp_path / "b" / "result.json", broken)
+    with pytest.warns(UserWarning, match="b.result.json is left out"):
+        assert "b/result.json is left out" in fastkd.report.write(tmp_path).read_text()
+
+
+def test_agreement_is_called_so(tmp_path):
+    save(tmp_path / "result.json", compressed("nsga2", score="agreement", tuned=False))
+    text = fastkd.report.write(tmp_path).read_text()
+    assert "<th>agreement, %</th>" in text and "class is the full network&#x27;s" in text

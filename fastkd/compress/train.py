@@ -106,8 +106,8 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
             model.eval()
             mean = float(total) / len(images)
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or clip_norm "
-                                         f"({config.clip_norm}) too loose")
+                raise FloatingPointError(f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or "
+                                         f"clip_norm ({config.clip_norm}) too loose")
             history.append({"epoch": epoch, "loss": mean, "val": score(model), "lr": optimizer.param_groups[0]["lr"]})
             if history[-1]["val"] > max((look["val"] for look in history[:-1]), default=-math.inf):
                 best = copy.deepcopy(model.state_dict())

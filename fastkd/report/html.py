@@ -9,8 +9,11 @@ from html import escape
 
 import yaml
 
+from . import compression
+from .compression import Comparison
+from .estimates import short
 from .plots import Picture
-from .records import Network, Row, Saved, Section, median, ratio, short
+from .records import Network, Row, Saved, Section, median, ratio
 
 __all__ = ["page"]
 
@@ -71,8 +74,12 @@ def _page(saved: Saved, pictures: dict[str, list[Picture]]) -> Iterator[str]:
             yield f'<h2 id="section{i}">{escape(section.title)}</h2>'
         if section.note:
             yield f"<p>{escape(section.note)}</p>"
-        yield f"<p>{escape(summary(section))}</p>"
-        yield from _table(section)
+        if isinstance(section, Comparison):
+            yield f"<p>{escape(compression.summary(section))}</p>"
+            yield from compression.tables(section)
+        else:
+            yield f"<p>{escape(summary(section))}</p>"
+            yield from _table(section)
         for picture in pictures[section.name]:
             yield from _figure(picture)
         yield from _configuration(section)
@@ -176,7 +183,7 @@ def _figure(picture: Picture) -> Iterator[str]:
            f"<code>pictures/{escape(picture.name)}.png</code></figcaption></figure>")
 
 
-def _configuration(section: Section) -> Iterator[str]:
+def _configuration(section: Section | Comparison) -> Iterator[str]:
     yield "<h3>Configuration</h3>"
     for row in section.done:
         seeds = f"seed{'s' if len(row.runs) > 1 else ''} {', '.join(str(run.seed) for run in row.runs)}"

@@ -6,8 +6,9 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -16,7 +17,9 @@ from matplotlib.figure import Figure  # without pyplot nothing but Agg and SVG i
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from .records import Network, Row, Section, is_lsp, median, ratio, short
+from .compression import Comparison, Made, pictures
+from .estimates import short
+from .records import Network, Row, Section, is_lsp, median, ratio
 
 __all__ = ["Picture", "draw", "styles"]
 
@@ -54,11 +57,12 @@ class Picture:
     """Its colours are made for a white ground, in dark mode too."""
 
 
-def styles(sections: list[Section]) -> dict[str, Style]:
+def styles(sections: Sequence[Section | Comparison]) -> dict[str, Style]:
     """Colour and dashes of every row, by its label: the same in all pictures."""
     out: dict[str, Style] = {}
     count = 0
-    for row in (row for section in sections for row in section.rows):
+    rows: Iterator[Any] = (row for section in sections for row in section.rows)
+    for row in rows:
         if row.label in out:
             continue
         if row.alone:
@@ -70,7 +74,7 @@ def styles(sections: list[Section]) -> dict[str, Style]:
     return out
 
 
-def draw(section: Section, styles: dict[str, Style], prefix: str = "") -> list[Picture]:
+def draw(section: Section | Comparison, styles: dict[str, Style], prefix: str = "") -> list[Picture]:
     """All pictures for which the section has data.
 
     Args:
@@ -80,21 +84,27 @@ def draw(section: Section, styles: dict[str, Style], prefix: str = "") -> list[P
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever the user's own settings are
         matplotlib.rcParams.update(SETTINGS)
-        for name, title, make in (("validation", "Validation score over training", _validation),
-                                  ("losses", "Training losses", _losses),
-                                  ("lsp", "Local structure preserving loss per layer", _lsp),
-                                  ("scores", "Test scores, seed by seed", _scores),
-                                  ("features", "Distances between features on one shape", _features),
-                                  ("cost", "Cost of a forward pass", _cost)):
-            made = make(section, styles)
-            if made is None:
-                continue
-            figure, caption = made
+        for name, title, (figure, caption, texts) in _made(section, styles):
             # Ids of clip paths are unique on the page and the same in every run.
             matplotlib.rcParams["svg.hashsalt"] = prefix + name
-            out.append(Picture(prefix + name, title, caption, _svg(figure, title), _png(figure),
-                               on_paper=name == "features"))
+            out.append(Picture(prefix + name, title, caption, _svg(figure, title, texts), _png(figure),
+                               on_paper=name in ("features", "masks")))
     return out
+
+
+def _made(section: Section | Comparison, styles: dict[str, Style]) -> Iterator[tuple[str, str, Made]]:
+    if isinstance(section, Comparison):
+        yield from pictures(section, styles)
+        return
+    for name, title, make in (("validation", "Validation score over training", _validation),
+                              ("losses", "Training losses", _losses),
+                              ("lsp", "Local structure preserving loss per layer", _lsp),
+                              ("scores", "Test scores, seed by seed", _scores),
+                              ("features", "Distances between features on one shape", _features),
+                              ("cost", "Cost of a forward pass", _cost)):
+        made = make(section, styles)
+        if made is not None:
+            yield name, title, (*made, {})
 
 
 def _png(figure: Figure) -> bytes:
@@ -103,19 +113,34 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """An element for an HTML page: no XML header, no name spaces, no fixed size, the text in its colour."""
+def _svg(figure: Figure, title: str, texts: dict[str, list[str]]) -> str:
+    """An element for an HTML page: no XML header, no name spaces, no fixed size, the text in its colour.
+
+    Args:
+        texts: by the gid of a collection, what is said over its points.
+    """
     file = io.StringIO()
     figure.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg"):]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' id="(?:figure|axes|axis|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
+    for gid, said in texts.items():
+        text = _told(text, gid, iter(said))
     head, body = text.split(">", 1)
     box = re.search(r'viewBox="[^"]+"', head)
     assert box is not None
     text = f'<svg {box[0]} role="img" aria-label="{title}">{body}'
     return re.sub(r"\n\s*\n+", "\n", text).replace(INK, "currentColor").strip()
+
+
+def _told(text: str, gid: str, said: Iterator[str]) -> str:
+    """Every point of the group gets a title, which a browser shows when it is hovered over."""
+    start = text.index(f'<g id="{gid}">')
+    end = text.index("</g>\n   </g>", start) if "</g>\n   </g>" in text[start:] else text.index("</g>", start)
+    points = re.sub(r"(<use [^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(said))}</title></use>",
+                    text[start:end])
+    return text[:start] + points.replace(f' id="{gid}"', "") + text[end:]
 
 
 # What the pictures share

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import statistics
 import warnings
@@ -14,37 +13,13 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Estimate", "Network", "Row", "Run", "Saved", "Section", "read"]
+from .compression import Comparison, Compressed, Method, parse
+from .estimates import Estimate, number
+
+__all__ = ["Network", "Row", "Run", "Saved", "Section", "read"]
 
 SCHEMAS = (1,)
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 COSTS = ("mmacs", "latency_ms", "peak_memory_mb", "threads")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds, and half its 95 % interval; None of a single seed."""
-
-    mean: float
-    half: float | None
-
-    @classmethod
-    def of(cls, values: list[float]) -> Estimate:
-        # By Student's t, as fastkd.grid has it; importing that would load networks and data sets.
-        n = len(values)
-        if n < 2:
-            return cls(values[0], None)
-        quantile = T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.5 / (n - 1)
-        return cls(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(n))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
-
-    def overlaps(self, other: Estimate) -> bool | None:
-        """Whether the intervals do; None if one is missing."""
-        if self.half is None or other.half is None:
-            return None
-        return abs(self.mean - other.mean) <= self.half + other.half
 
 
 @dataclass(frozen=True)
@@ -77,9 +52,18 @@ class Run:
         return {name: loss for name, loss in self.config["losses"].items() if loss["weight"] > 0}
 
     @property
-    def models(self) -> tuple[str, str]:
-        """Names of teacher and student."""
-        return self.config["teacher"]["model"]["name"], self.config["student"]["model"]["name"]
+    def group(self) -> tuple[str, str]:
+        """Of those that can be compared: data, and whatever else must be the same."""
+        return self.config["data"], _teacher(self.config)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(self.losses) or "student alone"
+
+    @property
+    def title(self) -> str:
+        models = (self.config[role]["model"]["name"] for role in ("teacher", "student"))
+        return f"{self.config['data']}, {' to '.join(models)}"
 
 
 @dataclass
@@ -149,7 +133,7 @@ class Section:
 @dataclass
 class Saved:
     name: str
-    sections: list[Section]
+    sections: list[Section | Comparison]
     notices: list[str] = field(default_factory=list)
     """What the reader must know: files left out, cells not yet run."""
 
@@ -162,11 +146,6 @@ def median(networks: list[Network], cost: str) -> float | None:
     """Of a cost, over the networks that have it."""
     values = [value for network in networks if (value := network.cost[cost]) is not None]
     return statistics.median(values) if values else None
-
-
-def short(value: float) -> str:
-    """Three digits; thousands in full."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def ratio(value: float) -> str:
@@ -183,7 +162,7 @@ def read(directory: str | Path) -> Saved:
     grid = bool(files)
     files = files or sorted(directory.rglob("result.json"))
     saved = Saved(directory.resolve().name, [])
-    found: list[tuple[Path, Run]] = []
+    found: list[tuple[Path, Run | Compressed]] = []
     for file in files:
         path = file.relative_to(directory)
         try:
@@ -196,8 +175,8 @@ def read(directory: str | Path) -> Saved:
             warnings.warn(f"{file} is left out of the report: it is no whole record ({reason})", stacklevel=3)
     if not found:
         raise ValueError(f"{directory} holds no results: looked for result.json at any depth, which fastkd distill "
-                         "writes, and for cells/<experiment>/<row>/<seed>.json, which fastkd grid writes; "
-                         f"{len(files)} such files could not be read")
+                         "and fastkd compress write, and for cells/<experiment>/<row>/<seed>.json, which fastkd grid "
+                         f"writes; {len(files)} such files could not be read")
     if grid:
         _from_cells(saved, found, _plans(directory, saved))
     else:
@@ -209,38 +188,40 @@ class _UnknownSchemaError(ValueError):
     """A record of another version of fastkd: no damage, so never left out in silence."""
 
 
-def _run(content: Any, file: Path) -> Run:
+def _run(content: Any, file: Path) -> Run | Compressed:
     if not isinstance(content, dict):
         raise ValueError(f"a {type(content).__name__} instead of a mapping")
     if content["schema"] not in SCHEMAS:
         raise _UnknownSchemaError(
             f"{file} is a record of schema {content['schema']!r}, and this version of fastkd knows "
             f"{', '.join(map(str, SCHEMAS))}: take the version that wrote it, or a newer one")
+    if content.get("kind") == "compress":
+        return parse(content)
     run = Run(int(content["seed"]), content["config"], _network(content["student"]), _network(content["teacher"]),
               dict(content.get("environment") or {}), _picture(content.get("picture")))
     # What is asked of a configuration later is looked at here, so that later nothing is missing.
-    _ = run.losses, run.models, _teacher(run.config), run.config["data"]
+    _ = run.losses, run.title, run.group
     return run
 
 
 def _network(content: dict[str, Any]) -> Network:
-    history = [{"epoch": int(look["epoch"]), "loss": _number(look["loss"]), "val": _number(look["val"]),
-                "terms": {name: _number(value) for name, value in look["terms"].items()}}
+    history = [{"epoch": int(look["epoch"]), "loss": number(look["loss"]), "val": number(look["val"]),
+                "terms": {name: number(value) for name, value in look["terms"].items()}}
                for look in content["history"]]
     parameters = int(content["parameters"])
     measured = content.get("cost") or {}
     cost = {"parameters": parameters, **{name: _optional(measured.get(name)) for name in COSTS}}
-    return Network(_number(content["test"]), _number(content["val"]), _number(content["seconds"]), parameters,
+    return Network(number(content["test"]), number(content["val"]), number(content["seconds"]), parameters,
                    int(content["epochs"]), _optional(content.get("peak_memory_mb")), history, cost)
 
 
 def _picture(content: dict[str, Any] | None) -> dict[str, Any] | None:
     if not content:
         return None
-    out = {**content, "points": [[_number(x) for x in point] for point in content["points"]]}
+    out = {**content, "points": [[number(x) for x in point] for point in content["points"]]}
     n = len(out["points"])
     for name in ("teacher", "student"):
-        out[name] = [_number(x) for x in content[name]]
+        out[name] = [number(x) for x in content[name]]
         if len(out[name]) != n:
             raise ValueError(f"a picture of {n} points and {len(out[name])} distances")
     if not 0 <= int(content["at"]) < n or any(len(point) != 3 for point in out["points"]):
@@ -248,14 +229,8 @@ def _picture(content: dict[str, Any] | None) -> dict[str, Any] | None:
     return out
 
 
-def _number(x: Any) -> float:
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not math.isfinite(x):
-        raise ValueError(f"{x!r} where a finite number should be")
-    return float(x)
-
-
 def _optional(x: Any) -> float | None:
-    return None if x is None else _number(x)
+    return None if x is None else number(x)
 
 
 def _slug(name: str) -> str:
@@ -271,30 +246,29 @@ def _teacher(config: dict[str, Any]) -> str:
     return _key([config["teacher"], config.get("teacher_seed")])
 
 
-def _from_runs(saved: Saved, found: list[tuple[Path, Run]]) -> None:
+def _from_runs(saved: Saved, found: list[tuple[Path, Run | Compressed]]) -> None:
     """A section per data set and teacher, a row per folder above seed<k>."""
-    groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    groups: dict[tuple[str, str], dict[str, list[Run | Compressed]]] = {}
     for path, run in found:
         parts = list(path.parent.parts)
         if parts and re.fullmatch(r"(seed)?\d+", parts[-1]):
             parts.pop()
-        label = "/".join(parts) or " + ".join(run.losses) or "student alone"
-        groups.setdefault((run.config["data"], _teacher(run.config)), {}).setdefault(label, []).append(run)
+        groups.setdefault(run.group, {}).setdefault("/".join(parts) or run.label, []).append(run)
     names: dict[str, int] = {}
     for (data, _), rows in sorted(groups.items(), key=lambda item: item[0]):
         names[data] = names.get(data, 0) + 1
         name = _slug(data) + (f"-{names[data]}" if names[data] > 1 else "")
-        teacher, student = next(iter(rows.values()))[0].models
+        title = next(iter(rows.values()))[0].title
         above = zip(*(label.split("/")[:-1] for label in rows), strict=False)
         shared = len(list(itertools.takewhile(lambda names: len(set(names)) == 1, above)))  # folders of all rows
         split = [row for label, runs in rows.items() for row in _rows("/".join(label.split("/")[shared:]), runs, saved)]
         split.sort(key=_by_name)
-        saved.sections.append(Section(name, f"{data}, {teacher} to {student}", split))
+        saved.sections.append(_section(name, title, split))
 
 
-def _from_cells(saved: Saved, found: list[tuple[Path, Run]], plans: dict[str, Any]) -> None:
+def _from_cells(saved: Saved, found: list[tuple[Path, Run | Compressed]], plans: dict[str, Any]) -> None:
     """A section per experiment; titles, names and order of rows from the plan, if it lies there."""
-    groups: dict[str, dict[str, list[Run]]] = {}
+    groups: dict[str, dict[str, list[Run | Compressed]]] = {}
     for path, run in found:
         _, experiment, row, _ = path.parts
         groups.setdefault(experiment, {}).setdefault(row, []).append(run)
@@ -302,30 +276,35 @@ def _from_cells(saved: Saved, found: list[tuple[Path, Run]], plans: dict[str, An
         plan = plans.get(name) or {}
         planned = _whole(plan.get("seeds"), 3)  # as fastkd grid has it
         labels = {_slug(str(label)): str(label) for label in plan.get("rows") or {}}
-        rows: list[Row] = []
+        rows: list[Any] = []
+        row_of = Method if isinstance(next(iter(groups[name].values()))[0], Compressed) else Row
         for slug in (*labels, *sorted(set(groups[name]) - set(labels))):
             label = labels.get(slug, slug.replace("-", " "))
-            split = _rows(label, groups[name].get(slug, []), saved) or [Row(label, [])]
+            split = _rows(label, groups[name].get(slug, []), saved) or [row_of(label, [])]
             if slug in labels:
                 split = [replace(row, planned=planned) for row in split]
             rows += split
         if not plan:
             rows.sort(key=_by_name)
-        saved.sections.append(Section(name, str(plan.get("title") or name), rows,
-                                      str(plan.get("note") or "").strip()))
+        saved.sections.append(_section(name, str(plan.get("title") or name), rows,
+                                       str(plan.get("note") or "").strip()))
     missing = [name for name in plans if name not in groups]
     if missing:
         saved.notices.append(f"Not yet run: {', '.join(missing)}.")
 
 
-def _by_name(row: Row) -> tuple[bool, list[str | int]]:
+def _section(name: str, title: str, rows: list[Any], note: str = "") -> Section | Comparison:
+    return (Comparison if isinstance(rows[0], Method) else Section)(name, title, rows, note)
+
+
+def _by_name(row: Row | Method) -> tuple[bool, list[str | int]]:
     """The student alone first; numbers in names by their values."""
     return not row.alone, [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", row.label)]
 
 
-def _rows(label: str, runs: list[Run], saved: Saved) -> list[Row]:
+def _rows(label: str, runs: list[Run | Compressed], saved: Saved) -> list[Any]:
     """One, or several if the runs differ in their configurations: no mean is taken over those."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[Any]] = {}
     for run in runs:
         groups.setdefault(_key(run.config), []).append(run)
     if len(groups) > 1:
@@ -333,7 +312,8 @@ def _rows(label: str, runs: list[Run], saved: Saved) -> list[Row]:
     for group in groups.values():
         if len({run.seed for run in group}) < len(group):
             saved.notices.append(f"Row {label}: a seed is there more than once, so its interval is too narrow.")
-    return [Row(label if len(groups) == 1 else f"{label} (configuration {i})", sorted(group, key=lambda r: r.seed))
+    row_of: Any = Method if runs and isinstance(runs[0], Compressed) else Row
+    return [row_of(label if len(groups) == 1 else f"{label} (configuration {i})", sorted(group, key=lambda r: r.seed))
             for i, group in enumerate(groups.values(), 1)]
 
 
