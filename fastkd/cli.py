@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -228,11 +229,11 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
     first, agreement = records[0], records[0]["score"] == "agreement"
     config = first["config"]
     left = ", ".join(f"{share:.1%} of the {name}" for name, share in config["budget"].items()) or "no budget"
-    table = Table(title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
-                  caption="Latency and peak memory with "
-                          f"{first['environment']['threads']} threads, at a batch of 1 and of 64 images.")
-    score = "agreement with the full network" if agreement else "test"
-    for heading in ("network", f"{score}, %", "parameters", "MACs, M", "file, kB", "latency, ms", "peak memory, MB"):
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
+                  caption=f"Latency, with {first['environment']['threads']} threads, and peak memory at a batch of 1 / 64 "
+                          "images." + (" Agreement is with the full network." if agreement else ""))
+    score = "agreement, %" if agreement else "test, %"
+    for heading in ("network", score, "parameters", "MACs, M", "file, kB", "latency, ms", "memory, MB"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
 
     def both(costs: Any, digits: int) -> str:
@@ -246,13 +247,13 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
                         if measured else ("", "", "")))
 
     row("full", lambda r: r["dense"], lambda r: r["dense"])
-    names = {"masked": "smaller, as found", "recalibrated": "statistics recalibrated", "finetuned": "fine-tuned"}
+    names = {"masked": "smaller", "recalibrated": "recalibrated", "finetuned": "fine-tuned"}
     stages = list(first["compact"]["stages"])
     for stage in stages:
         row(names[stage], lambda r, stage=stage: r["compact"]["stages"][stage], lambda r: r["compact"],
             stage == stages[-1])
     if first["int8"] is not None:
-        row("int8, onnxruntime", lambda r: r["int8"], lambda r: r["int8"])
+        row("int8", lambda r: r["int8"], lambda r: r["int8"])
     return table
 
 

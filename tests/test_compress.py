@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from typer.testing import CliRunner
 
-from fastkd import atomic, cli, models
+from fastkd import atomic, cli, grid, models
 from fastkd.compress import (
     CheckpointError,
     ConfigError,
@@ -564,6 +564,54 @@ def test_training_resumes(tmp_path, optimizer):
     assert a[0] == b[0] and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
 
 
+# --- plans -----------------------------------------------------------------------------------------------
+
+
+def plan_of(folder, **rows):
+    (folder / "own.yaml").write_text(yaml.safe_dump(content(finetune={"epochs": 0})))
+    experiment = {"title": "Small", "compress": "own.yaml", "seeds": 1, "note": "A note.",
+                  "rows": {"ECS": {}, **rows, "fine-tuned": {"finetune": {"epochs": 1}}}}
+    (folder / "plan.yaml").write_text(yaml.safe_dump({"experiments": {"small": experiment}}, sort_keys=False))
+    return grid.Plan(folder / "plan.yaml")
+
+
+def test_a_plan(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, l1={"algorithm": {"name": "l1"}})
+    real, trained = run.fit, []
+    monkeypatch.setattr(run, "fit", lambda model, data, parts, *a, **k: trained.append(parts) or
+                        real(model, data, parts, *a, **k))
+    assert grid.run(plan, tmp_path / "work", limit=2) == 2
+    table = (tmp_path / "RESULTS.md").read_text()
+    assert "## Small" in table and "A note." in table and "| fine-tuned | not yet run | | 0 of 1" in table
+    told = []
+    assert grid.run(plan, tmp_path / "work", lambda cell, *a: told.append((cell.row, *a[:3]))) == 1
+    assert trained == [["train"], ["train", "fitness"]], "the full network was trained more than once"
+    assert told == [("fine-tuned", "fine-tuning", 1, 1)], "searched more than once"
+    records = {row: json.loads((tmp_path / f"cells/small/{slug}/0.json").read_text())
+               for row, slug in (("ECS", "ecs"), ("l1", "l1"), ("fine-tuned", "fine-tuned"))}
+    assert records["ECS"]["search"]["mask"] == records["fine-tuned"]["search"]["mask"]
+    lines = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in
+             (tmp_path / "RESULTS.md").read_text().splitlines() if len(cells := line.split("|")) > 3}
+    assert lines[""][:2] == ["test recalibrated, %", "test fine-tuned, %"]
+    assert lines["full network"][0] == f"{records['ECS']['dense']['test']:.2f}"
+    for row, record in records.items():
+        small, dense = record["compact"], record["dense"]
+        assert lines[row][:2] == [f"{small['stages']['recalibrated']['test']:.2f}", f"{small['test']:.2f}"]
+        assert lines[row][4:6] == [f"{100 * small[k] / dense[k]:.1f}" for k in ("macs", "parameters")]
+    assert lines["l1"][7] == "1" and int(lines["ECS"][7]) > 6
+    assert grid.run(plan, tmp_path / "work") == 0
+
+
+def test_wrong_plans(tmp_path):
+    with pytest.raises(ConfigError, match=r"plan.yaml: small, row 'l1': unknown key 'algorithm.nam'"):
+        plan_of(tmp_path, l1={"algorithm": {"nam": "l1"}})
+    for changes, told in (({"compress": "digits", "recipe": "digits"}, "got both"), ({}, "got neither"),
+                          ({"compress": "digtis"}, "did you mean 'digits'")):
+        (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"experiments": {"a": {**changes, "rows": {"b": {}}}}}))
+        with pytest.raises(ConfigError, match=told):
+            grid.Plan(tmp_path / "plan.yaml")
+
+
 # --- the command -----------------------------------------------------------------------------------------
 
 
@@ -573,7 +621,7 @@ def test_the_command(folder, tmp_path):
                                        "--budget", "macs=0.4", "--algorithm", "random", "--seeds", "2",
                                        "--tensorboard"])
     assert out.exit_code == 0, out.output
-    for word in ("full", "smaller, as found", "recalibrated", "fine-tuned", "int8", "random", "40.0% of the macs"):
+    for word in ("full", "smaller", "recalibrated", "fine-tuned", "int8", "random", "40.0% of the macs"):
         assert word in out.output
     for seed in range(2):
         record = json.loads((tmp_path / "run" / f"seed{seed}" / "result.json").read_text())
