@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -229,12 +228,14 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
     first, agreement = records[0], records[0]["score"] == "agreement"
     config = first["config"]
     left = ", ".join(f"{share:.1%} of the {name}" for name, share in config["budget"].items()) or "no budget"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
-                  caption=f"Latency, with {first['environment']['threads']} threads, and peak memory at a batch of 1 / 64 "
-                          "images." + (" Agreement is with the full network." if agreement else ""))
+    threads = first["environment"]["threads"]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold",  # 80 columns are enough
+                  title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
+                  caption=f"Latency, with {threads} thread{'s' if threads > 1 else ''}, and peak memory at a batch of "
+                          "1 / 64." + (" Agreement is with the full network." if agreement else ""))
     score = "agreement, %" if agreement else "test, %"
     for heading in ("network", score, "parameters", "MACs, M", "file, kB", "latency, ms", "memory, MB"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
+        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=heading == "network")
 
     def both(costs: Any, digits: int) -> str:
         return "" if costs is None else " / ".join(f"{x:.{digits}f}" for x in costs.values())
