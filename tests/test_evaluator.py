@@ -216,6 +216,115 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypat
     assert len(calls) > 10
 
 
+# --- features ------------------------------------------------------------------------------------------
+
+
+def hooked(model, space, mask, x, bn_of):
+    """[N, D] of one compact network: what follows each layer but the last, at its place in the full network, by hooks"""
+    small = copy.deepcopy(model) if mask is None else bn_of(compact(model, mask, space))
+    full = torch.ones(space.num_genes, dtype=torch.bool)
+    names = [op.name for op in space.ops if op.kind in ("conv", "linear")][:-1]
+    found, out = {}, []
+    for name in names:
+        after = name.replace("conv", "bn")
+        small.get_submodule(after).register_forward_hook(lambda m, i, o, name=name: found.__setitem__(name, o))
+    with torch.no_grad():
+        small(x)
+    for name in names:
+        op = next(op for op in space.ops if op.name == name)
+        own, every = space.kept(op.output, full if mask is None else mask), space.kept(op.output, full)
+        y = found[name].double()
+        if not name.endswith("conv2"):  # the activation follows; after a sum it would be another value
+            y = y.relu()
+        z = torch.zeros(len(x), len(every), *y.shape[2:], dtype=torch.float64)
+        z[:, torch.searchsorted(every, own)] = y.cpu()
+        out.append(F.adaptive_avg_pool2d(z, 4).flatten(1))
+    return out
+
+
+@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
+def test_features(resnet, bn, device, request):
+    model, x, y, masks = resnet = moved(resnet, device, request)
+    x, masks = x[:30], masks[:3]
+    e = make(resnet, bn=bn)
+    n = len(resnet[1])
+    batches = [resnet[1][:2 * n // 5], resnet[1][2 * n // 5:3 * n // 5]]
+    bn_of = (lambda small: small) if bn == "inherit" else (lambda small: recalibrated(small, batches))
+    expected = [hooked(model, e.space, mask.cpu(), x, bn_of) for mask in masks]
+    found = e.features(masks, x).cpu()
+    for one, parts in zip(found, expected, strict=True):
+        assert close(one, torch.cat(parts, 1), 1e-4)
+    own = hooked(model, e.space, None, x, None)
+    errors = [sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(parts, own, strict=True)) / len(own)
+              for parts in expected]
+    close_to = torch.tensor(errors, dtype=torch.float64)
+    assert torch.allclose(e.reconstruction(masks, (x, y[:30])), close_to, rtol=1e-3)
+    assert bool((close_to > 0.1).all())
+    if bn == "inherit":
+        assert e.reconstruction(e.space.ones(1), x).item() == 0
+    pair = e.features(masks, x, ["layer2.0.conv1", "conv1"]).cpu()
+    names = [op.name for op in e.space.ops if op.kind == "conv"]
+    for one, parts in zip(pair, expected, strict=True):
+        assert close(one, torch.cat([parts[names.index("layer2.0.conv1")], parts[0]], 1), 1e-4)
+
+
+@pytest.mark.parametrize("bn", ["inherit", "recalibrate"])
+def test_structure_of_features(resnet, bn):
+    model, x, _, masks = resnet
+    e = make(resnet, bn=bn)
+    pooled = lambda m, x: F.adaptive_avg_pool2d(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))), 1).flatten(1)
+    n = len(x)
+    batches = [x[:2 * n // 5], x[2 * n // 5:3 * n // 5]]
+    with torch.no_grad():
+        full = pooled(model, x).double()
+        distance = torch.cdist(full, full)
+        distance.fill_diagonal_(float("inf"))
+        near = distance.argsort(1)[:, :10]
+        sigma = float((full[:, None] - full[near]).square().mean(2).mean()) / 2
+        expected = []
+        for mask in masks:
+            small = compact(model, mask, e.space)
+            if bn == "recalibrate":
+                small = recalibrated(small, batches)
+            z = pooled(small, x).double()
+            own = torch.zeros_like(full)
+            op = [op for op in e.space.ops if op.kind == "linear"][-1]
+            own[:, e.space.kept(op.inputs[0], mask)] = z
+            p, q = (torch.log_softmax(torch.exp(-(f[:, None] - f[near]).square().mean(2) / (2 * sigma)), 1)
+                    for f in (own, full))
+            expected.append(float((p.exp() * (p - q)).sum(1).mean()))
+    found = e.lsp(masks, x)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-7)
+    assert float(found.min()) > 1e-4 and e.lsp(masks[:1], x[:2], k=1).isfinite().all()
+    if bn == "inherit":
+        assert abs(e.lsp(e.space.ones(1), x).item()) < 1e-9
+
+
+def test_features_do_not_depend_on_the_cut(resnet, monkeypatch, poisoned):
+    _, x, _, masks = resnet
+    e = make(resnet, bn="recalibrate")
+    found = {name: getattr(e, name)(masks, x) for name in ("reconstruction", "lsp")}
+    order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setitem(evaluator.WORK, "cpu", 1)
+    monkeypatch.setattr(evaluator, "PIECE", 7)
+    other = make(resnet, bn="recalibrate", memory_limit=400_000_000)
+    for name, values in found.items():
+        assert torch.equal(getattr(other, name)(masks[order], [x[:40], x[40:]]), values[order])
+        before = other.stats.computed
+        assert torch.equal(getattr(other, name)(masks[:1], x), values[:1]) and other.stats.computed == before
+
+
+def test_layers_that_are_not_there(resnet):
+    e = make(resnet)
+    with pytest.raises(ValueError, match=r"layers must be of conv1, .*got 'conv9'"):
+        e.features(resnet[3], resnet[1], ["conv9"])
+    for layers in ([], "conv1"):
+        with pytest.raises(ValueError, match="layers must be names of one layer or more"):
+            e.reconstruction(resnet[3], resnet[1], layers)
+    with pytest.raises(ValueError, match="at least two images"):
+        e.lsp(resnet[3], resnet[1][:1])
+
+
 def test_memo(resnet):
     _, x, y, masks = resnet
     e = make(resnet)

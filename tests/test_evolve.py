@@ -540,6 +540,27 @@ def test_fitness(evaluator):
     assert alone.shape == (6, 1) and torch.equal(alone[:, 0], masks.sum(1).double())
 
 
+@pytest.mark.parametrize("quality", ["reconstruction", "lsp"])
+def test_qualities_without_labels(evaluator, tmp_path, quality):
+    """Larger is better, the full network best; a search with one resumes."""
+    x, _ = images()
+    fitness = Fitness(quality, [x], cost="macs", budget={"macs": 0.6})
+    limits = Limits(evaluator.space)
+    masks = torch.cat((evaluator.space.ones(1), uniform_l1(evaluator.space, torch.tensor([0.7, 0.3]))))
+    values = fitness.measure(evaluator, limits, masks)[:, 0]
+    assert values[0] > values[1:].max()
+    assert torch.equal(values, -getattr(evaluator, quality)(masks, [x]))
+    whole = fastkd.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "a")
+    fastkd.evolve(evaluator, fitness, population=6, generations=2, seed=1, checkpoint=tmp_path / "b")
+    again = fastkd.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "b")
+    assert torch.equal(whole.best, again.best) and whole.best_score == again.best_score < 0
+    name = next(op.name for op in evaluator.space.ops if op.kind == "conv")
+    assert Fitness(quality, [x], layers=[name]).identity()["layers"] == [name]
+    assert not torch.equal(Fitness(quality, [x], layers=[name]).measure(evaluator, limits, masks)[:, 0], values)
+    with pytest.raises(ValueError, match="layers are for quality"):
+        Fitness("accuracy", images(), layers=[name])
+
+
 def test_latency_as_a_cost(evaluator):
     cost = latency(net(), images()[0], repeats=2)
     assert (cost(evaluator.space.ones(2)) > 0).all()
@@ -548,7 +569,7 @@ def test_latency_as_a_cost(evaluator):
 
 
 @pytest.mark.parametrize("make, told", [
-    (lambda: Fitness("f1", images()), "quality must be one of accuracy, loss, agreement, or a callable, got 'f1'"),
+    (lambda: Fitness("f1", images()), "quality must be one of accuracy, loss, agreement, reconstruction, lsp, or a callable, got 'f1'"),
     (lambda: Fitness("loss"), "quality = 'loss' needs batches: a fitness split, apart from the validation split"),
     (lambda: Fitness("loss", []), "batches must have at least one batch of the fitness split, got none"),
     (lambda: Fitness(len, images()), "batches are for a quality by name"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ __all__ = ["QUALITIES", "Fitness", "FitnessError", "latency"]
 Measure = Callable[[Tensor], Tensor]
 """masks bool [P, genes] -> [P]"""
 
-QUALITIES = ("accuracy", "loss", "agreement")
+QUALITIES = ("accuracy", "loss", "agreement", "reconstruction", "lsp")
+ERRORS = ("loss", "reconstruction", "lsp")  # smaller is better: they count negatively
 
 
 class FitnessError(ValueError):
@@ -40,7 +41,9 @@ class Fitness:
     held: all individuals of a run are measured on the same images.
 
     Args:
-        quality: "accuracy", "agreement" (with the model as given), "loss" (its negative counts), or a callable:
+        quality: "accuracy", "agreement" (with the model as given), or an error, whose negative counts: "loss",
+            "reconstruction" (of layers' features), "lsp" (local structure preservation among the images' features), see
+            the methods of :class:`fastkd.PopulationEvaluator`; all but accuracy and loss need no labels. Or a callable:
             masks bool [P, genes] -> [P], larger is better, each row for itself.
         batches: of the fitness split, as for the method of :class:`fastkd.PopulationEvaluator` of that name; none for
             a callable.
@@ -51,6 +54,7 @@ class Fitness:
         budget: cost -> fraction of the full network's that is allowed, such as {"macs": 0.4}. Every mask is repaired
             to hold it, see :class:`fastkd.evolve.Limits`.
         k_min: filters that every group keeps, in any case.
+        layers: of "reconstruction" and "lsp"; None: as there.
         reference: (quality, cost) from which the hypervolume counts, the cost relative to the full network; default
             (0, 1) for accuracy and agreement, else the worst of the first generation.
 
@@ -60,7 +64,7 @@ class Fitness:
 
     def __init__(self, quality: str | Measure = "accuracy", batches: Iterable[Any] | None = None, *,
                  cost: str | Measure | None = None, weight: float = 0.0, form: str = "removed",
-                 budget: Mapping[str, float] | None = None, k_min: int = 1,
+                 budget: Mapping[str, float] | None = None, k_min: int = 1, layers: Sequence[str] | None = None,
                  reference: tuple[float, float] | None = None) -> None:
         if not callable(quality) and quality not in QUALITIES:
             raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, or a callable, got {quality!r}")
@@ -81,6 +85,9 @@ class Fitness:
         if isinstance(batches, Tensor) or (isinstance(batches, tuple) and len(batches) == 2
                                            and isinstance(batches[0], Tensor) and isinstance(batches[1], Tensor)):
             batches = [batches]
+        if layers is not None and quality not in ("reconstruction", "lsp"):
+            raise ValueError(f'layers are for quality "reconstruction" or "lsp", got {_name(quality)!r}')
+        self.layers = None if layers is None else list(layers)
         self.batches = None if batches is None else list(batches)
         if self.batches == []:
             raise ValueError("batches must have at least one batch of the fitness split, got none")
@@ -98,6 +105,7 @@ class Fitness:
         """For JSON; data by a fingerprint."""
         return {"quality": _name(self.quality), "cost": _name(self.cost), "weight": self.weight, "form": self.form,
                 "budget": self.budget, "k_min": self.k_min, "reference": self.reference,
+                "layers": self.layers,
                 "data": None if self.batches is None else _fingerprint(self.batches)}
 
     def measure(self, evaluator: PopulationEvaluator | GeneSpace, limits: Limits, masks: Tensor) -> Tensor:
@@ -109,8 +117,9 @@ class Fitness:
         if callable(self.quality):
             quality = _asked("quality", self.quality, masks)
         elif isinstance(evaluator, PopulationEvaluator):
-            quality = getattr(evaluator, self.quality)(masks, self.batches)
-            quality = -quality if self.quality == "loss" else quality
+            layers = () if self.layers is None else (self.layers,)
+            quality = getattr(evaluator, self.quality)(masks, self.batches, *layers)
+            quality = -quality if self.quality in ERRORS else quality
         else:
             raise TypeError(f"quality = {self.quality!r} needs a PopulationEvaluator, got {type(evaluator).__name__}")
         if self.cost is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import hashlib
 import itertools
 import time
@@ -17,13 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops
-from .lower import Program, lower
+from ..graph import Graph
+from ..kernels import RBF
+from ..lsp import lsp_loss
+from .lower import Program, feature_sizes, lower, lower_features
+from .space import Op
 from .trace import trace
 
 __all__ = ["PopulationEvaluator", "Stats"]
 
 Batches = Iterable[Any]
 Progress = Callable[[int, int], object]
+_Done = Callable[[slice, "list[float]"], None]
 PIECE = 768  # images of one native call, at most; a multiple of what its blocks and threads like
 # Multiplications of one native call, about: some half second or less, after which Ctrl-C is heard.
 WORK = {"cpu": 2e10, "cuda": 1e13}
@@ -115,6 +121,8 @@ class PopulationEvaluator:
         self._calibrated_on = b""
         self._known: dict[tuple[str, str, bytes, bytes], dict[bytes, float]] = {}
         self._full: tuple[bytes, Tensor] | None = None
+        self._values: tuple[int, ...] = ()  # whose features are the output, if they are
+        self._upto: dict[tuple[int, ...], PopulationEvaluator] = {}
         self._last: _Call | None = None
 
     def calibrate(self, batches: Batches) -> None:
@@ -209,7 +217,149 @@ class PopulationEvaluator:
         data.y = self._full[1]
         return self._quality("agreement", masks, data, progress)
 
-    def _quality(self, name: str, masks: Tensor, data: _Data, progress: Progress | None) -> Tensor:
+    def features(self, masks: Tensor, x: Tensor, layers: Sequence[str] | None = None, *,
+                 progress: Progress | None = None) -> Tensor:
+        """masks bool [P, genes], x [N, C, ...] -> [P, N, D]: what layers give, with the batch norm and the activation
+        that follow them, one layer after the other; zeros where a channel is removed.
+
+        Maps of more than 4 x 4 positions are averaged to so many.
+
+        Args:
+            layers: names of convolutions or linear layers; None: all but the last.
+        """
+        masks, data = self._masks(masks), _Data([self._check(x)])
+        inner, sizes = self._inner(layers)
+        out = torch.empty(len(masks), data.images, sum(sizes), dtype=self.dtype, device=self.device)
+
+        def take(rows: slice, at: slice, y: Tensor) -> None:
+            out[rows, at] = y
+
+        inner._evaluate(masks, data, take, progress, held=out.nbytes)
+        return out
+
+    def reconstruction(self, masks: Tensor, batches: Batches, layers: Sequence[str] | None = None, *,
+                       progress: Progress | None = None) -> Tensor:
+        """float64 [P]: how far the features of layers are from the model's own, with its own statistics: the squared
+        distance over the squared norm, of all images together, mean over layers. 0 for the full network without
+        recalibration.
+
+        Args:
+            batches: of x, or of (x, y), where y is not looked at.
+            layers: as for :meth:`features`.
+        """
+        inner, sizes = self._inner(layers)
+        data = _Data(list(_images(batches, self._check)))
+        full = self._own_features(inner, data)
+        norms = np.array([float(f.double().square().sum()) for f in full.split(sizes, 1)])
+
+        def compute(masks: Tensor, done: _Done) -> None:
+            sums = np.zeros((len(masks), len(sizes)))
+
+            def take(rows: slice, at: slice, y: Tensor) -> None:
+                for k, (a, b) in enumerate(zip(y.split(sizes, 2), full[at].split(sizes, 1), strict=True)):
+                    each = (a.double() - b.double()).square_().sum(2).cpu().numpy()
+                    # One after the other, so that the sum does not depend on where the images are cut.
+                    sums[rows, k] = np.add.accumulate(np.concatenate((sums[rows, k, None], each), 1), 1)[:, -1]
+                if at.stop == data.images:
+                    done(rows, (sums[rows] / np.maximum(norms, 1e-300)).mean(1).tolist())
+
+            inner._evaluate(masks, data, take, progress, extra=24 * max(sizes))
+
+        return self._remembered(f"reconstruction {inner._values}", masks, data, compute)
+
+    def lsp(self, masks: Tensor, batches: Batches, layers: Sequence[str] | None = None, *, k: int = 10,
+            progress: Progress | None = None) -> Tensor:
+        """float64 [P]: the local structure preserving loss of features (:func:`fastkd.lsp_loss`), the model's own ones
+        teaching. The graph joins every image to the k whose features are nearest in the model; the kernel is RBF, its
+        sigma half the mean squared distance of neighbours.
+
+        Args:
+            batches: of x, or of (x, y), where y is not looked at; at least two images.
+            layers: as for :meth:`features`; None: the input of the last layer.
+        """
+        inner, sizes = self._inner(layers, last=True)
+        data = _Data(list(_images(batches, self._check)))
+        n = data.images
+        if n < 2:
+            raise ValueError("batches must have at least two images, of which one is the other's neighbour, got 1")
+        full = self._own_features(inner, data).float()
+        graph = Graph.from_knn(full, min(k, n - 1))
+        source, destination = graph.edge_index
+        distance = (full[source].double() - full[destination].double()).square().mean(1).mean()
+        kernel = RBF(sigma=max(float(distance) / 2, 1e-12), scale="mean")
+
+        def compute(masks: Tensor, done: _Done) -> None:
+            limit = _free_bytes(self.device) // 4 if self.memory_limit is None else self.memory_limit
+            most = max(1, limit // max(24 * n * sum(sizes), 1))
+            for start in range(0, len(masks), most):
+                own = masks[start:start + most]
+                y = torch.empty(len(own), n, sum(sizes), device=self.device)
+
+                def take(rows: slice, at: slice, values: Tensor, y: Tensor = y) -> None:
+                    y[rows, at] = values.float()
+
+                inner._evaluate(own, data, take, progress)
+                # One graph per individual, side by side.
+                offset = (n * torch.arange(len(own), device=self.device))[:, None]
+                edges = torch.stack([(offset + e).flatten() for e in (source, destination)])
+                losses = lsp_loss(y.flatten(0, 1), full.repeat(len(own), 1), edges, kernel=kernel, reduction="none")
+                each = losses.double().view(len(own), n).cpu().numpy()
+                done(slice(start, start + len(own)), (np.add.accumulate(each, 1)[:, -1] / n).tolist())
+
+        return self._remembered(f"lsp {k} {inner._values}", masks, data, compute)
+
+    def _inner(self, layers: Sequence[str] | None, last: bool = False) -> tuple[PopulationEvaluator, list[int]]:
+        """An evaluator whose output is the features of layers, and how many numbers each gives."""
+        made = {op.name: op.output for op in self.space.ops if op.kind in ("conv", "linear")}
+        consumers: dict[int, list[Op]] = {}
+        for op in self.space.ops:
+            for i in op.inputs:
+                consumers.setdefault(i, []).append(op)
+
+        def activated(v: int) -> int:
+            while len(next_ones := consumers.get(v, [])) == 1 and next_ones[0].kind in ("batch_norm", "prelu",
+                                                                                        "elementwise"):
+                v = next_ones[0].output
+            return v
+
+        if isinstance(layers, str) or (layers is not None and not layers):
+            raise ValueError(f"layers must be names of one layer or more, got {layers!r}")
+        for name in layers or ():
+            if name not in made:
+                raise ValueError(f"layers must be of {', '.join(made)}, got {name!r}")
+        if layers is None:
+            final = next(op for op in reversed(self.space.ops) if op.kind in ("conv", "linear"))
+            values = [final.inputs[0]] if last else [activated(v) for name, v in made.items() if name != final.name]
+        else:
+            values = [activated(made[name]) for name in layers]
+        values = [v for v in values if v != 0]
+        if not values:
+            raise ValueError("the model has no layer before its last one, whose features could be compared")
+        key = tuple(values)
+        if key not in self._upto:
+            inner = copy.copy(self)
+            inner._values = key
+            inner._program = lower_features(self.space, values)
+            inner._network = _ops.Network(inner._program.values, inner._program.nodes, self.space.num_genes,
+                                          self.dtype, inner._program.output, self.device)
+            self._upto[key] = inner
+        inner = self._upto[key]
+        inner._calibration, inner._calibrated_on, inner.memory_limit = (self._calibration, self._calibrated_on,
+                                                                        self.memory_limit)
+        return inner, feature_sizes(self.space, values)
+
+    def _own_features(self, inner: PopulationEvaluator, data: _Data) -> Tensor:
+        """[N, D], of the model as given."""
+        out = torch.empty(data.images, *inner._program.shape, dtype=self.dtype, device=self.device)
+
+        def take(rows: slice, at: slice, y: Tensor) -> None:
+            out[at] = y[0]
+
+        inner._evaluate(self.space.ones(1), data, take, None, inherit=True, held=out.nbytes)
+        return out
+
+    def _remembered(self, name: str, masks: Tensor, data: _Data, compute: Callable[[Tensor, _Done], None]) -> Tensor:
+        """float64 [P]. `compute` is given those masks that are not known yet, and tells the values of rows of them."""
         masks = self._masks(masks)
         keys, first, inverse = _distinct(masks)
         known: dict[bytes, float] = {}
@@ -221,7 +371,16 @@ class PopulationEvaluator:
         self.stats.duplicates += len(masks) - len(keys)
         self.stats.remembered += len(keys) - len(new)
         if new:
-            sums = np.zeros(len(new), np.float64 if name == "loss" else np.int64)
+            def done(rows: slice, values: list[float]) -> None:
+                known.update(zip((keys[k] for k in new[rows]), values, strict=True))
+                self.stats.computed += len(values)
+
+            compute(masks[first[new]], done)
+        return torch.tensor([known[key] for key in keys], dtype=torch.float64)[torch.from_numpy(inverse)]
+
+    def _quality(self, name: str, masks: Tensor, data: _Data, progress: Progress | None) -> Tensor:
+        def compute(masks: Tensor, done: _Done) -> None:
+            sums = np.zeros(len(masks), np.float64 if name == "loss" else np.int64)
 
             def take(rows: slice, at: slice, logits: Tensor) -> None:
                 assert data.y is not None
@@ -234,14 +393,12 @@ class PopulationEvaluator:
                 else:
                     sums[rows] += (logits.argmax(2) == y).sum(1).cpu().numpy()
                 if at.stop == data.images:
-                    for k in range(rows.start, rows.stop):
-                        known[keys[new[k]]] = float(sums[k] / data.images)
-                    self.stats.computed += rows.stop - rows.start
+                    done(rows, (sums[rows] / data.images).tolist())
 
             # float64 copies of the logits, before and after the softmax
-            extra = 16 if name == "loss" else 0
-            self._evaluate(masks[first[new]], data, take, progress, extra=extra)
-        return torch.tensor([known[key] for key in keys], dtype=torch.float64)[torch.from_numpy(inverse)]
+            self._evaluate(masks, data, take, progress, extra=16 if name == "loss" else 0)
+
+        return self._remembered(name, masks, data, compute)
 
     # --- running -----------------------------------------------------------------------------------------
 

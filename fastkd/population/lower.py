@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,7 +15,9 @@ from .. import _ops
 from .space import GeneSpace, Op
 from .trace import UnsupportedModelError, at_positions, expand_positions, reshape_positions
 
-__all__ = ["Program", "Step", "lower"]
+__all__ = ["Program", "Step", "feature_sizes", "lower", "lower_features"]
+
+POOLED = 4  # positions of a side to which feature maps are averaged before they are compared
 
 _PLAIN = {F.relu: "relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish", F.hardsigmoid: "hardsigmoid",
           torch.sigmoid: "sigmoid", torch.tanh: "tanh"}
@@ -111,6 +113,21 @@ def lower(space: GeneSpace) -> Program:
     return _Lowering(space).program()
 
 
+def lower_features(space: GeneSpace, layers: Sequence[int]) -> Program:
+    """The network up to some values, whose feature maps, of at most POOLED x POOLED positions, are its one output
+    [N, D]: one value after the other."""
+    return _Lowering(space).features(layers)
+
+
+def feature_sizes(space: GeneSpace, layers: Sequence[int]) -> list[int]:
+    """How many numbers each value has in the output of :func:`lower_features`."""
+    out = []
+    for value in layers:
+        channels, height, width = _three(space.values[value].shape)
+        out.append(channels * min(height, POOLED) * min(width, POOLED))
+    return out
+
+
 def _three(shape: tuple[int, ...]) -> tuple[int, int, int]:
     c, h, w = (*shape, 1, 1)[:3]
     return c, h, w
@@ -154,6 +171,35 @@ class _Lowering:
             raise UnsupportedModelError("the model does nothing that has a kernel in the population evaluator")
         return Program(self.values, self.nodes, self.name, self.batch_norms, output,
                        self.space.values[self.space.output].shape, self.softmax)
+
+    def features(self, layers: Sequence[int]) -> Program:
+        self.program()
+        flat: list[int] = []
+        for value in layers:
+            self.op = next(op for op in self.space.ops if op.output == value)
+            v = self.at[value]
+            _, height, width = self.values[v][:3]
+            genes = torch.tensor(self.values[v][3])
+            size = (min(height, POOLED), min(width, POOLED))
+            if size != (height, width):
+                v = self.adaptive(v, size)
+            every = genes.repeat_interleave(size[0] * size[1])
+            flat.append(self.node("flatten", v, size=(1, 1), genes=every) if size != (1, 1) else v)
+        out, source = flat[0], [(k, c) for k, v in enumerate(flat) for c in range(self.values[v][0])]
+        if len(flat) > 1:
+            every = torch.tensor([gene for v in flat for gene in self.values[v][3]])
+            out = self.node("select", *flat, size=(1, 1), genes=every, source=source)
+        kept = self._needed(out)
+        return Program(self.values, kept, self.name, {v: x for v, x in self.batch_norms.items()
+                                                      if any(n["output"] == v for n in kept)}, out, (len(source),), [])
+
+    def _needed(self, out: int) -> list[dict[str, Any]]:
+        wanted, nodes = {out}, []
+        for n in reversed(self.nodes):
+            if n["output"] in wanted:
+                wanted.update(n["inputs"])
+                nodes.append(n)
+        return nodes[::-1]
 
     def node(self, kind: str, *inputs: int, size: tuple[int, int] | None = None, genes: Tensor | None = None,
              **rest: Any) -> int:
