@@ -443,7 +443,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     (dict(model={"name": "nets:number"}), ConfigError, "must return a torch.nn.Module, got int"),
     (dict(model={"args": {"depth": 1}}), ConfigError, "nets:Small says: .*depth"),
     (dict(model={"name": "nets:Branching"}), ValueError, "nets.py"),
-    (dict(model={"name": "lenet"}), ValueError, ""),
+    (dict(model={"name": "lenet"}), ValueError, r"example_input of shape \[1, 1, 8, 8\] does not fit: conv2 fails"),
     (dict(train={"epochs": 0}), ConfigError, "weights = None and train.epochs = 0"),
     (dict(weights="cifar10_resnet2"), FileNotFoundError, "no cifar10_resnet2.npz or .safetensors in .*--weights"),
     (dict(weights="gone.safetensors"), FileNotFoundError, "no weights file gone.safetensors"),

@@ -565,6 +565,7 @@ def test_resumed_curves_go_on_without_a_step_twice(task, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
     def start(act):
+        time.sleep(1.1)  # its reader orders files of one second by a counter, as text: 10 before 9
         curves = TensorBoard(tmp_path / "tensorboard")
 
         def progress(epoch, latest):
