@@ -577,10 +577,17 @@ def test_latency_as_a_cost(evaluator):
     (lambda: Fitness("loss", images(), weight=1), "weight = 1 needs a cost"),
     (lambda: Fitness("loss", images(), weight=-1, cost="macs"), "weight must be at least 0 and finite, got -1"),
     (lambda: Fitness("loss", images(), form="sum"), "form must be 'removed' or 'cost', got 'sum'"),
+    (lambda: Fitness("loss", images(), rotate=61), r"rotate must be in \[1, 60\], the images of batches, got 61"),
+    (lambda: Fitness("loss", images(), rotate=0), r"rotate must be in \[1, 60\], the images of batches, got 0"),
+    (lambda: Fitness(len, rotate=3), "rotate = 3 is for a quality by name"),
 ])
 def test_a_wrong_fitness(make, told):
     with pytest.raises(ValueError, match=told):
         make()
+
+
+class Kept(Random):
+    name, replayed = "kept", True
 
 
 @pytest.mark.parametrize("options, error, told", [
@@ -589,6 +596,8 @@ def test_a_wrong_fitness(make, told):
     (dict(population=0), ValueError, "population must be at least 1, got 0"),
     (dict(generations=2.5), TypeError, "generations must be an int, got 2.5"),
     (dict(fitness="accuracy"), TypeError, "fitness must be a Fitness or a callable, got str"),
+    (dict(algorithm=Kept(), fitness=Fitness("loss", images(), rotate=9)), ValueError,
+     "fitness must be without rotate for algorithm 'kept', which keeps scores of other generations, got rotate = 9"),
     (dict(evaluator=3), TypeError, "evaluator must be a PopulationEvaluator.*got int"),
     (dict(fitness=lambda m: m), ValueError, r"quality must return a tensor of shape \[4\], got \[4, 26\]"),
     (dict(fitness=lambda m: 1.0), TypeError, r"quality must return a tensor of shape \[4\], got float"),
@@ -650,6 +659,102 @@ def test_runs(evaluator, algorithm):
     assert torch.equal(front.cost, evaluator.space.macs(front.masks).double())
     if algorithm == "ecs":  # the elite
         assert float(result.population.score.max()) == result.best_score
+
+
+# --- other images in every generation ----------------------------------------------------------------
+
+
+def rotating(n=25, **options):
+    x, y = images()
+    return Fitness("loss", [(x[:13], y[:13]), (x[13:], y[13:])], rotate=n, **{"cost": "macs", "weight": 0.2, **options})
+
+
+def part(generation, n=25):
+    x, y = images()
+    at = (torch.arange(n) + n * (generation - 1)) % len(x)
+    return x[at], y[at]
+
+
+@pytest.mark.parametrize("algorithm", ["ecs", "nsga2"])
+def test_each_generation_has_its_own_images(evaluator, algorithm):
+    """All that are compared, on the same ones; in the end on all."""
+    latest = []
+    result = run(evaluator, fitness=rotating(), algorithm=algorithm, callback=latest.append)
+    loss = lambda masks, data: -evaluator.loss(masks, data)
+    for generation, seen in enumerate(latest, 1):
+        own = part(generation)
+        for those in (seen.population, seen.front):
+            assert torch.equal(those.quality, loss(those.masks, own))
+        assert [seen.best_quality] == loss(seen.best[None], own).tolist()
+        assert seen.best_score >= float(seen.population.score.max()) and seen.history[-1]["best"] == seen.best_score
+        assert (seen.front.quality.diff() > 0).all()
+    assert len({seen.history[-1]["mean"] for seen in latest}) == 6
+    for those in (result.population, result.front):
+        assert torch.equal(those.quality, loss(those.masks, images()))
+    assert result.best_quality == float(loss(result.best[None], images()))
+    last = latest[-1]
+    scores = rotating().scores
+    known = torch.cat((last.population.masks, last.front.masks, last.best[None]))
+    full = torch.stack((loss(known, images()), evaluator.space.macs(known).double()), 1)
+    assert result.best_score == float(scores(full, result.full_cost).score.max())
+    assert torch.equal(result.population.masks, last.population.masks) and (result.front.cost.diff() > 0).all()
+    assert len(result.seen.ids) == result.evaluations > len(set(result.seen.ids))
+
+
+def test_survivors_are_measured_anew(evaluator, monkeypatch):
+    """Parents beside children in NSGA-II; and nobody twice on the same images."""
+    asked, told_of = [], []
+    measure, tell = Fitness.measure, NSGA2.tell
+
+    def measured(self, evaluator, limits, masks):
+        x = torch.cat([x for x, _ in self.batches])
+        at = int((images()[0] == x[0]).flatten(1).all(1).nonzero())
+        asked.extend((mask_id(mask), at, len(x)) for mask in masks)
+        return measure(self, evaluator, limits, masks)
+
+    def tells(self, masks, children, scores):
+        told_of.append((torch.cat((masks, children)), scores.objectives[:, 0]))
+        return tell(self, masks, children, scores)
+
+    monkeypatch.setattr(Fitness, "measure", measured)
+    monkeypatch.setattr(NSGA2, "tell", tells)
+    result = run(evaluator, fitness=rotating(), algorithm="nsga2")
+    assert len(asked) == len(set(asked)) == result.evaluations
+    assert list(dict.fromkeys((at, n) for _, at, n in asked)) == [(0, 25), (25, 25), (50, 25), (15, 25), (40, 25), (5, 25), (0, 60)]
+    for generation, (masks, quality) in enumerate(told_of, 1):
+        assert torch.equal(quality, evaluator.loss(masks, part(generation)))
+
+
+@pytest.mark.parametrize("algorithm", ["ecs", "nsga2"])
+def test_all_images_in_every_generation(evaluator, algorithm):
+    assert_same(run(evaluator, fitness=rotating(60), algorithm=algorithm),
+                run(evaluator, fitness=rotating(None), algorithm=algorithm))
+
+
+@pytest.mark.parametrize("quality", ["agreement", "reconstruction", "lsp"])
+def test_rotating_without_labels(evaluator, quality):
+    fitness = Fitness(quality, [images()[0][:35], images()[0][35:]], rotate=25)
+    result = evolve(evaluator, fitness, population=5, generations=4)
+    sign = 1 if quality == "agreement" else -1
+    assert result.best_quality == sign * float(getattr(evaluator, quality)(result.best[None], images()[0]))
+    masks = result.population.masks
+    expected = sign * getattr(evaluator, quality)(masks, part(3)[0])
+    assert torch.equal(fitness.on(fitness.part(3)).measure(evaluator, Limits(evaluator.space), masks)[:, 0], expected)
+
+
+@pytest.mark.parametrize("algorithm", ["ecs", "nsga2"])
+def test_resumed_while_images_rotate(evaluator, tmp_path, algorithm):
+    whole = run(evaluator, fitness=rotating(), algorithm=algorithm)
+    with pytest.raises(Stopped):
+        run(evaluator, tmp_path, fitness=rotating(), algorithm=algorithm, callback=stopping(3))
+    for _ in range(2):  # the second time with nothing left to do
+        again = run(directory=tmp_path, fitness=rotating(), algorithm=algorithm)
+        assert_same(whole, again)
+        assert again.seen.ids == whole.seen.ids and torch.equal(again.seen.quality, whole.seen.quality)
+    longer = run(evaluator, fitness=rotating(), algorithm=algorithm, generations=8)
+    assert_same(longer, run(directory=tmp_path, fitness=rotating(), algorithm=algorithm, generations=8))
+    with pytest.raises(CheckpointError, match=r"fitness.rotate is 25 there and 20 here"):
+        run(evaluator, tmp_path, fitness=rotating(20), algorithm=algorithm)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -970,11 +1075,15 @@ def test_without_pymoo(monkeypatch):
 # --- several processes -------------------------------------------------------------------------------
 
 
+RANKED = [("ecs", None), ("nsga2", None), ("nsga2", 25)]  # algorithm, images of a generation
+
+
 def on_every_rank(folder):
     """Under torchrun's variables: a whole run, one that a rank stops, a fitness that is no number."""
     torch.set_num_threads(1)
     world = World.from_environment()
-    torch.save({name: told(run(algorithm=name, world=world)) for name in ("ecs", "nsga2")}, f"{folder}/{world.rank}.pt")
+    torch.save({(name, n): told(run(algorithm=name, fitness=rotating(n), world=world)) for name, n in RANKED},
+               f"{folder}/{world.rank}.pt")
     try:
         run(directory=f"{folder}/stopped", world=world,
             callback=lambda latest: stopping(2)(latest) if world.rank == world.size - 1 else None)
@@ -1032,10 +1141,10 @@ def ranked(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, 3])  # 8 new individuals at most: 3 ranks have 2, 3 and 3 of them
 def test_several_ranks_are_one_process(ranked, size):
     folder = ranked(size)
-    for name in ("ecs", "nsga2"):
-        parts, history = told(run(algorithm=name))
+    for name, n in RANKED:
+        parts, history = told(run(algorithm=name, fitness=rotating(n)))
         for rank in range(size):
-            own, theirs = torch.load(folder / f"{rank}.pt")[name]
+            own, theirs = torch.load(folder / f"{rank}.pt")[name, n]
             assert theirs == history
             assert all(torch.equal(x, own[k]) if isinstance(x, torch.Tensor) else x == own[k] for k, x in parts.items())
     for rank in range(size):  # all stop with one, and one process goes on

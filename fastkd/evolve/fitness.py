@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import statistics
 import time
@@ -38,7 +39,7 @@ class Fitness:
 
     The batches choose between individuals: they must be neither the validation nor the test split, on which results
     are reported, and had better not be those of :meth:`fastkd.PopulationEvaluator.calibrate`. They are read once and
-    held: all individuals of a run are measured on the same images.
+    held: all individuals of a run are measured on the same images, or, with `rotate`, all those of a generation.
 
     Args:
         quality: "accuracy", "agreement" (with the model as given), or an error, whose negative counts: "loss",
@@ -55,17 +56,20 @@ class Fitness:
             to hold it, see :class:`fastkd.evolve.Limits`.
         k_min: filters that every group keeps, in any case.
         layers: of "reconstruction" and "lsp"; None: as there.
+        rotate: every generation is measured on the next so many images of `batches`, in their order, the first ones
+            following the last; see :class:`fastkd.evolve.Result`. None: on all of them.
         reference: (quality, cost) from which the hypervolume counts, the cost relative to the full network; default
             (0, 1) for accuracy and agreement, else the worst of the first generation.
 
     Raises:
-        TypeError, ValueError: an unknown name, a quality without its batches, a weight without a cost.
+        TypeError, ValueError: an unknown name, a quality without its batches, a weight without a cost, more images to
+            rotate than there are.
     """
 
     def __init__(self, quality: str | Measure = "accuracy", batches: Iterable[Any] | None = None, *,
                  cost: str | Measure | None = None, weight: float = 0.0, form: str = "removed",
                  budget: Mapping[str, float] | None = None, k_min: int = 1, layers: Sequence[str] | None = None,
-                 reference: tuple[float, float] | None = None) -> None:
+                 rotate: int | None = None, reference: tuple[float, float] | None = None) -> None:
         if not callable(quality) and quality not in QUALITIES:
             raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, or a callable, got {quality!r}")
         if cost is not None and not callable(cost) and cost not in COSTS:
@@ -91,6 +95,15 @@ class Fitness:
         self.batches = None if batches is None else list(batches)
         if self.batches == []:
             raise ValueError("batches must have at least one batch of the fitness split, got none")
+        self.rotate, self.images = rotate, 0
+        if rotate is not None:
+            if isinstance(rotate, bool) or not isinstance(rotate, int):
+                raise TypeError(f"rotate must be an int or None, got {rotate!r}")
+            if self.batches is None:
+                raise ValueError(f"rotate = {rotate} is for a quality by name, but quality is a callable")
+            self.images = sum(len(_images(batch)) for batch in self.batches)
+            if not 1 <= rotate <= self.images:
+                raise ValueError(f"rotate must be in [1, {self.images}], the images of batches, got {rotate}")
         self.quality, self.cost, self.weight, self.form = quality, cost, float(weight), form
         self.budget, self.k_min, self.reference = dict(budget or {}), k_min, reference
         if reference is None and quality in ("accuracy", "agreement"):
@@ -105,8 +118,28 @@ class Fitness:
         """For JSON; data by a fingerprint."""
         return {"quality": _name(self.quality), "cost": _name(self.cost), "weight": self.weight, "form": self.form,
                 "budget": self.budget, "k_min": self.k_min, "reference": self.reference,
-                "layers": self.layers,
+                "layers": self.layers, "rotate": self.rotate,
                 "data": None if self.batches is None else _fingerprint(self.batches)}
+
+    def part(self, generation: int) -> int | None:
+        """The first of the images that a generation, counted from 1, is measured on; None: on all of them."""
+        if self.rotate is None or self.rotate == self.images:
+            return None
+        return (generation - 1) * self.rotate % self.images
+
+    def on(self, part: int | None) -> Fitness:
+        """The same, on `rotate` images from this one on; None: on all of them."""
+        if part is None or self.rotate is None or self.batches is None:
+            return self
+        out = copy.copy(self)
+        out.batches, at, end = [], 0, part + self.rotate
+        for batch in 2 * self.batches:  # the first ones follow the last
+            size = len(_images(batch))
+            cut = slice(max(part - at, 0), min(end - at, size))
+            if cut.start < cut.stop:
+                out.batches.append(batch[cut] if isinstance(batch, Tensor) else tuple(x[cut] for x in batch))
+            at += size
+        return out
 
     def measure(self, evaluator: PopulationEvaluator | GeneSpace, limits: Limits, masks: Tensor) -> Tensor:
         """float64 [P, columns], on the CPU: the quality, larger is better, and the cost in its own unit.
@@ -187,6 +220,13 @@ def _name(measure: str | Measure | None) -> str | None:
         return measure
     own = getattr(measure, "__qualname__", type(measure).__qualname__)
     return f"{getattr(measure, '__module__', '')}.{own}"
+
+
+def _images(batch: Any) -> Tensor:
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(x, Tensor):
+        raise TypeError(f"rotate needs batches of tensors x, or of (x, y), got {type(x).__name__}")
+    return x
 
 
 def _fingerprint(batches: list[Any]) -> str:

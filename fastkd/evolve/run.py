@@ -53,7 +53,8 @@ class Individuals:
 
 @dataclass
 class Seen:
-    """Every individual that was evaluated, once each, in the order of evaluation."""
+    """Every individual that was evaluated, once each, in the order of evaluation; with Fitness(rotate=...) once for
+    each part of the images that it met."""
 
     ids: list[str]
     """:func:`mask_id`"""
@@ -65,7 +66,13 @@ class Seen:
 
 @dataclass
 class Result:
-    """Where a run is: after the last generation, or in a callback after the latest one."""
+    """Where a run is: after the last generation, or in a callback after the latest one.
+
+    With Fitness(rotate=...), every generation has images of its own, on which the best and the front so far are
+    measured anew, as are those of the old population that may stay. What a callback and the history are told is of
+    these images, so that neither the best nor the hypervolume only grows. After the last generation the population,
+    the best and the front are measured on all images, and the best and the front are chosen anew among them.
+    """
 
     best: Tensor
     """bool [genes]: the first one of the largest score, of all generations."""
@@ -80,7 +87,8 @@ class Result:
     history: list[dict[str, Any]]
     """One record per generation: generation (from 1), best (score so far) with its quality and cost, mean (score),
     diversity (how likely two different individuals differ in a gene), hypervolume (of the front; None without a cost),
-    evaluations (different individuals so far), seconds (so far), mask (of the best so far, hex of numpy.packbits)."""
+    evaluations (different individuals so far), seconds (so far), mask (of the best so far: hex of numpy.packbits, the
+    first gene in the highest bit)."""
     generation: int
     generations: int
     evaluations: int
@@ -166,6 +174,9 @@ class _Run:
         if isinstance(algorithm, NSGA2) and fitness.cost is None:
             raise ValueError("algorithm 'nsga2' weighs the quality against a cost: name one, as in "
                              "Fitness(..., cost='macs')")
+        if algorithm.replayed and fitness.rotate is not None:
+            raise ValueError(f"fitness must be without rotate for algorithm {algorithm.name!r}, which keeps scores of "
+                             f"other generations, got rotate = {fitness.rotate}")
         self.evaluator, self.fitness, self.algorithm = evaluator, fitness, algorithm
         self.space: GeneSpace = evaluator if isinstance(evaluator, GeneSpace) else evaluator.space
         if self.space.num_genes == 0:
@@ -196,7 +207,8 @@ class _Run:
         self.masks = torch.empty(0, self.space.num_genes, dtype=torch.bool, device=device)
         self.values = torch.empty(0, columns, dtype=torch.float64)  # as everything below, on the CPU
         self.known = self.values
-        self.keys: dict[bytes, int] = {}  # digest of a mask -> row of known
+        self.keys: dict[bytes, int] = {}  # digest of a mask, part of the images -> row of known
+        self.part: int | None = None
         self.best, self.best_values = self.masks, self.values
         self.front, self.front_values = self.masks, self.values
         self.full_cost = 1.0
@@ -232,6 +244,8 @@ class _Run:
                     callback(result)
                 if self.world.any(stop.is_set()):
                     raise Stopped(f"stopped after generation {self.generation}; the same command goes on from there")
+        if self.fitness.rotate is not None:
+            self._finish()
         return self.result()
 
     def _step(self) -> None:
@@ -246,12 +260,33 @@ class _Run:
             if self.initial is not None:
                 children[:len(self.initial)] = self.initial
         children = self.limits.repair(children)
-        values = self._measured(children)
+        values = self._measured(children) if self.fitness.rotate is None else self._rotated(children)
         masks, values = torch.cat((self.masks, children)), torch.cat((self.values, values))
         scores = self._scores(values)
         stay = self.algorithm.tell(self.masks, children, Scores(scores.score.to(device), scores.objectives.to(device)))
         self._remember(children, values[len(self.values):])
         self.masks, self.values = masks[stay], values[stay.cpu()]
+
+    def _rotated(self, children: Tensor) -> Tensor:
+        """The children's values on the next images, and those of all that they are compared with."""
+        self.part = self.fitness.part(self.generation + 1)
+        parents = self.masks if type(self.algorithm).tell is not Algorithm.tell else self.masks[:0]  # else all go
+        groups = children, self.best, self.front, parents
+        measured = self._measured(torch.cat(groups))
+        values, self.best_values, self.front_values, own = measured.split([len(group) for group in groups])
+        if len(own):
+            self.values = own
+            self._remember(parents, own)  # one of them may be the best on these
+        return values
+
+    def _finish(self) -> None:
+        """All images decide among those who came through the parts of them."""
+        self.part = None
+        masks = torch.cat((self.masks, self.best, self.front))
+        values = self._measured(masks)
+        self.values = values[:len(self.masks)]
+        self.best, self.best_values = self.front, self.front_values = masks[:0], values[:0]
+        self._remember(masks, values)
 
     def _scores(self, values: Tensor) -> Scores:
         return self.fitness.scores(values, self.full_cost)
@@ -259,7 +294,9 @@ class _Run:
     def _measured(self, masks: Tensor) -> Tensor:
         """float64 [P, columns]; what is not known yet is shared among ranks."""
         rows = packed(masks).numpy()
-        keys = [_digest(row) for row in rows]
+        images = b"" if self.fitness.rotate is None else \
+            (-1 if self.part is None else self.part).to_bytes(8, "little", signed=True)
+        keys = [_digest(row) + images for row in rows]
         new = {key: p for p, key in reversed(list(enumerate(keys))) if key not in self.keys}
         # In the order of their genes, since neighbours share work.
         order = sorted(new, key=lambda key: rows[new[key]].tobytes())
@@ -267,7 +304,7 @@ class _Run:
         values = torch.zeros(len(order), len(self.fitness.columns), dtype=torch.float64)
         if mine.start < mine.stop:
             own = masks[torch.tensor([new[key] for key in order[mine]], device=masks.device)]
-            values[mine] = self.fitness.measure(self.evaluator, self.limits, own)
+            values[mine] = self.fitness.on(self.part).measure(self.evaluator, self.limits, own)
         if self.world.size > 1:  # as integers: nothing is rounded, and not even a nan is changed
             values = self.world.sum(values.view(torch.int64)).view(torch.float64)
         if not bool(values.isfinite().all()):
@@ -277,7 +314,8 @@ class _Run:
                                                                          strict=True))
             kept = "" if self.file is None or self.generation == 0 else \
                 f"; the checkpoint of generation {self.generation} is whole, and the same command goes on from there"
-            raise FitnessError(f"individual {new[key]} of generation {self.generation + 1} (mask {key.hex()[:12]}, "
+            at = min(self.generation + 1, self.generations)
+            raise FitnessError(f"individual {new[key]} of generation {at} (mask {key.hex()[:12]}, "
                                f"{int(masks[new[key]].sum())} of {masks.shape[1]} genes) has no finite fitness: "
                                f"{told}{kept}")
         first = len(self.known)
@@ -339,7 +377,7 @@ class _Run:
     def _save(self) -> None:
         if self.file is None or self.world.rank > 0:
             return
-        keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(-1, 16)
+        keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(len(self.keys), -1)
         tensors = {"population": packed(self.masks), "population.values": self.values, "best": packed(self.best),
                    "best.values": self.best_values, "front": packed(self.front), "front.values": self.front_values,
                    "memo": keys, "memo.values": self.known, "generator": self.generator.get_state()}
