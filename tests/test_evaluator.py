@@ -314,6 +314,22 @@ def test_features_do_not_depend_on_the_cut(resnet, monkeypatch, poisoned):
         assert torch.equal(getattr(other, name)(masks[:1], x), values[:1]) and other.stats.computed == before
 
 
+@pytest.mark.parametrize("name, copies", [("reconstruction", 1), ("lsp", 2)])
+def test_memory_of_features(resnet, name, copies):
+    """The model's own features, and those of an individual where they are kept, count."""
+    _, x, _, masks = resnet
+    e = make(resnet, memory_limit=16_000_000)
+    layers = [op.name for op in e.space.ops if op.kind == "conv"]
+    found = getattr(e, name)(masks[:2], x, layers)
+    (inner,) = e._upto.values()
+    held = copies * len(x) * inner._program.shape[0] * 4
+    assert held > 5_000_000 and 0 < inner._network.taken() <= e.memory_limit - held
+    assert torch.equal(found, getattr(make(resnet), name)(masks[:2], x, layers))
+    e = make(resnet, memory_limit=held)
+    with pytest.raises(ValueError, match="one individual needs"):
+        getattr(e, name)(masks[:2], x, layers)
+
+
 def test_layers_that_are_not_there(resnet):
     e = make(resnet)
     with pytest.raises(ValueError, match=r"layers must be of conv1, .*got 'conv9'"):

@@ -263,7 +263,8 @@ class PopulationEvaluator:
                 if at.stop == data.images:
                     done(rows, (sums[rows] / np.maximum(norms, 1e-300)).mean(1).tolist())
 
-            inner._evaluate(masks, data, take, progress, extra=24 * max(sizes))
+            # float64 copies of one layer at a time, by the numbers of all of them
+            inner._evaluate(masks, data, take, progress, extra=-(-24 * max(sizes) // sum(sizes)), held=full.nbytes)
 
         return self._remembered(f"reconstruction {inner._values}", masks, data, compute)
 
@@ -298,7 +299,7 @@ class PopulationEvaluator:
                 def take(rows: slice, at: slice, values: Tensor, y: Tensor = y) -> None:
                     y[rows, at] = values.float()
 
-                inner._evaluate(own, data, take, progress)
+                inner._evaluate(own, data, take, progress, held=full.nbytes + y.nbytes)
                 # One graph per individual, side by side.
                 offset = (n * torch.arange(len(own), device=self.device))[:, None]
                 edges = torch.stack([(offset + e).flatten() for e in (source, destination)])
