@@ -364,7 +364,7 @@ def demo(
     except Stopped as stop:
         console.print(str(stop))
         raise typer.Exit(130) from None
-    except (ConfigError, CheckpointError, ValueError, OSError) as error:
+    except (ConfigError, CheckpointError, ValueError, OSError, ImportError) as error:
         _fail(error)
 
 

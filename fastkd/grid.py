@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from pydantic import Field
 
 from . import checkpoint, settings
-from .settings import ConfigError, merged
+from .settings import ConfigError, Strict, merged
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "run", "write_table"]
 
@@ -55,6 +55,19 @@ class Cell:
         return json.loads(self.file.read_text())
 
 
+class _Content(Strict):
+    """An experiment as it is written."""
+
+    title: str | None = None
+    recipe: str | None = None
+    compress: str | None = None
+    seeds: int = Field(default=3, ge=1)
+    priority: int = 1
+    base: dict[str, Any] | None = None
+    rows: dict[str, dict[str, Any] | None]
+    note: str = ""
+
+
 @dataclass(frozen=True)
 class Experiment:
     name: str
@@ -75,39 +88,41 @@ class Plan:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.exists():
+        if not self.path.is_file():
             raise ConfigError(f"no plan {self.path}")
-        content = yaml.safe_load(self.path.read_text())
-        if not isinstance(content, dict) or not isinstance(content.get("experiments"), dict):
+        content = settings.read(self.path.parent, self.path)
+        if not isinstance(content.get("experiments"), dict):
             raise ConfigError(f"{self.path} must hold a mapping 'experiments'")
-        self.experiments = [self._experiment(name, e) for name, e in content["experiments"].items()]
+        self.experiments = [self._experiment(str(name), e) for name, e in content["experiments"].items()]
 
-    def _experiment(self, name: str, content: dict[str, Any]) -> Experiment:
-        valid = {"title", "recipe", "compress", "seeds", "priority", "rows", "base", "note"}
-        unknown = set(content) - valid
-        if unknown:
-            raise ConfigError(f"{self.path}: {name}: unknown keys {', '.join(sorted(unknown))}; valid are "
-                              f"{', '.join(sorted(valid))}")
-        if ("recipe" in content) == ("compress" in content):
-            raise ConfigError(f"{self.path}: {name}: one of recipe (of fastkd distill) and compress (of fastkd "
-                              f"compress) is needed, got {'both' if 'recipe' in content else 'neither'}")
-        kind: Kind = "recipe" if "recipe" in content else "compress"
-        config = _config(kind)
-        recipe = str(content[kind])
-        beside = self.path.parent / recipe
+    def _experiment(self, name: str, content: Any) -> Experiment:
+        where = f"{self.path}: {name}"
         try:
-            found = settings.read(config.RECIPES, beside if beside.is_file() else recipe)
+            if not isinstance(content, dict):
+                raise ConfigError(f"an experiment must be a mapping, got {type(content).__name__}")
+            own = settings.load(_Content, self.path.parent, content)
+            if (own.recipe is None) == (own.compress is None):
+                raise ConfigError("one of recipe (of fastkd distill) and compress (of fastkd compress) is needed, got "
+                                  + ("neither" if own.recipe is None else "both"))
+            kind: Kind = "compress" if own.recipe is None else "recipe"
+            config = _config(kind)
+            recipe = str(own.compress if own.recipe is None else own.recipe)
+            beside = self.path.parent / recipe
+            base = merged(settings.read(config.RECIPES, beside if beside.is_file() else recipe), own.base or {})
         except ConfigError as error:
-            raise ConfigError(f"{self.path}: {name}: {error}") from None
-        base = merged(found, content.get("base") or {})
-        rows = {}
-        for row, changes in content["rows"].items():
+            raise ConfigError(f"{where}: {error}") from None
+        rows: dict[str, Any] = {}
+        folders: dict[str, str] = {}
+        for row, changes in own.rows.items():
+            other = folders.setdefault(_slug(row), row)
+            if other != row:  # one would be shown with the records of the other
+                raise ConfigError(f"{where}, row {row!r}: its cells lie in the folder {_slug(row)!r}, and so do those "
+                                  f"of row {other!r}: names must differ in more than case and punctuation")
             try:
                 rows[row] = config.load_config(merged(base, changes or {}))
             except ConfigError as error:
-                raise ConfigError(f"{self.path}: {name}, row {row!r}: {error}") from None
-        return Experiment(name, content.get("title", name), kind, int(content.get("seeds", 3)),
-                          int(content.get("priority", 1)), rows, content.get("note", ""))
+                raise ConfigError(f"{where}, row {row!r}: {error}") from None
+        return Experiment(name, own.title or name, kind, own.seeds, own.priority, rows, own.note)
 
     def cells(self) -> Iterator[Cell]:
         """By priority; within one, every row's first seed before any row's second."""
@@ -150,6 +165,10 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
         work: for checkpoints, and for what cells share.
         only: an experiment's name; None: all.
         limit: of cells.
+
+    Raises:
+        ConfigError: no such experiment; or a cell that cannot be run: says which and why.
+        CheckpointError, Stopped: as for a single run.
     """
     if only is not None and only not in [e.name for e in plan.experiments]:
         raise ConfigError(f"no experiment {only!r}: there are {', '.join(e.name for e in plan.experiments)}")
@@ -162,18 +181,22 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
             break
         directory = work / cell.experiment.name / _slug(cell.row) / str(cell.seed)
         told = None if progress is None else (lambda *a, cell=cell: progress(cell, *a))
-        if cell.experiment.kind == "compress":
-            from .compress import compress
+        try:
+            if cell.experiment.kind == "compress":
+                from .compress import compress
 
-            record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told)
-        else:
-            from .data import load
-            from .distill import runs
+                record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told)
+            else:
+                from .data import load
+                from .distill import runs
 
-            if cell.config.data not in tasks:
-                tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
-            record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data], progress=told,
-                                 teachers=work / "teachers")
+                if cell.config.data not in tasks:
+                    tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
+                record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data], progress=told,
+                                     teachers=work / "teachers")
+        except (ValueError, TypeError, ArithmeticError, FileNotFoundError) as error:
+            raise ConfigError(f"{plan.path}: {cell.experiment.name}, row {cell.row!r}, seed {cell.seed}: "
+                              f"{error}") from error
         checkpoint.write_json(cell.file, record)
         write_table(plan)
         count += 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["PeakMemory", "cost"]
+__all__ = ["PeakMemory", "cost", "evaluating", "multiply_adds", "peak_memory"]
 
 
 class PeakMemory:
@@ -75,45 +77,65 @@ def _storages(tree: Any) -> list[Any]:
     return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor) and x.layout == torch.strided]
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients; afterwards each module is in the mode that it was in."""
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def multiply_adds(model: nn.Module, inputs: tuple[Any, ...]) -> int:
+    """Of one forward pass in eval mode, as counted by torch's FlopCounterMode (dense products and
+    convolutions; sparse products are not counted by it)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter:
+        model(*inputs)
+    return counter.get_total_flops() // 2
+
+
+def peak_memory(model: nn.Module, inputs: tuple[Any, ...]) -> float | None:
+    """MB of one forward pass in eval mode: the results of all operations that are alive at once, temporary
+    ones included, beyond inputs, parameters and what the model keeps from earlier passes; on the CPU not
+    what an operation takes and gives back inside its kernel, on a GPU all that the device's allocator gave
+    out."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        if device.type == "cuda":
+            memory = PeakMemory(device)
+            model(*inputs)
+            return memory.mb()
+        with _LiveTensors() as live:
+            model(*inputs)
+    return live.peak / 2**20
+
+
 def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[str, Any]:
     """Of one forward pass in eval mode.
 
     Returns:
-        parameters; mmacs: millions of multiply-adds as counted by torch's FlopCounterMode (dense
-        products and convolutions; sparse products are not counted by it); latency_ms: median of
-        `repeats`; peak_memory_mb; threads.
-
-    peak_memory_mb counts the results of all operations that are alive at once, temporary ones included,
-    beyond inputs, parameters and what the model keeps from pass to pass; on the CPU not what an operation
-    takes and gives back inside its kernel, on a GPU all that the device's allocator gave out.
+        parameters; mmacs: millions of multiply-adds (see :func:`multiply_adds`); latency_ms: median of
+        `repeats`; peak_memory_mb (see :func:`peak_memory`); threads.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    model(*inputs)
-    memory = PeakMemory(device) if device.type == "cuda" else None
     times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+    with evaluating(model):
         model(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    if memory is not None:
-        peak = memory.mb()
-    else:
-        with _LiveTensors() as live:
+        for _ in range(repeats):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
             model(*inputs)
-        peak = live.peak / 2**20
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(*inputs)
-    model.train(was_training)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": counter.get_total_flops() / 2e6,
-            "latency_ms": 1e3 * statistics.median(times), "peak_memory_mb": peak,
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": multiply_adds(model, inputs) / 1e6,
+            "latency_ms": 1e3 * statistics.median(times), "peak_memory_mb": peak_memory(model, inputs),
             "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""The Distiller, its configuration, checkpoints and grid."""
+"""The Distiller, its configuration and checkpoints."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastkd
-from fastkd import checkpoint, data, grid, models
+from fastkd import checkpoint, data, models
 from fastkd.distill import (
     CheckpointError,
     ConfigError,
@@ -595,7 +595,7 @@ def test_no_tensorboard_is_told_before_training(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-# --- runs and the grid --------------------------------------------------------------------------
+# --- runs ---------------------------------------------------------------------------------------
 
 
 def test_distil(tmp_path):
@@ -609,55 +609,6 @@ def test_distil(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     with pytest.raises(CheckpointError, match="another configuration"):
         runs.distil(load_config("digits", [*SHORT, "losses.lsp.weight=1"]), 0, tmp_path / "seed0")
-
-
-PLAN = """
-experiments:
-  small:
-    title: A small one
-    recipe: digits
-    seeds: 2
-    base: {teacher: {model: {args: {hidden: 16}}, train: {epochs: 2}}, student: {train: {epochs: 2}}}
-    rows:
-      student alone: {losses: {lsp: null}}
-      LSP: {}
-"""
-
-
-def test_grid(tmp_path):
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN)
-    plan = grid.Plan(path)
-    order = [(c.row, c.seed) for c in plan.cells()]
-    assert order == [("student alone", 0), ("LSP", 0), ("student alone", 1), ("LSP", 1)]
-    assert grid.run(plan, tmp_path / "work", limit=3) == 3
-    table = (tmp_path / "RESULTS.md").read_text()
-    assert "| 2 of 2 |" in table and "| 1 of 2 |" in table
-    cells = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("*.json")}
-    assert len(cells) == 3
-    assert grid.run(plan, tmp_path / "work") == 1
-    assert {p: p.stat().st_mtime_ns for p in cells} == cells
-    path.write_text(PLAN.replace("seeds: 2", "seeds: 3"))
-    assert sum(not c.done for c in grid.Plan(path).cells()) == 2
-    tests = [json.loads((tmp_path / f"cells/small/lsp/{s}.json").read_text())["student"]["test"] for s in (0, 1)]
-    half = 12.706 * abs(tests[0] - tests[1]) / 2
-    assert f"{sum(tests) / 2:.2f} ± {half:.2f}" in (tmp_path / "RESULTS.md").read_text()
-
-
-def test_a_row_not_yet_run_is_shown(tmp_path):
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN)
-    grid.write_table(grid.Plan(path))
-    assert (tmp_path / "RESULTS.md").read_text().count("not yet run") == 2
-
-
-def test_a_wrong_plan(tmp_path):
-    path = tmp_path / "plan.yaml"
-    path.write_text(PLAN.replace("LSP: {}", "LSP: {losses: {lsp: {wieght: 1}}}"))
-    with pytest.raises(ConfigError, match=r"small, row 'LSP'.*wieght.*did you mean 'weight'"):
-        grid.Plan(path)
-    with pytest.raises(ConfigError, match="no plan"):
-        grid.Plan(tmp_path / "none.yaml")
 
 
 # --- the command line ---------------------------------------------------------------------------

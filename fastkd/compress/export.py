@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,57 @@ from .. import measure
 from ..checkpoint import replace
 from ..population import export_onnx
 
-__all__ = ["compare", "predict", "to_int8", "to_onnx"]
+__all__ = ["compare", "costs", "predict", "to_int8", "to_onnx"]
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of timing, per batch size
 TOLERANCE = 1e-3  # of the largest logit, between ONNX and torch
 
 
-def compare(full: nn.Module, small: nn.Module, example_input: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What two networks cost: parameters, macs (of one image), bytes (of their tensors), and by batch size latency_ms
-    (the median of forward passes, those of the two in turn, so that a busy machine delays both) and peak_memory_mb
-    (see :func:`fastkd.measure.cost`)."""
-    networks, out = (full, small), []
-    for model in networks:
-        one = measure.cost(model, (example_input,), repeats=1)
-        state = model.state_dict().values()
-        out.append({"parameters": one["parameters"], "macs": round(1e6 * one["mmacs"]),
-                    "bytes": sum(x.nbytes for x in state), "latency_ms": {}, "peak_memory_mb": {}})
-    for batch in BATCHES:
-        x = example_input.expand(batch, *example_input.shape[1:]).contiguous()
-        with torch.no_grad():
+def costs(model: nn.Module, example_input: Tensor, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
+    """What a network costs, see :func:`compare`."""
+    return _measured([model], example_input, batches)[0]
+
+
+def compare(full: nn.Module, small: nn.Module, example_input: Tensor,
+            batches: Sequence[int] = BATCHES) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two networks cost in eval mode: parameters, macs (of one image), bytes (of their tensors), and by batch
+    size latency_ms (the median of forward passes, those of the two in turn, so that a busy machine delays both) and
+    peak_memory_mb (see :func:`fastkd.measure.peak_memory`); threads.
+
+    Args:
+        example_input: [N, C, H, W] on the networks' device; its first image is the one that is repeated.
+        batches: numbers of images.
+    """
+    first, second = _measured([full, small], example_input, batches)
+    return first, second
+
+
+def _measured(networks: Sequence[nn.Module], example_input: Tensor, batches: Sequence[int]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = [
+        {"parameters": sum(p.numel() for p in model.parameters()),
+         "macs": measure.multiply_adds(model, (example_input[:1],)),
+         "bytes": sum(x.nbytes for x in model.state_dict().values()),
+         "latency_ms": {}, "peak_memory_mb": {}, "threads": torch.get_num_threads()} for model in networks]
+    for batch in batches:
+        x = _repeated(example_input, batch)
+        for own, model in zip(out, networks, strict=True):  # before the times: also the pass that warms up
+            own["peak_memory_mb"][str(batch)] = measure.peak_memory(model, (x,))
+        with contextlib.ExitStack() as stack:
+            for model in networks:
+                stack.enter_context(measure.evaluating(model))
             times = _in_turn([partial(model, x) for model in networks])
-        for costs, model, milliseconds in zip(out, networks, times, strict=True):
-            costs["latency_ms"][str(batch)] = milliseconds
-            costs["peak_memory_mb"][str(batch)] = measure.cost(model, (x,), repeats=1)["peak_memory_mb"]
-    return out[0], out[1]
+        for own, milliseconds in zip(out, times, strict=True):
+            own["latency_ms"][str(batch)] = milliseconds
+    return out
+
+
+def _repeated(example_input: Tensor, batch: int) -> Tensor:
+    return example_input[:1].expand(batch, *example_input.shape[1:]).contiguous()
 
 
 def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, Any]:
-    """Writes a network on the CPU as ONNX, for any number of images, whole or not at all.
+    """Writes a network on the CPU, in eval mode, as ONNX, for any number of images, whole or not at all.
 
     Returns:
         bytes, latency_ms by batch size, and max_difference: of the logits of onnxruntime from torch's, relative to the
@@ -66,18 +88,19 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
 
     def write(part: Path) -> None:
         nonlocal difference
-        with _quiet():
-            export_onnx(model, part, example_input)
-        generator = torch.Generator().manual_seed(0)
-        for n in (1, 3):
-            x = torch.randn(n, *example_input.shape[1:], generator=generator)
-            with torch.no_grad():
+        with measure.evaluating(model):
+            with _quiet():
+                export_onnx(model, part, example_input)
+            generator = torch.Generator().manual_seed(0)
+            found = []
+            for n in (1, 3):  # it is exported with two
+                x = torch.randn(n, *example_input.shape[1:], generator=generator)
                 expected = model(x)
-            largest = float(expected.abs().max().clamp(min=1e-12))
-            difference = max(difference, float((predict(part, x) - expected).abs().max()) / largest)
+                found.append((predict(part, x) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        difference = float(torch.stack(found).max())  # NaN if any is, unlike Python's max
         if not difference <= TOLERANCE:
             raise ArithmeticError(f"the ONNX file of {type(model).__name__} gives logits that differ by "
-                                  f"{difference:.2g} of the largest one from torch's; at most {TOLERANCE} is allowed")
+                                  f"{difference:.2g} of the largest one from torch's; at most {TOLERANCE:g} is allowed")
 
     replace(path, write)
     return {**_costs(path, example_input), "max_difference": difference}
@@ -92,8 +115,16 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
 
     Returns:
         bytes, and latency_ms by batch size.
+
+    Raises:
+        ImportError: onnx or onnxruntime is not installed.
+        ValueError: there are no calibration images, or they are not float32 [n, C, H, W].
+        CheckpointError: the disk is full, or whatever else the system says.
     """
     _need("onnx", "onnxruntime")
+    if calibration.dtype != torch.float32 or calibration.dim() != 4 or not len(calibration):
+        raise ValueError("calibration must be float32 [n, C, H, W] with at least one image, got "
+                         f"{str(calibration.dtype).removeprefix('torch.')} {list(calibration.shape)}")
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -103,7 +134,7 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             x = next(self.batches, None)
-            return None if x is None else {"images": x.numpy()}
+            return None if x is None else {"images": x.cpu().numpy()}
 
     def write(part: Path) -> None:
         with tempfile.TemporaryDirectory(dir=quantised.parent, prefix=".int8.") as folder, _quiet():
@@ -118,15 +149,25 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
 
 
 def predict(path: Path, x: Tensor, batch: int = 250) -> Tensor:
-    """Logits [N, classes] of images float32 [N, C, H, W], through onnxruntime."""
+    """Logits float32 [N, classes] of images float32 [N, C, H, W], through onnxruntime, with torch's number of threads.
+
+    Args:
+        batch: images at once.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        FileNotFoundError: no such file.
+    """
+    _need("onnxruntime")
     session = _session(path)
-    return torch.cat([torch.from_numpy(session.run(None, {"images": piece.numpy()})[0]) for piece in x.split(batch)])
+    return torch.cat([torch.from_numpy(session.run(None, {"images": piece.float().cpu().numpy()})[0])
+                      for piece in x.split(batch)])
 
 
 def _costs(path: Path, example_input: Tensor) -> dict[str, Any]:
     session, latency = _session(path), {}
     for batch in BATCHES:
-        x = example_input.expand(batch, *example_input.shape[1:]).contiguous().numpy()
+        x = _repeated(example_input, batch).cpu().numpy()
         [latency[str(batch)]] = _in_turn([partial(session.run, None, {"images": x})])
     return {"bytes": path.stat().st_size, "latency_ms": latency}
 
@@ -148,6 +189,8 @@ def _in_turn(calls: list[Callable[[], Any]]) -> list[float]:
 def _session(path: Path) -> Any:
     import onnxruntime
 
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -158,7 +201,9 @@ def _need(*packages: str) -> None:
     for package in packages:
         try:
             __import__(package)
-        except ImportError:
+        except ModuleNotFoundError as error:  # one that is there and broken tells what it lacks itself
+            if error.name != package:
+                raise
             raise ImportError(f'the export needs the package {package}: pip install "fastkd[compress]", or leave it '
                               "out with --set export.onnx=false --set export.int8=false") from None
 
@@ -167,12 +212,10 @@ def _need(*packages: str) -> None:
 def _quiet() -> Iterator[None]:
     """Without the advice that exporters and quantisers print; errors stay."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
-
-

@@ -36,6 +36,7 @@ class Images:
 
     name: str
     num_classes: int
+    """0 where there are no labels."""
     source: str
     """The file it came from, and the split."""
     images: dict[str, Tensor]
@@ -55,15 +56,17 @@ class Images:
 
         Args:
             name: "train", "fitness", "val" or "test".
-            count: so many, drawn with seed 0; None: all, in their order.
+            count: so many, drawn with seed 0 (fewer are the first of more); None: all, in their order.
 
         Raises:
-            ValueError: the part has fewer.
+            ValueError: no such part, or it has fewer.
         """
+        if name not in self.images:
+            raise ValueError(f"{self.name}: name must be one of {', '.join(self.images)}, got {name!r}")
         images, labels = self.images[name], self.labels.get(name)
         if count is None:
             return self.normalised(images), labels
-        if count > len(images):
+        if not 0 < count <= len(images):
             raise ValueError(f"{self.name}: the part {name!r} has {len(images)} images, but {count} are asked for")
         rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
         return self.normalised(images[rows]), None if labels is None else labels[rows]
@@ -150,8 +153,10 @@ def _found(name: str, fetch: Callable[[str | Path | None, Path], Arrays],
 
 def _digits(root: str | Path | None) -> tuple[Arrays, str]:
     """Every pixel becomes nine, with a border of two: 28 x 28, as MNIST's."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("digits are scikit-learn's: pip install scikit-learn") from error
     digits = load_digits()
     x = (digits.images * (255 / 16)).round().astype(np.uint8)
     x = np.pad(x.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
@@ -164,15 +169,26 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
     """A thousand JPEGs of 224 x 224, one of each class."""
     try:
         from PIL import Image
-    except ImportError:
-        raise ImportError("imagenet_sample needs the package pillow: pip install pillow") from None
+    except ImportError as error:
+        raise ImportError("imagenet_sample needs the package pillow: pip install pillow") from error
     packed, source = find("imagenet_sample", ("imagenet_sample1000_224",), root, None,
                           "Put the npz with arrays jpeg (uint8, the files one after the other), offset [n + 1] and "
                           "label [n] there")
     require(packed, ("jpeg", "offset", "label"), source)
-    content, ends = packed["jpeg"].tobytes(), packed["offset"].tolist()
-    x = np.stack([np.asarray(Image.open(io.BytesIO(content[a:b])).convert("RGB"))
-                  for a, b in itertools.pairwise(ends)])
+    content, ends, n = packed["jpeg"].tobytes(), packed["offset"], packed["label"].size
+    if (ends.dtype.kind not in "iu" or ends.shape != (n + 1,) or ends[0] != 0 or ends[-1] != len(content)
+            or (ends[1:] <= ends[:-1]).any()):
+        raise ValueError(f"{source}: offset must be {n + 1} rising integers from 0 to {len(content)}, as there are "
+                         f"{n} labels and so many bytes of jpeg, got {ends.dtype} {list(ends.shape)}: {ends}")
+    x = np.empty((n, 224, 224, 3), np.uint8)
+    for k, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
+        try:
+            image = Image.open(io.BytesIO(content[start:end])).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{source}: jpeg[{start}:{end}], image {k}, cannot be decoded: {error}") from error
+        if image.size != (224, 224):
+            raise ValueError(f"{source}: image {k} must be 224 x 224, got {image.width} x {image.height}")
+        x[k] = np.asarray(image)
     order = np.random.default_rng(0).permutation(len(x))
     parts = dict(zip(PARTS, np.split(order, [len(x) * k // 10 for k in (2, 5, 7)]), strict=True))
     return {**{f"x_{part}": x[rows] for part, rows in parts.items()},
@@ -211,7 +227,7 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     ``cifar10``          official split; ImageNet's mean and deviation, for which the published networks are made
     ``imagenet_sample``  one image of each class of ImageNet, 224 x 224: 200 / 300 / 200 / 300, drawn with seed 0
     a path to an npz     x_train, x_fitness, x_val, x_test: uint8 [n, H, W] or [n, H, W, C]; y_train, ...: integers from
-                         0 on, for all parts or for none; mean and std, [C], default those of x_train
+                         0 on, for all parts or for none; mean and std, [C], of images / 255: default those of x_train
     ===================  ==================================================================================
 
     Of the official training parts, a tenth of each class, drawn with seed 0, is to validate, and another one is the
@@ -222,7 +238,8 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     cache; else the official files are downloaded and their md5 is checked.
 
     Raises:
-        ValueError: unknown name, or a file that is damaged, has another checksum, or lacks an array.
+        ValueError: unknown name, or a file that is damaged, has another checksum, lacks an array (x_fitness, too), or
+            has one of another shape, dtype or range.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
         ImportError: a package is needed (scikit-learn, pillow).
     """
@@ -237,9 +254,8 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     arrays, source = chosen.arrays(root)
     parts = PARTS if "x_val" in arrays else ("train", "test")
     require(arrays, tuple(f"{a}_{part}" for part in parts for a in "xy"), source)
-    x, y = {}, {}
-    for part in parts:
-        x[part], y[part] = _checked(arrays, part, chosen.shape, chosen.classes, source)
+    x = {part: _images(arrays, part, chosen.shape, source) for part in parts}
+    y = {part: _labels(arrays, part, chosen.classes, source) for part in parts}
     if "val" not in x:
         held = _share(y["train"], 10, torch.Generator().manual_seed(0))
         rest = (~held).nonzero()[:, 0]
@@ -250,22 +266,26 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     return Images(name, chosen.classes, f"{source}; {chosen.split}", x, y, chosen.mean, chosen.std)
 
 
-def _checked(arrays: Arrays, part: str, shape: tuple[int, ...], classes: int | None,
-             source: str) -> tuple[Tensor, Tensor]:
-    """Images uint8 [n, C, H, W] and labels int64 [n]."""
-    images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
-    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+def _images(arrays: Arrays, part: str, shape: tuple[int, ...], source: str) -> Tensor:
+    """uint8 [n, C, H, W]."""
+    images = arrays[f"x_{part}"]
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not images.size:
         raise ValueError(f"{source}: x_{part} must be uint8 [n, {', '.join(map(str, shape))}] with n > 0, "
                          f"got {images.dtype} {list(images.shape)}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        raise ValueError(f"{source}: y_{part} must be integers [{len(images)}] as x_{part} has images, got "
+    return torch.from_numpy(images.copy()).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
+
+
+def _labels(arrays: Arrays, part: str, classes: int | None, source: str) -> Tensor:
+    """int64 [n]."""
+    labels, n = arrays[f"y_{part}"], len(arrays[f"x_{part}"])
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        raise ValueError(f"{source}: y_{part} must be integers [{n}] as x_{part} has images, got "
                          f"{labels.dtype} {list(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
         raise ValueError(f"{source}: y_{part} must be in [0, {'...' if classes is None else classes - 1}], got "
                          f"{low if low < 0 else high}")
-    x = torch.from_numpy(images.copy()).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
-    return x, torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def _own(path: Path) -> Images:
@@ -280,21 +300,24 @@ def _own(path: Path) -> Images:
     if labelled:
         require(arrays, tuple(f"y_{part}" for part in PARTS), str(path))
     shape = arrays["x_train"].shape[1:]
-    if len(shape) not in (2, 3):
-        raise ValueError(f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C], got "
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C] with H, W, C > 0, got "
                          f"{list(arrays['x_train'].shape)}")
-    x, y = {}, {}
-    for part in PARTS:
-        given = arrays if labelled else {**arrays, f"y_{part}": np.zeros(len(arrays[f"x_{part}"]), np.int64)}
-        x[part], y[part] = _checked(given, part, shape, None, str(path))
+    x = {part: _images(arrays, part, shape, str(path)) for part in PARTS}
+    y = {part: _labels(arrays, part, None, str(path)) for part in PARTS if labelled}
     channels = x["train"].shape[1]
-    train = x["train"].transpose(0, 1).reshape(channels, -1).double() / 255
-    stated = {"mean": train.mean(1).numpy(), "std": train.std(1, correction=0).clamp(min=1e-6).numpy()}
+    # from histograms: the images as float64 would take eight times their memory
+    share = torch.stack([c.flatten().bincount(minlength=256) for c in x["train"].unbind(1)]).double()
+    share, level = share / share.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ level
+    std = (share * (level - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1e-6)
+    stated = {"mean": mean.numpy(), "std": std.numpy()}
     for key in stated:
         own = arrays.get(key, stated[key])
-        if own.shape != (channels,) or not np.isfinite(own).all() or (key == "std" and (own <= 0).any()):
+        if (own.dtype.kind not in "iuf" or own.shape != (channels,) or not np.isfinite(own).all()
+                or (key == "std" and (own <= 0).any())):
             raise ValueError(f"{path}: {key} must be {channels} finite numbers"
                              f"{' above 0' if key == 'std' else ''}, one per channel, got {own.tolist()}")
         stated[key] = own
-    return Images(path.stem, int(max(int(labels.max()) for labels in y.values())) + 1, f"{path}; its own split", x,
-                  y if labelled else {}, tuple(stated["mean"].tolist()), tuple(stated["std"].tolist()))
+    return Images(path.stem, max((int(labels.max()) + 1 for labels in y.values()), default=0),
+                  f"{path}; its own split", x, y, tuple(stated["mean"].tolist()), tuple(stated["std"].tolist()))
