@@ -1,4 +1,5 @@
-"""What a search and a smaller network save: seconds per generation, and speed-up against multiply-adds.
+"""What a search and a smaller network save: seconds per generation, and speed-up against multiply-adds; and what the
+whole path takes at ImageNet's size.
 
 ``python -m bench.compression [--only NETWORK ...] [--generations G]`` writes results/compression.json and .md, on the
 CPU.
@@ -9,14 +10,22 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastkd import PopulationEvaluator, compact, evolve
+from fastkd.compress import load_config
+from fastkd.compress.export import to_onnx
+from fastkd.compress.train import recalibrate
 from fastkd.evolve import ECS, Fitness, Limits
 from fastkd.population import trace
 
@@ -31,6 +40,8 @@ SIZE, IMAGES, CALIBRATION = 32, 500, 250
 SEARCHES = ("lenet", "resnet20", "resnet56")
 BUDGETS = (0.75, 0.5, 0.25)
 BATCHES = (1, 64)
+LARGE = ("alexnet", "vgg16", "resnet50")
+LARGE_SIZE, LARGE_IMAGES, LARGE_GENERATIONS = 8, 8, 3
 SIDES = {"sequential": "masked networks, one by one", "compact": "smaller networks, made and run one by one"}
 
 
@@ -46,6 +57,15 @@ def normalised(model: nn.Module, forward: Callable[[Tensor], object], images: Te
     model.eval()
 
 
+def evaluator(model: nn.Module, example: Tensor, held: Tensor) -> PopulationEvaluator:
+    """With statistics of batch norm on the held images, where the network has any."""
+    normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    e = PopulationEvaluator(model, example, bn="recalibrate" if normed else "inherit")
+    if normed:
+        e.calibrate([held])
+    return e
+
+
 def search(name: str, generations: int) -> dict[str, Any]:
     """An ECS search at half the multiply-adds, every generation of it evaluated by all sides in turn.
 
@@ -57,10 +77,7 @@ def search(name: str, generations: int) -> dict[str, Any]:
     x, held = (torch.randn(n, *case.shape, generator=g) for n in (IMAGES, CALIBRATION))
     model = made(name)
     y = model(x).argmax(1)
-    normed = any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    e = PopulationEvaluator(model, x[:1], bn="recalibrate" if normed else "inherit")
-    if normed:
-        e.calibrate([held])
+    e = evaluator(model, x[:1], held)
     own = copy.deepcopy(model)
     masked = Masked(trace(own, x[:1]), x.device)
     taken: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -100,7 +117,7 @@ def search(name: str, generations: int) -> dict[str, Any]:
     taken["fastkd"] = [t - a - b for t, a, b in zip(whole, taken["sequential"], taken["compact"], strict=True)]
     # A class may change where two logits are as good as equal.
     assert max(off.values()) <= 0.01, f"{name}: the sides differ by {off}"
-    return {"seconds": taken, "new": counts, "off": off, "recalibrated": normed}
+    return {"seconds": taken, "new": counts, "off": off, "recalibrated": e.bn == "recalibrate"}
 
 
 def speed(name: str, rounds: int) -> list[dict[str, Any]]:
@@ -127,6 +144,45 @@ def speed(name: str, rounds: int) -> list[dict[str, Any]]:
             out += [{"batch": batch, "budget": b, "macs": share[b], "seconds": taken[b], "full": taken[1.0]}
                     for b in BUDGETS]
     return out
+
+
+def path(name: str) -> dict[str, Any]:
+    """From a network for 1,000 classes at 224 x 224, of new weights, to the ONNX file of a smaller one, with the budget
+    of its recipe; meant for a process of its own, whose peak memory it is."""
+    config = load_config(f"{name}-imagenet")
+    model, g = made(name), torch.Generator().manual_seed(SEED)
+    x, held = (torch.randn(LARGE_IMAGES, 3, 224, 224, generator=g) for _ in range(2))
+    times: dict[str, float] = {}
+
+    def timed(what: str, run: Callable[[], Any]) -> Any:
+        start = timer()
+        out = run()
+        times[what] = timer() - start
+        return out
+
+    space = timed("trace", lambda: trace(model, x[:1]))
+    e = evaluator(model, x[:1], held)
+    ends: list[float] = []
+    result = timed("search", lambda: evolve(
+        e, Fitness("agreement", x, cost="macs", budget=config.budget), ECS(density="random"), LARGE_SIZE,
+        LARGE_GENERATIONS, SEED, callback=lambda r: ends.append(r.history[-1]["seconds"])))
+    small = timed("compact", lambda: compact(model, result.best, e.space))
+    timed("recalibrate", lambda: recalibrate(small, [held]))
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = timed("onnx", lambda: to_onnx(small, Path(folder) / "model.onnx", x[:1]))
+    limits = Limits(space, config.budget)
+    left = {k: int(limits.costs(limits.counts(result.best[None]), k)[0]) for k in ("macs", "parameters")}
+    return {"seconds": times, "generations": [b - a for a, b in zip([0.0, *ends], ends, strict=False)],
+            "evaluations": result.evaluations, "budget": config.budget, "full": {k: limits.full[k] for k in left},
+            "left": left, "onnx": onnx, "genes": space.num_genes,
+            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+
+
+def alone(name: str) -> dict[str, Any]:
+    """The path in a fresh process."""
+    code = f"import json; from bench.compression import path; print(json.dumps(path({name!r})))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def written(results: dict[str, Any]) -> str:
@@ -161,18 +217,38 @@ def written(results: dict[str, Any]) -> str:
         "In torch, contiguous, fp32; the filters of smallest L1 norm are removed from all groups alike, as repair "
         "does. *By multiply-adds*: what it would be if time were proportional to them.\n\n"
         + table(columns, body) + "\n")
+    body = []
+    for name, r in results["paths"].items():
+        t, left, full = r["seconds"], r["left"], r["full"]
+        body.append([name, f"{r['genes']:,}", f"{t['trace']:.2f}", f"{t['search']:.1f}",
+                     f"{statistics.median(r['generations']):.1f}", f"{r['evaluations']}", f"{t['compact']:.2f}",
+                     f"{t['onnx']:.1f}", f"{full['macs'] / 1e9:.2f} to {left['macs'] / 1e9:.2f}",
+                     f"{full['parameters'] / 1e6:.1f} to {left['parameters'] / 1e6:.1f}",
+                     f"{r['onnx']['max_difference']:.1e}", f"{r['peak_memory_gb']:.1f}"])
+    columns = ["network", "genes", "trace, s", "search, s", "a generation, s", "evaluated", "compact, s",
+               "ONNX with parity, s", "MACs, G", "parameters, M", "ONNX differs", "peak memory, GB"]
+    text.append(
+        "## The whole path at ImageNet's size\n\n"
+        f"1,000 classes, 224 x 224, new weights and noise for images, since speed is all that is claimed: "
+        f"{LARGE_SIZE} individuals by {LARGE_GENERATIONS} generations of ECS, on {LARGE_IMAGES} images (and, with batch "
+        "norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest difference "
+        "from torch's logits, relative to the largest logit. Peak memory is the process's, with torch in it.\n\n"
+        + table(columns, body) + "\n")
     return "\n".join(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--only", nargs="+", choices=[*CASES, *LARGE], default=[*CASES, *LARGE])
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "searches": {}, "speed": {}}
+    results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "searches": {}, "speed": {}, "paths": {}}
     for name in args.only:
         print(name, flush=True)
+        if name in LARGE:
+            results["paths"][name] = alone(name)
+            continue
         if name in SEARCHES:
             results["searches"][name] = search(name, args.generations)
         results["speed"][name] = speed(name, args.rounds)

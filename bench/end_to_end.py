@@ -6,6 +6,7 @@ and with the same training on PyG's own layers.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -463,4 +464,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
         print(json.dumps(own_memory(*sys.argv[2:])))
     else:
-        main(sys.argv[1:])
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("case", nargs="*", help=f"{', '.join(CASES)}; all of them if none is named")
+        names = parser.parse_args().case
+        if unknown := set(names) - set(CASES):
+            parser.error(f"no case {', '.join(sorted(unknown))}: there are {', '.join(CASES)}")
+        main(names)

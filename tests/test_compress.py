@@ -541,11 +541,12 @@ def test_cosine_ends_at_zero():
     assert train._rate(own.model_copy(update={"schedule": "constant"}), 10, 10) == own.lr
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_training_resumes(tmp_path, optimizer):
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"precision": "bfloat16"}],
+                         ids=lambda changes: "-".join(changes.values()))
+def test_training_resumes(tmp_path, changes):
     from fastkd import data
 
-    images, own = data.load_images("digits.npz"), config(train={"optimizer": optimizer, "lr": 0.01}).train
+    images, own = data.load_images("digits.npz"), config(train={**changes, "lr": 0.01}).train
 
     def trained(file, until=None):
         def told(epoch, _):
@@ -562,6 +563,28 @@ def test_training_resumes(tmp_path, optimizer):
 
     a, b = trained(tmp_path / "a"), trained(tmp_path / "b", 2)
     assert a[0] == b[0] and all(torch.equal(a[1][k], b[1][k]) for k in a[1])
+
+
+def test_precision_of_training(tmp_path):
+    """Convolutions of both networks in it; weights, losses and scores in float32."""
+    from fastkd import data
+
+    images, losses = data.load_images("digits.npz"), {}
+    for precision in ("float32", "bfloat16"):
+        own = config(finetune={"precision": precision, "kd": 1.0, "epochs": 2}).finetune
+        torch.manual_seed(0)
+        student, teacher = run.build(config().model), run.build(config().model).eval()
+        seen: dict = {True: set(), False: set()}
+        for net in (student, teacher):
+            net.conv2.register_forward_hook(lambda m, _, out, net=net: seen[net.training].add(out.dtype))
+        history = train.fit(student, images, ["train"], own, 0, tmp_path / precision,
+                            lambda m: train.accuracy(train.predictions(m, images.part("val")[0]),
+                                                     images.labels["val"]), teacher=teacher)
+        assert seen[True] == {getattr(torch, precision)}
+        assert seen[False] == {torch.float32} | seen[True]  # the teacher, and what is scored
+        assert all(p.dtype == torch.float32 for p in student.state_dict().values() if p.is_floating_point())
+        losses[precision] = [h["loss"] for h in history]
+    assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
 
 
 # --- plans -----------------------------------------------------------------------------------------------

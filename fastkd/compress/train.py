@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
         raise ConfigError(f"data {data.name} has no labels: nothing can be trained without kd, the weight of the full "
                           "network's knowledge")
     device = next(model.parameters()).device
+    low = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     images = torch.cat([data.images[part] for part in parts]).to(device)
     labels = torch.cat([data.labels[part] for part in parts]).to(device) if labelled else None
     steps = -(-len(images) // config.batch_size)
@@ -87,12 +89,13 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
                     group["lr"] = _rate(config, epoch * steps + step, config.epochs * steps)
                 batch = images[rows]
                 x = data.normalised(_augmented(batch, generator) if config.augment else batch)
-                logits = model(x)
+                with low():
+                    logits = model(x).float()
                 loss = F.cross_entropy(logits, labels[rows]) if labels is not None else logits.new_zeros(())
                 if kd:
                     assert teacher is not None and isinstance(config, FinetuneConfig)
-                    with torch.no_grad():
-                        theirs = teacher(x)
+                    with torch.no_grad(), low():
+                        theirs = teacher(x).float()
                     t = config.temperature
                     loss = loss + kd * t * t * F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1),
                                                         reduction="batchmean", log_target=True)
