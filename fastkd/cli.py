@@ -288,6 +288,9 @@ def grid(
     limit: int = typer.Option(None, min=1, help="Run so many cells at most."),
     work: Path = typer.Option(Path("runs/grid"), help="Folder for checkpoints and teachers."),
     table: bool = typer.Option(False, "--table", help="Only write the table anew."),
+    measure: bool = typer.Option(False, "--measure", help="Run no cell; measure latency and memory of the networks of "
+                                                          "finished ones anew, all on this machine. Let nothing else "
+                                                          "run."),
 ) -> None:
     """Run the missing cells of a table of experiments; finished ones are never touched."""
     from . import grid as engine
@@ -299,6 +302,13 @@ def grid(
         content = engine.Plan(plan)
         if table:
             console.print(str(engine.write_table(content)), highlight=False)
+            return
+        if measure:
+            with Progress(console=console) as bars:
+                task = bars.add_task("measured", total=None)
+                count = engine.measure(content, lambda done, total: bars.update(task, completed=done, total=total),
+                                       only)
+            console.print(f"{count} cells measured; {content.path.parent / 'RESULTS.md'}", highlight=False)
             return
         count = _run(content, work, only, limit)
         console.print(f"{count} cells run; {engine.write_table(content)}", highlight=False)

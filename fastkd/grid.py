@@ -33,7 +33,7 @@ from pydantic import Field
 from . import checkpoint, settings
 from .settings import ConfigError, Strict, merged
 
-__all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "run", "write_table"]
+__all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
 
 Kind = Literal["recipe", "compress"]
 """The key of a plan that names the recipe: of distillation, or of compression."""
@@ -170,8 +170,7 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
         ConfigError: no such experiment; or a cell that cannot be run: says which and why.
         CheckpointError, Stopped: as for a single run.
     """
-    if only is not None and only not in [e.name for e in plan.experiments]:
-        raise ConfigError(f"no experiment {only!r}: there are {', '.join(e.name for e in plan.experiments)}")
+    _known(plan, only)
     tasks: dict[str, Any] = {}
     count = 0
     for cell in plan.cells():
@@ -201,6 +200,33 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
         write_table(plan)
         count += 1
     return count
+
+
+def measure(plan: Plan, progress: Callable[[int, int], None] | None = None, only: str | None = None) -> int:
+    """Measures the networks of finished cells of compression anew, all on this machine; returns how many.
+
+    For when nothing else runs: what was measured beside other work, or on several machines, is not comparable. All
+    else in the records stays.
+
+    Raises:
+        ConfigError: no such experiment.
+    """
+    from .compress.run import measure_again
+
+    _known(plan, only)
+    cells = [c for e in plan.experiments if e.kind == "compress" and only in (None, e.name)
+             for row in e.rows for c in plan.of(e, row)]
+    for k, cell in enumerate(cells):
+        checkpoint.write_json(cell.file, measure_again(cell.record()))
+        if progress is not None:
+            progress(k + 1, len(cells))
+    write_table(plan)
+    return len(cells)
+
+
+def _known(plan: Plan, only: str | None) -> None:
+    if only is not None and only not in [e.name for e in plan.experiments]:
+        raise ConfigError(f"no experiment {only!r}: there are {', '.join(e.name for e in plan.experiments)}")
 
 
 def interval(values: list[float]) -> float | None:

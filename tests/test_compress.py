@@ -624,6 +624,19 @@ def test_a_plan(tmp_path, monkeypatch):
     assert lines["l1"][7] == "1" and int(lines["ECS"][7]) > 6
     assert grid.run(plan, tmp_path / "work") == 0
 
+    file, told = tmp_path / "cells/small/l1/0.json", []
+    spoiled = json.loads(json.dumps(records["l1"]))
+    for network in ("dense", "compact"):
+        spoiled[network] |= {"latency_ms": {"1": 0.0, "64": 0.0}, "macs": -1}
+    file.write_text(json.dumps(spoiled))
+    assert grid.measure(plan, lambda *done: told.append(done)) == 3 and told == [(1, 3), (2, 3), (3, 3)]
+    again = json.loads(file.read_text())
+    assert again.pop("measured").keys() == again["environment"].keys() - {"processes"}
+    same(again, records["l1"])
+    assert all(ms > 0 for network in ("dense", "compact") for ms in again[network]["latency_ms"].values())
+    out = CliRunner().invoke(cli.app, ["grid", str(tmp_path / "plan.yaml"), "--measure", "--only", "smal"])
+    assert out.exit_code == 2 and "no experiment 'smal': there are small" in out.output
+
 
 def test_wrong_plans(tmp_path):
     with pytest.raises(ConfigError, match=r"plan.yaml: small, row 'l1': unknown key 'algorithm.nam'"):

@@ -32,7 +32,7 @@ from .config import CompressConfig, ModelConfig
 from .controls import CONTROLS, control
 from .train import accuracy, fit, pieces, predictions, recalibrate
 
-__all__ = ["build", "compress"]
+__all__ = ["build", "compress", "measure_again"]
 
 SCHEMA = 1  # of records
 DENSITIES = 16  # of the uniform-L1 control beside every search
@@ -98,6 +98,24 @@ def compress(config: CompressConfig, seed: int = 0, directory: str | Path = "run
     """
     return _Run(config, seed, Path(directory), None if shared is None else Path(shared), progress, callback,
                 world or World(device=device)).run()
+
+
+def measure_again(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, with latency and peak memory of its two networks in torch measured anew, on this machine as it is.
+
+    Records of a table are comparable when nothing else ran. The networks are built of the record's mask, with new
+    weights, on which time does not depend.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: as for :func:`compress`.
+    """
+    config = CompressConfig.model_validate(record["config"])
+    example = load_images(config.data).part("train", 1)[0]
+    model = build(config.model).eval()
+    space = trace(model, example)
+    full, less = export.compare(model, compact(model, _unhex(record["search"]["mask"], space.num_genes), space), example)
+    return {**record, "dense": {**record["dense"], **full}, "compact": {**record["compact"], **less},
+            "measured": environment()}
 
 
 class _Run:
