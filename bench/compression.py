@@ -2,7 +2,7 @@
 whole path takes at ImageNet's size.
 
 ``python -m bench.compression [--only NETWORK ...] [--generations G]`` writes results/compression.json and .md, on the
-CPU.
+CPU; of networks that are not named, what the file has stays.
 """
 
 from __future__ import annotations
@@ -186,8 +186,12 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def written(results: dict[str, Any]) -> str:
-    env = results["environment"]
-    text = [f"# Searches and smaller networks\n\n{env['cpu']}, {env['threads']} threads, torch {env['torch']}.\n"]
+    def machines(part: str) -> str:
+        found = {name: f"{r['environment']['cpu']}, {r['environment']['threads']} threads, torch "
+                       f"{r['environment']['torch']}" for name, r in results[part].items()}
+        return " ".join(f"{', '.join(n for n in found if found[n] == m)}: {m}." for m in dict.fromkeys(found.values()))
+
+    text = ["# Searches and smaller networks\n"]
     body = []
     for name, b in results["searches"].items():
         own = b["seconds"]["fastkd"]
@@ -202,11 +206,11 @@ def written(results: dict[str, Any]) -> str:
         "more, on which its statistics are computed for every individual). fastkd: a whole generation, with breeding "
         "and repair. The other sides: the evaluation of the same individuals, those alone that the run had not seen. "
         "Ratios to fastkd: median (and range) over generations, all sides in turn in each. *Differ*: the largest "
-        "difference of any individual's accuracy.\n\n"
+        f"difference of any individual's accuracy.\n\n{machines('searches')}\n\n"
         + table(["network", "fastkd, s", "new individuals", *SIDES.values(), "differ"], body) + "\n")
     body = []
-    for name, rows in results["speed"].items():
-        for r in rows:
+    for name, own in results["speed"].items():
+        for r in own["rows"]:
             gain = [f / s for f, s in zip(r["full"], r["seconds"], strict=True)]
             body.append([name, str(r["batch"]), f"{100 * r['macs']:.1f}", f"{1e3 * statistics.median(r['full']):.3g}",
                          f"{1e3 * statistics.median(r['seconds']):.3g}", f"**{statistics.median(gain):.2f}x** "
@@ -215,7 +219,7 @@ def written(results: dict[str, Any]) -> str:
     text.append(
         "## Speed-up of the smaller network against its multiply-adds\n\n"
         "In torch, contiguous, fp32; the filters of smallest L1 norm are removed from all groups alike, as repair "
-        "does. *By multiply-adds*: what it would be if time were proportional to them.\n\n"
+        f"does. *By multiply-adds*: what it would be if time were proportional to them.\n\n{machines('speed')}\n\n"
         + table(columns, body) + "\n")
     body = []
     for name, r in results["paths"].items():
@@ -230,9 +234,10 @@ def written(results: dict[str, Any]) -> str:
     text.append(
         "## The whole path at ImageNet's size\n\n"
         f"1,000 classes, 224 x 224, new weights and noise for images, since speed is all that is claimed: "
-        f"{LARGE_SIZE} individuals by {LARGE_GENERATIONS} generations of ECS, on {LARGE_IMAGES} images (and, with batch "
-        "norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest difference "
+        f"{LARGE_SIZE} individuals by {LARGE_GENERATIONS} generations of ECS, on {LARGE_IMAGES} images (and, with "
+        "batch norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest difference "
         "from torch's logits, relative to the largest logit. Peak memory is the process's, with torch in it.\n\n"
+        f"{machines('paths')}\n\n"
         + table(columns, body) + "\n")
     return "\n".join(text)
 
@@ -243,15 +248,17 @@ def main() -> None:
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "searches": {}, "speed": {}, "paths": {}}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results: dict[str, Any] = {part: known.get(part, {}) for part in ("searches", "speed", "paths")}
+    env = {"environment": environment(torch.device("cpu"))}
     for name in args.only:
         print(name, flush=True)
         if name in LARGE:
-            results["paths"][name] = alone(name)
+            results["paths"][name] = env | alone(name)
             continue
         if name in SEARCHES:
-            results["searches"][name] = search(name, args.generations)
-        results["speed"][name] = speed(name, args.rounds)
+            results["searches"][name] = env | search(name, args.generations)
+        results["speed"][name] = env | {"rows": speed(name, args.rounds)}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(written(results))
     print(written(results))

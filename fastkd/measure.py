@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["PeakMemory", "cost", "evaluating", "multiply_adds", "peak_memory"]
+__all__ = ["PeakMemory", "cost", "evaluating", "latency_ms", "multiply_adds", "peak_memory"]
 
 
 class PeakMemory:
@@ -124,11 +124,17 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
         parameters; mmacs: millions of multiply-adds (see :func:`multiply_adds`); latency_ms: median of
         `repeats`; peak_memory_mb (see :func:`peak_memory`); threads.
     """
+    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": multiply_adds(model, inputs) / 1e6,
+            "latency_ms": latency_ms(model, inputs, repeats), "peak_memory_mb": peak_memory(model, inputs),
+            "threads": torch.get_num_threads()}
+
+
+def latency_ms(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> float:
+    """Of a forward pass in eval mode: the median of `repeats`, after one that does not count."""
     device = next(model.parameters()).device
     times = []
     with evaluating(model):
-        model(*inputs)
-        for _ in range(repeats):
+        for _ in range(repeats + 1):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -136,6 +142,4 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": multiply_adds(model, inputs) / 1e6,
-            "latency_ms": 1e3 * statistics.median(times), "peak_memory_mb": peak_memory(model, inputs),
-            "threads": torch.get_num_threads()}
+    return 1e3 * statistics.median(times[1:])

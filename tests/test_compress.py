@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from typer.testing import CliRunner
 
-from fastkd import atomic, cli, grid, models
+from fastkd import atomic, cli, grid, models, report
 from fastkd.compress import (
     CheckpointError,
     ConfigError,
@@ -238,6 +238,22 @@ def test_agreement_without_labels(tmp_path):
         changed["train"]["epochs"] = 1
         with pytest.raises(ConfigError, match=told):
             compress(load_config(changed), 0, tmp_path / told[:5])
+
+
+def test_measured_latency_as_the_cost(tmp_path, monkeypatch):
+    real, taken = run.latency, []
+
+    def latency(model, example):
+        taken.append(tuple(example.shape))
+        return real(model, example, repeats=2)
+
+    monkeypatch.setattr(run, "latency", latency)
+    record = compress(config(fitness={"cost": "latency", "weight": 0.1}, finetune={"epochs": 0}), 0, tmp_path)
+    search = record["search"]
+    assert set(taken) == {(1, 1, 8, 8)} and search["cost"] == "latency"
+    for costs in (search["individuals"]["cost"], search["front"]["cost"], search["l1"]["cost"], [search["full_cost"]]):
+        assert costs and all(0 < ms < 1000 for ms in costs)
+    assert report.write(tmp_path).exists()
 
 
 @pytest.mark.parametrize("device", ["cuda"])

@@ -52,7 +52,8 @@ class FitnessConfig(Strict):
     """One of ``fastkd.evolve.QUALITIES``."""
     images: int = Field(default=1000, ge=1)
     """Of the fitness part."""
-    cost: Literal["filters", "parameters", "macs"] = "macs"
+    cost: Literal["filters", "parameters", "macs", "latency"] = "macs"
+    """Latency is measured, with one image (:func:`fastkd.evolve.latency`): unlike all else, not the same twice."""
     weight: float = Field(default=0.0, ge=0)
     """Of the removed fraction of the cost, beside the quality."""
     bn: Literal["inherit", "recalibrate"] = "recalibrate"

@@ -21,7 +21,7 @@ from .. import checkpoint as files
 from ..config import environment
 from ..data import load_images
 from ..data.files import cache_folder
-from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, mask_id, uniform_l1
+from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
 from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
 from ..population.trace import trace
@@ -113,7 +113,8 @@ def measure_again(record: dict[str, Any]) -> dict[str, Any]:
     example = load_images(config.data).part("train", 1)[0]
     model = build(config.model).eval()
     space = trace(model, example)
-    full, less = export.compare(model, compact(model, _unhex(record["search"]["mask"], space.num_genes), space), example)
+    small = compact(model, _unhex(record["search"]["mask"], space.num_genes), space)
+    full, less = export.compare(model, small, example)
     return {**record, "dense": {**record["dense"], **full}, "compact": {**record["compact"], **less},
             "measured": environment()}
 
@@ -239,7 +240,8 @@ class _Run:
                               "take agreement")
         x = x.to(self.world.device)
         batch: Any = x if y is None else (x, y)
-        return Fitness(own.quality, [batch], cost=own.cost, weight=own.weight, budget=self.config.budget,
+        cost = latency(self.model, self.example) if own.cost == "latency" else own.cost
+        return Fitness(own.quality, [batch], cost=cost, weight=own.weight, budget=self.config.budget,
                        k_min=self.config.k_min)
 
     def _calibration(self) -> list[Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..measure import latency_ms
 from ..population import GeneSpace, PopulationEvaluator, compact
 from ..population.space import COSTS
 from .algorithms import Scores
@@ -189,18 +188,10 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Me
     of `example_input`, and the number of threads, with every figure.
     """
 
-    @torch.no_grad()
     def milliseconds(masks: Tensor) -> Tensor:
-        out = []
-        for mask in masks:  # one network at a time is what is measured
-            small, times = compact(model, mask, example_input).eval(), []
-            small(example_input)
-            for _ in range(repeats):
-                start = time.perf_counter()
-                small(example_input)
-                times.append(time.perf_counter() - start)
-            out.append(1e3 * statistics.median(times))
-        return torch.tensor(out, dtype=torch.float64)
+        # One network at a time is what is measured.
+        return torch.tensor([latency_ms(compact(model, mask, example_input), (example_input,), repeats)
+                             for mask in masks], dtype=torch.float64)
 
     milliseconds.__qualname__ = f"latency(batch={len(example_input)}, repeats={repeats})"
     return milliseconds
