@@ -235,9 +235,9 @@ def written(results: dict[str, Any]) -> str:
         "## The whole path at ImageNet's size\n\n"
         f"1,000 classes, 224 x 224, new weights and noise for images, since speed is all that is claimed: "
         f"{LARGE_SIZE} individuals by {LARGE_GENERATIONS} generations of ECS, on {LARGE_IMAGES} images (and, with "
-        "batch norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest difference "
-        "from torch's logits, relative to the largest logit. Peak memory is the process's, with torch in it.\n\n"
-        f"{machines('paths')}\n\n"
+        "batch norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest "
+        "difference from torch's logits, relative to the largest logit. Peak memory is the process's, with torch in it."
+        f"\n\n{machines('paths')}\n\n"
         + table(columns, body) + "\n")
     return "\n".join(text)
 
