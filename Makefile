@@ -1,6 +1,7 @@
 # make test    sets everything up and runs the tests
 # make demo    sets everything up, trains a teacher and distils it into a small student
-# make bench   benchmarks against every peer; writes cpu, population.{json,md,png} and end_to_end.{json,md} in bench/results
+# make bench   benchmarks against every peer; writes cpu, population.{json,md,png}, end_to_end, evolution and
+#              compression.{json,md} in bench/results
 # All work happens in .venv and .build; `make clean` removes both.
 
 PYTHON ?= python3
@@ -68,6 +69,8 @@ bench: setup
 	$(BIN)/pytest bench/test_population.py --benchmark-json=bench/results/population.json
 	$(BIN)/python -m bench.report bench/results/population.json
 	$(BIN)/python -m bench.end_to_end
+	$(BIN)/python -m bench.evolution
+	$(BIN)/python -m bench.compression
 
 lint: setup
 	$(PIP) ruff mypy
