@@ -292,7 +292,7 @@ def grid(
                                                           "finished ones anew, all on this machine. Let nothing else "
                                                           "run."),
 ) -> None:
-    """Run the missing cells of a table of experiments; finished ones are never touched."""
+    """Run the missing cells of a table of experiments; of finished ones, --measure alone changes the timings."""
     from . import grid as engine
     from .checkpoint import CheckpointError
     from .settings import ConfigError

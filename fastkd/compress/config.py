@@ -38,7 +38,7 @@ class TrainConfig(Strict):
     """Random crops of images padded by an eighth, and mirror images."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward passes in training; with bfloat16 under torch's autocast: weights, their updates, batch
-    statistics and losses stay float32. ResNet-20 takes half the time on a CPU that multiplies matrices in it (AMX)."""
+    statistics and losses stay float32. For processors that multiply matrices in it."""
 
 
 class FinetuneConfig(TrainConfig):
