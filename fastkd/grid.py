@@ -259,7 +259,9 @@ def write_table(plan: Plan) -> Path:
                   "weights and batch-norm statistics of its own, *fine-tuned* is after training. What is left of "
                   "MACs and parameters is in percent of the full network's. *Faster* is its measured latency over "
                   "the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on "
-                  "images apart from those of validation and test. A cell that has not been run is shown as such.", ""]
+                  "images apart from those of validation and test. *Hypervolume*, where a front was searched for: "
+                  "how much of the rectangle of score and MACs the networks of the front dominate on test images, in "
+                  "percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as such.", ""]
     for experiment in sorted(plan.experiments, key=lambda e: e.priority):
         lines += [f"## {experiment.title}", ""]
         if experiment.note:
@@ -296,9 +298,11 @@ def _students(experiment: Experiment, cells: Records) -> Iterator[str]:
 def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
     records = [r for found in cells.values() for r in found]
     tuned = any("finetuned" in r["compact"]["stages"] for r in records)
+    fronts = any(r["search"]["algorithm"] == "nsga2" for r in records)
     score = "agreement" if any(r["score"] == "agreement" for r in records) else "test"
     headings = ["", *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
-                "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s"]
+                "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s",
+                *(["hypervolume"] if fronts else [])]
     yield "| " + " | ".join(headings) + " |"
     yield "|---|" + "---:|" * (len(headings) - 1)
     if records:
@@ -307,10 +311,10 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
         yield "| " + " | ".join(["full network", *([tests, tests] if tuned else [tests]),
                                  mean_interval([d["val"] for d in dense]), str(len(dense)),
                                  f"{records[0]['dense']['macs'] / 1e6:.2f} M",
-                                 f"{records[0]['dense']['parameters']:,}", "", "", ""]) + " |"
+                                 f"{records[0]['dense']['parameters']:,}", "", "", "", *[""] * fronts]) + " |"
     for row, found in cells.items():
         if not found:
-            yield f"| {row} | not yet run |" + ("" if not tuned else " |") + f" | 0 of {experiment.seeds} | | | | | |"
+            yield f"| {row} | not yet run |" + " |" * tuned + f" | 0 of {experiment.seeds} |" + " |" * (5 + fronts)
             continue
         small = [r["compact"] for r in found]
         # What the search found, before any training.
@@ -324,4 +328,20 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
             mean_interval([c["val"] for c in small]), f"{len(found)} of {max(experiment.seeds, len(found))}",
             f"{share['macs']:.1f}", f"{share['parameters']:.1f}", f"{faster[0]:.2f}x / {faster[1]:.2f}x",
             f"{statistics.mean(r['search']['evaluations'] for r in found):,.0f}",
-            f"{statistics.mean(r['search']['seconds'] for r in found):.0f}"]) + " |"
+            f"{statistics.mean(r['search']['seconds'] for r in found):.0f}",
+            *([mean_interval([_volume(r["search"]) for r in found])] if fronts else [])]) + " |"
+
+
+def _volume(search: dict[str, Any]) -> float:
+    """Percent of the rectangle of quality and cost that a front dominates on test images. Of uniform L1: its ladder,
+    as far as the budget allows."""
+    front, full = search["front"], search["full_cost"]
+    points = list(zip(front["test"], front["cost"], strict=True))
+    if search["algorithm"] == "l1":
+        points += [(q, c) for q, c in zip(search["l1"]["test"], search["l1"]["cost"], strict=True)
+                   if c <= max(front["cost"])]
+    volume, best = 0.0, 0.0
+    for cost, quality in sorted((c / full, q) for q, c in points):  # the cheapest first
+        volume += max(quality - best, 0.0) * (1 - cost)
+        best = max(best, quality)
+    return 100 * volume

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from fastkd.compress import (
     run,
     train,
 )
-from fastkd.evolve import Fitness, Limits
+from fastkd.evolve import Fitness, Limits, global_norm, mask_id
 from fastkd.population import load, trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,6 +291,50 @@ def test_uniform_l1_keeps_the_largest_filters():
     for group in space.groups:
         own, l1 = mask[group.start:group.start + group.size], space.l1[group.start:group.start + group.size]
         assert l1[own].min() >= l1[~own].max()
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+def test_global_norm_ranks_as_torch_pruning_does(ratio):
+    torch.manual_seed(0)
+    model, example = models.build_cnn("lenet").eval(), torch.zeros(1, 1, 28, 28)
+    space = trace(model, example)
+    assert torch.equal(global_norm(space, 1 - ratio)[0], controls._depgraph(model, example, space, ratio))
+
+
+def test_a_start_from_norms(tmp_path):
+    """The search begins with the largest norms that hold the budget, by both ways, and ends no worse."""
+    own = dict(population=16, generations=1, start_norm=True)
+    for start_l1 in (False, True):
+        r = compress(config(algorithm={**own, "start_l1": start_l1}), 0, tmp_path / str(start_l1), shared=tmp_path)
+        seen = dict(zip(*(r["search"]["individuals"][k] for k in ("id", "quality")), strict=True))
+        model = run.build(config().model).eval()
+        model.load_state_dict(load_file(next(tmp_path.glob("dense-*/weights.safetensors"))))
+        space = trace(model, torch.zeros(1, 1, 8, 8))
+        limits = Limits(space, {"macs": 0.5})
+        for coupled in (False, True):
+            ladder = partial(global_norm, space, coupled=coupled)
+            density = max(k / 256 for k in range(257) if limits.within(limits.counts(ladder(k / 256))))
+            for mask in limits.repair(ladder(torch.tensor([density, density / 2]))):
+                assert mask_id(mask) in seen
+                assert r["search"]["history"][0]["quality"] >= seen[mask_id(mask)]
+
+
+def test_a_front_on_test_images(tmp_path):
+    """Is that of the networks themselves: the share of right classes."""
+    r = compress(config(fitness={"images": 170}, algorithm={"name": "nsga2", "population": 8}, finetune={"epochs": 0}), 0,
+                 tmp_path)
+    search = r["search"]
+    front = search["front"]
+    assert 1 <= len(front["test"]) == len(front["mask"]) and len(search["l1"]["test"]) == 16
+    assert search["l1"]["test"][-1] == pytest.approx(r["dense"]["test"] / 100, abs=0.03)  # its own statistics
+    at = front["id"].index(search["chosen"])
+    assert front["test"][at] == pytest.approx(r["compact"]["stages"]["recalibrated"]["test"] / 100, abs=0.003)
+    best, volume = 0.0, 0.0
+    for x in np.arange(0.0005, 1, 0.001):  # of MACs; for each the best that is no dearer
+        best = max([q for q, c in zip(front["test"], front["cost"], strict=True) if c <= x * search["full_cost"]],
+                   default=0.0)
+        volume += best * 0.001
+    assert grid._volume(search) == pytest.approx(100 * volume, abs=0.2) and volume > 0.2
 
 
 def test_depgraph_removes_what_torch_pruning_removes():
@@ -557,8 +602,8 @@ def test_cosine_ends_at_zero():
     assert train._rate(own.model_copy(update={"schedule": "constant"}), 10, 10) == own.lr
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"precision": "bfloat16"}],
-                         ids=lambda changes: "-".join(changes.values()))
+@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"precision": "bfloat16"},
+                                     {"channels_last": True}], ids=lambda changes: "-".join(map(str, *changes.items())))
 def test_training_resumes(tmp_path, changes):
     from fastkd import data
 
@@ -601,6 +646,26 @@ def test_precision_of_training(tmp_path):
         assert all(p.dtype == torch.float32 for p in student.state_dict().values() if p.is_floating_point())
         losses[precision] = [h["loss"] for h in history]
     assert losses["bfloat16"] != losses["float32"] and losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_memory_order_of_training(tmp_path):
+    """Of images and weights, while it lasts; what comes out differs by rounding alone."""
+    from fastkd import data
+
+    images, losses = data.load_images("digits.npz"), {}
+    for last in (False, True):
+        own = config(finetune={"channels_last": last, "kd": 1.0, "epochs": 2}).finetune
+        torch.manual_seed(0)
+        student, teacher = run.build(config().model), run.build(config().model).eval()
+        seen: set = set()  # an image of one channel has both orders
+        for net in (student, teacher):
+            net.conv2.register_forward_hook(lambda m, x, out, last=last: seen.update(
+                t.is_contiguous(memory_format=torch.channels_last) for t in ((*x, m.weight, out) if last else [m.weight])))
+        history = train.fit(student, images, ["train"], own, 0, tmp_path / str(last), lambda m: 0.0, teacher=teacher)
+        assert seen == {last}
+        assert all(w.is_contiguous() for net in (student, teacher) for w in net.state_dict().values())
+        losses[last] = [h["loss"] for h in history]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
 # --- plans -----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from fastkd.evolve import (
     World,
     crowding_distance,
     evolve,
+    global_norm,
     hypervolume,
     latency,
     mask_id,
@@ -45,6 +46,7 @@ from fastkd.evolve import (
     pareto,
     uniform_l1,
 )
+from fastkd.evolve.budget import largest
 from fastkd.models import build_cnn
 from fastkd.population import GeneSpace, Group, trace
 
@@ -515,6 +517,59 @@ def test_uniform_l1(resnet):
     assert torch.equal(uniform_l1(resnet, 0.5)[0], masks[1])
     with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got 2"):
         uniform_l1(resnet, 2)
+
+
+class Coupled(torch.nn.Module):
+    """Whatever a filter can be coupled to."""
+
+    def __init__(self):
+        super().__init__()
+        conv = torch.nn.Conv2d
+        self.a, self.norm = conv(2, 6, 3, padding=1), torch.nn.BatchNorm2d(6)
+        self.wise, self.b = conv(6, 6, 3, padding=1, groups=6), conv(6, 6, 1)
+        self.fc1, self.fc2 = torch.nn.Linear(6 * 4, 5), torch.nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.a(x)))
+        y = y + self.b(self.wise(y))
+        return self.fc2(torch.relu(self.fc1(y.flatten(1))))
+
+
+def test_global_norm():
+    torch.manual_seed(0)
+    model = Coupled().eval()
+    torch.nn.init.uniform_(model.norm.weight)
+    space = trace(model, torch.zeros(2, 2, 2, 2))
+    s = {name: p.detach().double().square() for name, p in model.named_parameters()}
+    # b makes the same channels as a, and a filter of wise is the channel that it reads.
+    of_a = [s["a.weight"].sum((1, 2, 3)), s["norm.weight"], s["wise.weight"].sum((1, 2, 3)),
+            s["b.weight"].sum((0, 2, 3)), s["b.weight"].sum((1, 2, 3)), s["fc1.weight"].reshape(5, 6, 4).sum((0, 2))]
+    norms = {"a": torch.stack(of_a).mean(0), "fc1": (s["fc1.weight"].sum(1) + s["fc2.weight"].sum(0)) / 2}
+    want = torch.cat([norms[g.name] / norms[g.name].mean() for g in space.groups])
+    assert [g.name for g in space.groups] == ["a", "fc1"]
+    for count in range(space.num_genes + 1):
+        mask = global_norm(space, count / space.num_genes, k_min=0)[0]
+        assert torch.equal(mask, want >= want.sort(descending=True).values[count - 1] if count else want > want.max())
+    want = want * torch.tensor([6.0] * 6 + [2.0] * 5)  # the channels of a, on which most depends, stay the longest
+    for count in range(1, space.num_genes + 1):
+        mask = global_norm(space, count / space.num_genes, k_min=0, coupled=True)[0]
+        assert torch.equal(mask, want >= want.sort(descending=True).values[count - 1])
+    masks = global_norm(space, torch.tensor([0.0, 0.5, 1.0]), k_min=2)
+    assert masks.shape == (3, space.num_genes) and masks[2].all() and bool((masks[1] >= masks[0]).all())
+    assert Limits(space).counts(masks)[0].tolist() == [2, 2]
+    with pytest.raises(ValueError, match=r"density must be in \[0, 1\], got -1"):
+        global_norm(space, -1)
+
+
+def test_global_norm_of_shortcuts_with_padding(resnet):
+    """Of all that option A couples; the largest that hold a budget are the densest that do."""
+    limits = Limits(resnet, {"macs": 0.6})
+    density = largest(limits, lambda d: global_norm(resnet, d))
+    at, more = global_norm(resnet, torch.tensor([density, density + 1 / 256]))[:, None]
+    assert bool(limits.within(limits.counts(at))) and not bool(limits.within(limits.counts(more)))
+    kept = limits.counts(at)[0] / limits.sizes
+    assert kept.min() < kept.max(), "every layer lost as much"
+    assert largest(Limits(resnet), lambda d: global_norm(resnet, d)) == 1
 
 
 # --- fitness -----------------------------------------------------------------------------------------

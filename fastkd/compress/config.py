@@ -39,6 +39,9 @@ class TrainConfig(Strict):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of forward and backward passes in training; with bfloat16 under torch's autocast: weights, their updates, batch
     statistics and losses stay float32. For processors that multiply matrices in it."""
+    channels_last: bool = False
+    """Training with images and weights in that order in memory, which convolutions of many processors take faster. Not
+    for a network that views the result of a convolution as a matrix (``x.view``; ``x.flatten`` can)."""
 
 
 class FinetuneConfig(TrainConfig):
@@ -72,6 +75,9 @@ class AlgorithmConfig(Strict):
     generations: int = Field(default=50, ge=1)
     start_l1: bool = False
     """A quarter of the initial population are the filters of largest l1, at as many densities."""
+    start_norm: bool = False
+    """A quarter are the filters of largest norm in the whole network, at the budget and below, with and without what is
+    coupled to them (:func:`fastkd.evolve.global_norm`)."""
 
 
 class ExportConfig(Strict):

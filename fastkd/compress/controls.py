@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..evolve import Limits
+from ..evolve.budget import largest
 from ..population import GeneSpace
 from ..settings import ConfigError
 
 __all__ = ["CONTROLS", "control"]
 
 CONTROLS = ("l1", "torch-pruning")
-STEPS = 256  # of pruning ratios that are tried
 
 
 def control(name: str, model: nn.Module, example_input: Tensor, limits: Limits) -> Tensor:
@@ -37,16 +37,13 @@ def control(name: str, model: nn.Module, example_input: Tensor, limits: Limits) 
         raise ConfigError(f"algorithm.name = {name!r} needs a budget, such as budget.macs=0.4: it has no fitness")
     if name == "l1":
         return limits.repair(limits.space.ones(1))[0]
-    least, most = 0, STEPS  # the least ratio that is enough
-    while most - least > 1:
-        middle = (least + most) // 2
-        mask = _depgraph(model, example_input, limits.space, middle / STEPS)
-        if bool(limits.within(limits.counts(mask[None]))[0]):
-            most = middle
-        else:
-            least = middle
-    mask = _depgraph(model, example_input, limits.space, most / STEPS) if most < STEPS else torch.zeros_like(mask)
-    return limits.repair(mask[None])[0]
+
+    def ladder(density: float) -> Tensor:
+        if density == 0:  # that package leaves something
+            return torch.zeros(1, limits.space.num_genes, dtype=torch.bool)
+        return _depgraph(model, example_input, limits.space, 1 - density)[None]
+
+    return limits.repair(ladder(largest(limits, ladder)))[0]
 
 
 def _depgraph(model: nn.Module, example_input: Tensor, space: GeneSpace, ratio: float) -> Tensor:

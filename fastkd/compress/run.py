@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from .. import checkpoint as files
 from ..config import environment
 from ..data import load_images
 from ..data.files import cache_folder
-from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
+from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, global_norm, latency, mask_id, uniform_l1
+from ..evolve.budget import largest
 from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
 from ..population.trace import trace
@@ -36,6 +38,8 @@ __all__ = ["build", "compress", "measure_again"]
 
 SCHEMA = 1  # of records
 DENSITIES = 16  # of the uniform-L1 control beside every search
+TESTED = 3  # times as many images of the test part as the search had: on which its front is measured, at most
+PIECE = 8  # networks between two signs of life to the other ranks
 Progress = Callable[[str, int, int, dict[str, Any]], None]
 """(what is done, steps of it, all its steps, latest record)"""
 
@@ -234,15 +238,19 @@ class _Run:
     def _fitness(self) -> Fitness:
         own = self.config.fitness
         self._calibration()
-        x, y = self.data.part("fitness", own.images)
-        if y is None and own.quality in ("accuracy", "loss"):
+        batch = self._batch("fitness", own.images)
+        if not isinstance(batch, tuple) and own.quality in ("accuracy", "loss"):
             raise ConfigError(f"fitness.quality = {own.quality!r} needs labels, and data {self.data.name} has none: "
                               "take agreement")
-        x = x.to(self.world.device)
-        batch: Any = x if y is None else (x, y)
         cost = latency(self.model, self.example) if own.cost == "latency" else own.cost
         return Fitness(own.quality, [batch], cost=cost, weight=own.weight, budget=self.config.budget,
                        k_min=self.config.k_min)
+
+    def _batch(self, part: str, images: int) -> Any:
+        """What a fitness takes: images, and labels if there are any."""
+        x, y = self.data.part(part, images)
+        x = x.to(self.world.device)
+        return x if y is None else (x, y)
 
     def _calibration(self) -> list[Tensor]:
         own = self.config.fitness
@@ -264,44 +272,58 @@ class _Run:
         record: dict[str, Any]
         if algorithm is None:
             mask = self.world.first(lambda: control(self.algorithm, self.model, self.example, limits))
-            values = fitness.measure(evaluator, limits, mask[None])
-            alone = _columns([mask_id(mask)], values[:, 0], values[:, 1], mask[None])
+            masks = mask[None]
+            values = fitness.measure(evaluator, limits, masks)
+            alone = _columns([mask_id(mask)], values[:, 0], values[:, 1], masks)
             record = {"evaluations": 1, "seconds": time.perf_counter() - start, "history": [], "individuals": alone,
-                      "front": alone}
+                      "front": dict(alone)}
         else:
             result = evolve(evaluator, fitness, algorithm, own.population, own.generations, self.seed,
                             initial=self._initial(space, limits), checkpoint=folder, callback=self._heard(),
                             world=self.world)
             mask, front, seen = result.best.cpu(), result.front, result.seen
+            masks = front.masks.cpu()
             record = {"evaluations": result.evaluations, "seconds": result.history[-1]["seconds"],
                       "history": result.history,
                       "individuals": _columns(seen.ids, seen.quality, seen.cost),
                       "front": _columns([mask_id(m) for m in front.masks], front.quality, front.cost, front.masks)}
 
-        def write() -> dict[str, Any]:
+        def write(tick: Callable[[], object]) -> dict[str, Any]:
             densities = [(k + 1) / DENSITIES for k in range(DENSITIES)]
             ladder = uniform_l1(space, torch.tensor(densities, dtype=torch.float64), self.config.k_min)
             steps = fitness.measure(evaluator, limits, ladder)  # the last one is the full network
+            # The search looked at the quality of hundreds of networks, which flatters those that it kept.
+            images = min(TESTED * self.config.fitness.images, len(self.data.images["test"]))
+            held_out, parts = Fitness(fitness.quality, [self._batch("test", images)]), []
+            for some in torch.cat((masks, ladder)).split(PIECE):
+                parts.append(held_out.measure(evaluator, limits, some)[:, 0])
+                tick()
+            tested = torch.cat(parts).tolist()
+            record["front"]["test"] = tested[:len(masks)]
             record.update({
                 "algorithm": self.algorithm, "population": own.population if algorithm is not None else 1,
                 "generations": own.generations if algorithm is not None else 1, "quality": self.config.fitness.quality,
                 "cost": self.config.fitness.cost, "full_quality": float(steps[-1, 0]),
                 "full_cost": float(steps[-1, 1]), "chosen": mask_id(mask), "mask": _hex(mask),
-                "l1": {"density": densities, **_columns(None, steps[:, 0], steps[:, 1])}})
+                "l1": {"density": densities, **_columns(None, steps[:, 0], steps[:, 1]),
+                       "test": tested[len(masks):]}})
             files.write_json(file, record)
             for name in ("checkpoint.safetensors", "previous.safetensors"):
                 (folder / name).unlink(missing_ok=True)
             return record
 
-        return self.world.first(write)
+        return self.world.first_at_length(write)
 
     def _initial(self, space: GeneSpace, limits: Limits) -> Tensor | None:
-        own = self.config.algorithm
+        own, k_min = self.config.algorithm, self.config.k_min
         count = own.population // 4
-        if not own.start_l1 or not count:
-            return None
-        densities = (torch.arange(count, dtype=torch.float64) + 1) / count
-        return limits.repair(uniform_l1(space, densities, self.config.k_min))
+        densities = (torch.arange(count, dtype=torch.float64) + 1) / max(count, 1)
+        given = [uniform_l1(space, densities, k_min)] if own.start_l1 else []
+        for coupled in (False, True) if own.start_norm else ():
+            ladder = partial(global_norm, space, k_min=k_min, coupled=coupled)
+            half = torch.arange((count + 1 - coupled) // 2, dtype=torch.float64)
+            given.append(ladder(largest(limits, ladder) * (1 - half / max(len(half), 1))))
+        return limits.repair(torch.cat(given)) if given and count else None
 
     def _heard(self) -> Sequence[Callable[[Result], object]]:
         def told(result: Result) -> None:

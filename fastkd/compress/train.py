@@ -58,6 +58,11 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
                           "network's knowledge")
     device = next(model.parameters()).device
     low = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    if kd:
+        assert teacher is not None
+        teacher = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
     images = torch.cat([data.images[part] for part in parts]).to(device)
     labels = torch.cat([data.labels[part] for part in parts]).to(device) if labelled else None
     steps = -(-len(images) // config.batch_size)
@@ -89,6 +94,7 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
                     group["lr"] = _rate(config, epoch * steps + step, config.epochs * steps)
                 batch = images[rows]
                 x = data.normalised(_augmented(batch, generator) if config.augment else batch)
+                x = x.contiguous(memory_format=layout)
                 with low():
                     logits = model(x).float()
                 loss = F.cross_entropy(logits, labels[rows]) if labels is not None else logits.new_zeros(())
@@ -123,6 +129,7 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
             if stop.is_set() and epoch + 1 < config.epochs:
                 raise Stopped(f"stopped after epoch {epoch + 1} of training; the same command goes on from there")
     model.load_state_dict(best)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
     return history
 

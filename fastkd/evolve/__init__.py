@@ -8,7 +8,7 @@ from ..stopping import Stopped
 from ..world import RankLost, World
 from .adapter import Pymoo
 from .algorithms import ALGORITHMS, ECS, GA, NSGA2, Algorithm, Random, Scores
-from .budget import Limits, uniform_l1
+from .budget import Limits, global_norm, uniform_l1
 from .fitness import QUALITIES, Fitness, FitnessError, latency
 from .pareto import crowding_distance, hypervolume, nondominated, nondominated_sort
 from .run import Individuals, Result, Seen, TensorBoard, evolve, mask_id
@@ -36,6 +36,7 @@ __all__ = [
     "World",
     "crowding_distance",
     "evolve",
+    "global_norm",
     "hypervolume",
     "latency",
     "mask_id",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..population import GeneSpace
 from ..population.space import COSTS
 
-__all__ = ["Limits", "uniform_l1"]
+__all__ = ["Limits", "global_norm", "largest", "uniform_l1"]
 
 BLOCK = 1 << 22  # genes worked on at once
+STEPS = 256  # of densities that are tried
 
 
 class Limits:
@@ -184,12 +185,87 @@ def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Ten
     Returns:
         bool [D, genes], round(density * size) of each group, ties up.
     """
-    d = torch.as_tensor(density, dtype=torch.float64).reshape(-1, 1)
-    if not bool(((d >= 0) & (d <= 1)).all()):
-        raise ValueError(f"density must be in [0, 1], got {density}")
+    d = _densities(density)
     out = torch.zeros(len(d), space.num_genes, dtype=torch.bool)
     for g in space.groups:
         keep = (d * g.size + 0.5).floor().clamp(min=min(k_min, g.size))
         strongest = space.l1[g.start:g.start + g.size].argsort(descending=True, stable=True)
         out[:, g.start + strongest] = torch.arange(g.size) < keep
     return out
+
+
+def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, coupled: bool = False) -> Tensor:
+    """The filters of largest norm in the whole network, so that some layers lose more than others: the group norm by
+    which DepGraph ranks, Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900.
+
+    A gene's norm is the mean, over the weights of convolutions, linear layers and batch normalisation that go with it
+    (as their output and as their input), of the sum of squares, relative to the mean of its group. Unlike that
+    package's, it also ranks the filters that an option-A shortcut couples.
+
+    Args:
+        density: in [0, 1], or float [D].
+        k_min: filters that every group keeps, or all where it has fewer.
+        coupled: a gene's norm counts as often as there are weights that go with it, which keeps the channels of
+            shortcuts, on which many layers depend, until little else is left.
+
+    Returns:
+        bool [D, genes], the round(density * genes) largest, ties up, and what k_min adds.
+    """
+    d = _densities(density)
+    norm = _group_norm(space, coupled)
+    place = torch.empty(space.num_genes, dtype=torch.int64)
+    place[norm.argsort(descending=True, stable=True)] = torch.arange(space.num_genes)
+    out = place < (d * space.num_genes + 0.5).floor()
+    for g in space.groups:
+        strongest = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)[:k_min]
+        out[:, g.start + strongest] = True
+    return out
+
+
+def largest(limits: Limits, ladder: Callable[[float], Tensor]) -> float:
+    """The largest density, in steps, with which a ladder's mask, bool [1, genes], holds the budget; 0 if none does."""
+    low, high = 0, STEPS
+    while low < high:
+        middle = (low + high + 1) // 2
+        if bool(limits.within(limits.counts(ladder(middle / STEPS)))[0]):
+            low = middle
+        else:
+            high = middle - 1
+    return low / STEPS
+
+
+def _densities(density: float | Tensor) -> Tensor:
+    """float64 [D, 1]"""
+    d = torch.as_tensor(density, dtype=torch.float64).reshape(-1, 1)
+    if not bool(((d >= 0) & (d <= 1)).all()):
+        raise ValueError(f"density must be in [0, 1], got {density}")
+    return d
+
+
+def _group_norm(space: GeneSpace, coupled: bool) -> Tensor:
+    """float64 [genes]"""
+    total, count = (torch.zeros(space.num_genes, dtype=torch.float64) for _ in range(2))
+
+    def add(value: int, squares: Tensor) -> None:
+        """Sums of squares [channels] of one side of a module."""
+        genes = space.values[value].genes
+        on = genes >= 0
+        # A channel may be there several times, as after flattening: they are one.
+        total.index_add_(0, genes[on], squares.cpu()[on])
+        count[genes[on].unique()] += 1
+
+    for op in space.ops:
+        weight = getattr(op.module, "weight", None)
+        if weight is None or op.kind not in ("conv", "linear", "batch_norm"):
+            continue
+        squares = weight.detach().double().square()
+        add(op.output, squares.flatten(1).sum(1) if squares.dim() > 1 else squares)
+        if op.kind != "batch_norm" and not op.depthwise:  # whose filters are its channels
+            groups = op.module.groups if isinstance(op.module, nn.Conv2d) else 1
+            squares = squares.flatten(2).sum(2) if squares.dim() > 2 else squares  # [out, in / groups]
+            add(op.inputs[0], squares.reshape(groups, -1, squares.shape[1]).sum(1).flatten())
+    norm = total / count.clamp(min=1)
+    for g in space.groups:
+        own = norm[g.start:g.start + g.size]
+        own /= own.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    return norm * count if coupled else norm

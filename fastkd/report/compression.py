@@ -147,9 +147,10 @@ def parse(content: dict[str, Any]) -> Compressed:
         number(layer["size"]), number(layer["kept"])
     search = run.search
     for kind in ("individuals", "front", "l1"):
-        if len(search[kind]["quality"]) != len(search[kind]["cost"]):
+        columns = [search[kind][key] for key in ("quality", "cost", "test") if key in search[kind] or key != "test"]
+        if len({len(column) for column in columns}) != 1:
             raise ValueError(f"search.{kind} has columns of different lengths")
-        for x in (*search[kind]["quality"], *search[kind]["cost"]):
+        for x in (x for column in columns for x in column):
             number(x)
     number(search["full_quality"]), number(search["full_cost"]), number(search["evaluations"])
     genes = sum(layer["size"] for layer in content["layers"])
@@ -351,6 +352,10 @@ def _front(run: Compressed, whose: str) -> Made:
     front = sorted(zip(search["front"]["cost"], search["front"]["quality"], strict=True))
     ax.plot([100 * c / full for c, _ in front], [scale * q for _, q in front], color=BLUE, linewidth=1.2,
             label="front")
+    if tested := search["front"].get("test"):  # older records have none
+        points = sorted(zip(search["front"]["cost"], tested, strict=True))
+        ax.plot([100 * c / full for c, _ in points], [scale * q for _, q in points], color=BLUE, linewidth=1,
+                linestyle=(0, (3, 2)), label="front, on test images")
     ladder = sorted(zip(search["l1"]["cost"], search["l1"]["quality"], strict=True))
     ax.plot([100 * c / full for c, _ in ladder], [scale * q for _, q in ladder], color=GREY, marker="s", markersize=3,
             linewidth=1, label="uniform L1")
@@ -363,8 +368,10 @@ def _front(run: Compressed, whose: str) -> Made:
     ax.set_ylabel(f"{search['quality']} on the fitness images" + (" (%)" if accuracy else ""))
     ax.set_xlim(0, 103)
     ax.legend(loc="lower right")
-    caption = (f"{whose}: {len(cost):,} networks that were evaluated, those that no other one beats in both, and the "
-               "same share of every layer's filters by their L1 norm. On the page, a disc tells its mask's name.")
+    caption = (f"{whose}: {len(cost):,} networks that were evaluated, those that no other one beats in both"
+               + (", these also on test images, where selection does not flatter them" if tested else "")
+               + ", and the same share of every layer's filters by their L1 norm. On the page, a disc tells its mask's "
+               "name.")
     return figure, caption, {"individuals": texts}
 
 
