@@ -1,8 +1,8 @@
-"""What a search and a smaller network save: seconds per generation, and speed-up against multiply-adds; and what the
-whole path takes at ImageNet's size.
+"""What a search and a smaller network save: seconds per generation, and speed-up against multiply-adds; what
+fine-tuning takes in each precision and order of memory; and what the whole path takes at ImageNet's size.
 
-``python -m bench.compression [--only NETWORK ...] [--generations G]`` writes results/compression.json and .md, on the
-CPU; of networks that are not named, what the file has stays.
+``python -m bench.compression [--only NETWORK ...] [--parts PART ...] [--generations G]``, on the CPU, writes
+results/compression.json and .md; of networks and parts that are not named, what the file has stays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 
 from fastkd import PopulationEvaluator, compact, evolve
 from fastkd.compress import load_config
+from fastkd.compress.config import FinetuneConfig
 from fastkd.compress.export import to_onnx
-from fastkd.compress.train import recalibrate
+from fastkd.compress.train import fit, recalibrate
+from fastkd.data.images import Images
 from fastkd.evolve import ECS, Fitness, Limits
 from fastkd.population import trace
 
@@ -36,10 +38,14 @@ from .report import table
 from .test_lsp import environment, seconds, timer
 
 RESULTS = _ROOT / "bench" / "results" / "compression.json"
+PARTS = ("searches", "speed", "training", "paths")
 SIZE, IMAGES, CALIBRATION = 32, 500, 250
 SEARCHES = ("lenet", "resnet20", "resnet56")
 BUDGETS = (0.75, 0.5, 0.25)
 BATCHES = (1, 64)
+TUNED, TUNED_IMAGES = ("resnet20", "resnet56"), 1024
+WAYS = {f"{precision}, {'channels last' if last else 'contiguous'}": {"precision": precision, "channels_last": last}
+        for precision in ("float32", "bfloat16") for last in (False, True)}
 LARGE = ("alexnet", "vgg16", "resnet50")
 LARGE_SIZE, LARGE_IMAGES, LARGE_GENERATIONS = 8, 8, 3
 SIDES = {"sequential": "masked networks, one by one", "compact": "smaller networks, made and run one by one"}
@@ -146,6 +152,29 @@ def speed(name: str, rounds: int) -> list[dict[str, Any]]:
     return out
 
 
+def training(name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of an epoch of fine-tuning at half the multiply-adds, the full network as teacher; all ways in turn."""
+    case, g = CASES[name], torch.Generator().manual_seed(SEED)
+    x = torch.randint(256, (TUNED_IMAGES, *case.shape), generator=g, dtype=torch.uint8)
+    y = torch.randint(10, (TUNED_IMAGES,), generator=g)
+    data = Images("noise", 10, "drawn", {"train": x}, {"train": y}, (0.5,) * len(x[0]), (0.25,) * len(x[0]))
+    teacher = made(name)
+    space = trace(teacher, torch.zeros(1, *case.shape))
+    small = compact(teacher, Limits(space, {"macs": 0.5}).repair(space.ones(1))[0], space)
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
+    for k in range(rounds + 1):
+        for way, options in WAYS.items():
+            config = FinetuneConfig(epochs=1, kd=1.0, augment=True, lr=0.001, **options)  # type: ignore[arg-type]
+            model = copy.deepcopy(small)
+            with tempfile.TemporaryDirectory() as folder:
+                start = timer()
+                fit(model, data, ["train"], config, SEED, Path(folder) / "tuning.safetensors", lambda _: 0.0,
+                    teacher=teacher)
+                if k:  # the first is for caches
+                    taken[way].append(timer() - start)
+    return taken
+
+
 def path(name: str) -> dict[str, Any]:
     """From a network for 1,000 classes at 224 x 224, of new weights, to the ONNX file of a smaller one, with the budget
     of its recipe; meant for a process of its own, whose peak memory it is."""
@@ -222,6 +251,21 @@ def written(results: dict[str, Any]) -> str:
         f"does. *By multiply-adds*: what it would be if time were proportional to them.\n\n{machines('speed')}\n\n"
         + table(columns, body) + "\n")
     body = []
+    for name, own in results["training"].items():
+        first = next(iter(WAYS))
+        row = [name]
+        for way, t in own["seconds"].items():
+            gain = [a / b for a, b in zip(own["seconds"][first], t, strict=True)]
+            row.append(f"{1e3 * statistics.median(t) / TUNED_IMAGES:.2f}" + (
+                "" if way == first else f", **{statistics.median(gain):.2f}x** ({min(gain):.2f} to {max(gain):.2f})"))
+        body.append(row)
+    text.append(
+        "## Fine-tuning\n\n"
+        "Milliseconds per image, forward and backward, at half the multiply-adds with the full network as teacher, "
+        f"batches of 128, augmented: epochs of {TUNED_IMAGES:,} images, their weights saved. Ratios to the first: "
+        f"median (and range), all ways in turn.\n\n{machines('training')}\n\n"
+        + table(["network", *WAYS], body) + "\n")
+    body = []
     for name, r in results["paths"].items():
         t, left, full = r["seconds"], r["left"], r["full"]
         body.append([name, f"{r['genes']:,}", f"{t['trace']:.2f}", f"{t['search']:.1f}",
@@ -245,20 +289,23 @@ def written(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=[*CASES, *LARGE], default=[*CASES, *LARGE])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--generations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results: dict[str, Any] = {part: known.get(part, {}) for part in ("searches", "speed", "paths")}
+    results: dict[str, Any] = {part: known.get(part, {}) for part in PARTS}
     env = {"environment": environment(torch.device("cpu"))}
+    parts: list[tuple[str, Collection[str], Callable[[str], dict[str, Any]]]] = [
+        ("searches", SEARCHES, lambda name: search(name, args.generations)),
+        ("speed", CASES, lambda name: {"rows": speed(name, args.rounds)}),
+        ("training", TUNED, lambda name: {"seconds": training(name, args.rounds)}),
+        ("paths", LARGE, alone)]
     for name in args.only:
         print(name, flush=True)
-        if name in LARGE:
-            results["paths"][name] = env | alone(name)
-            continue
-        if name in SEARCHES:
-            results["searches"][name] = env | search(name, args.generations)
-        results["speed"][name] = env | {"rows": speed(name, args.rounds)}
+        for part, networks, run in parts:
+            if part in args.parts and name in networks:
+                results[part][name] = env | run(name)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(written(results))
     print(written(results))
