@@ -302,7 +302,7 @@ def test_global_norm_ranks_as_torch_pruning_does(ratio):
 
 
 def test_a_start_from_norms(tmp_path):
-    """The search begins with the largest norms that hold the budget, by both ways, and ends no worse."""
+    """The search begins with the largest norms that hold the budget, and ends no worse."""
     own = dict(population=16, generations=1, start_norm=True)
     for start_l1 in (False, True):
         r = compress(config(algorithm={**own, "start_l1": start_l1}), 0, tmp_path / str(start_l1), shared=tmp_path)
@@ -311,12 +311,14 @@ def test_a_start_from_norms(tmp_path):
         model.load_state_dict(load_file(next(tmp_path.glob("dense-*/weights.safetensors"))))
         space = trace(model, torch.zeros(1, 1, 8, 8))
         limits = Limits(space, {"macs": 0.5})
-        for coupled in (False, True):
-            ladder = partial(global_norm, space, coupled=coupled)
+        for power in run.COUPLED:
+            ladder = partial(global_norm, space, coupled=power)
             density = max(k / 256 for k in range(257) if limits.within(limits.counts(ladder(k / 256))))
-            for mask in limits.repair(ladder(torch.tensor([density, density / 2]))):
-                assert mask_id(mask) in seen
-                assert r["search"]["history"][0]["quality"] >= seen[mask_id(mask)]
+            mask = limits.repair(ladder(density))[0]
+            assert mask_id(mask) in seen and r["search"]["history"][0]["quality"] >= seen[mask_id(mask)]
+    masks = run._of_norm(limits, 7)
+    assert len(masks) == 7 == len(masks.unique(dim=0)) and bool(limits.within(limits.counts(masks)).all())
+    assert int(masks[-1].sum()) < int(masks[0].sum()), "none below the budget"
 
 
 def test_a_front_on_test_images(tmp_path):

@@ -550,10 +550,13 @@ def test_global_norm():
     for count in range(space.num_genes + 1):
         mask = global_norm(space, count / space.num_genes, k_min=0)[0]
         assert torch.equal(mask, want >= want.sort(descending=True).values[count - 1] if count else want > want.max())
-    want = want * torch.tensor([6.0] * 6 + [2.0] * 5)  # the channels of a, on which most depends, stay the longest
-    for count in range(1, space.num_genes + 1):
-        mask = global_norm(space, count / space.num_genes, k_min=0, coupled=True)[0]
-        assert torch.equal(mask, want >= want.sort(descending=True).values[count - 1])
+    for power in (0.5, 1):  # the channels of a, on which most depends, stay the longest
+        own = want * torch.tensor([6.0] * 6 + [2.0] * 5)**power
+        for count in range(1, space.num_genes + 1):
+            mask = global_norm(space, count / space.num_genes, k_min=0, coupled=power)[0]
+            assert torch.equal(mask, own >= own.sort(descending=True).values[count - 1])
+    with pytest.raises(ValueError, match="coupled must be at least 0, got -1"):
+        global_norm(space, 0.5, coupled=-1)
     masks = global_norm(space, torch.tensor([0.0, 0.5, 1.0]), k_min=2)
     assert masks.shape == (3, space.num_genes) and masks[2].all() and bool((masks[1] >= masks[0]).all())
     assert Limits(space).counts(masks)[0].tolist() == [2, 2]

@@ -76,8 +76,8 @@ class AlgorithmConfig(Strict):
     start_l1: bool = False
     """A quarter of the initial population are the filters of largest l1, at as many densities."""
     start_norm: bool = False
-    """A quarter are the filters of largest norm in the whole network, at the budget and below, with and without what is
-    coupled to them (:func:`fastkd.evolve.global_norm`)."""
+    """A quarter are the filters of largest norm in the whole network (:func:`fastkd.evolve.global_norm`), at the budget
+    with several weights of what is coupled to a filter, then below it."""
 
 
 class ExportConfig(Strict):

@@ -194,7 +194,7 @@ def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Ten
     return out
 
 
-def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, coupled: bool = False) -> Tensor:
+def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, coupled: float = 0.0) -> Tensor:
     """The filters of largest norm in the whole network, so that some layers lose more than others: the group norm by
     which DepGraph ranks, Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900.
 
@@ -205,13 +205,16 @@ def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, co
     Args:
         density: in [0, 1], or float [D].
         k_min: filters that every group keeps, or all where it has fewer.
-        coupled: a gene's norm counts as often as there are weights that go with it, which keeps the channels of
-            shortcuts, on which many layers depend, until little else is left.
+        coupled: the norm is multiplied by how many weights go with the gene, to this power: at 1 the channels of
+            shortcuts, on which many layers depend, stay until little else is left; at 0, as in DepGraph, it does not
+            count.
 
     Returns:
         bool [D, genes], the round(density * genes) largest, ties up, and what k_min adds.
     """
     d = _densities(density)
+    if not coupled >= 0:
+        raise ValueError(f"coupled must be at least 0, got {coupled}")
     norm = _group_norm(space, coupled)
     place = torch.empty(space.num_genes, dtype=torch.int64)
     place[norm.argsort(descending=True, stable=True)] = torch.arange(space.num_genes)
@@ -242,7 +245,7 @@ def _densities(density: float | Tensor) -> Tensor:
     return d
 
 
-def _group_norm(space: GeneSpace, coupled: bool) -> Tensor:
+def _group_norm(space: GeneSpace, coupled: float) -> Tensor:
     """float64 [genes]"""
     total, count = (torch.zeros(space.num_genes, dtype=torch.float64) for _ in range(2))
 
@@ -268,4 +271,4 @@ def _group_norm(space: GeneSpace, coupled: bool) -> Tensor:
     for g in space.groups:
         own = norm[g.start:g.start + g.size]
         own /= own.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return norm * count if coupled else norm
+    return norm * count**coupled
