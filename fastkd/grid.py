@@ -256,9 +256,10 @@ def write_table(plan: Plan) -> Path:
         lines += ["Compressed networks, made by `fastkd grid` from the records in `cells/`: accuracy (or agreement "
                   "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
                   "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
-                  "weights and batch-norm statistics of its own, *fine-tuned* is after training. What is left of "
-                  "MACs and parameters is in percent of the full network's. *Faster* is its measured latency over "
-                  "the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on "
+                  "weights and batch-norm statistics of its own, *fine-tuned* is after training. *Fitness* is what the "
+                  "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. What "
+                  "is left of MACs and parameters is in percent of the full network's. *Faster* is its measured latency "
+                  "over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on "
                   "images apart from those of validation and test. *Hypervolume*, where a front was searched for: "
                   "how much of the rectangle of score and MACs the networks of the front dominate on test images, in "
                   "percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as such.", ""]
@@ -301,20 +302,21 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
     fronts = any(r["search"]["algorithm"] == "nsga2" for r in records)
     score = "agreement" if any(r["score"] == "agreement" for r in records) else "test"
     headings = ["", *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
-                "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s",
+                "fitness", "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s",
                 *(["hypervolume"] if fronts else [])]
     yield "| " + " | ".join(headings) + " |"
     yield "|---|" + "---:|" * (len(headings) - 1)
     if records:
         dense = {r["seed"]: r["dense"] for r in records}.values()
         tests = mean_interval([d["test"] for d in dense])
-        yield "| " + " | ".join(["full network", *([tests, tests] if tuned else [tests]),
+        yield "| " + " | ".join(["full network", *([tests, tests] if tuned else [tests]), "",
                                  mean_interval([d["val"] for d in dense]), str(len(dense)),
                                  f"{records[0]['dense']['macs'] / 1e6:.2f} M",
                                  f"{records[0]['dense']['parameters']:,}", "", "", "", *[""] * fronts]) + " |"
     for row, found in cells.items():
         if not found:
-            yield f"| {row} | not yet run |" + " |" * tuned + f" | 0 of {experiment.seeds} |" + " |" * (5 + fronts)
+            left = " |" * (1 + tuned), f" | 0 of {experiment.seeds} |", " |" * (5 + fronts)
+            yield f"| {row} | not yet run |" + "".join(left)
             continue
         small = [r["compact"] for r in found]
         # What the search found, before any training.
@@ -325,11 +327,19 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
                   for b in ("1", "64")]
         yield "| " + " | ".join([
             row, mean_interval(before), *([mean_interval([c["test"] for c in small])] if tuned else []),
+            mean_interval([_chosen_by(r["search"]) for r in found]),
             mean_interval([c["val"] for c in small]), f"{len(found)} of {max(experiment.seeds, len(found))}",
             f"{share['macs']:.1f}", f"{share['parameters']:.1f}", f"{faster[0]:.2f}x / {faster[1]:.2f}x",
             f"{statistics.mean(r['search']['evaluations'] for r in found):,.0f}",
             f"{statistics.mean(r['search']['seconds'] for r in found):.0f}",
             *([mean_interval([_volume(r["search"]) for r in found])] if fronts else [])]) + " |"
+
+
+def _chosen_by(search: dict[str, Any]) -> float:
+    """What the network that was taken had on the images of the search; percent, where it is a share."""
+    own = search["individuals"]
+    quality = own["quality"][own["id"].index(search["chosen"])]
+    return 100 * quality if search["quality"] in ("accuracy", "agreement") else quality
 
 
 def _volume(search: dict[str, Any]) -> float:

@@ -688,7 +688,7 @@ def test_a_plan(tmp_path, monkeypatch):
                         real(model, data, parts, *a, **k))
     assert grid.run(plan, tmp_path / "work", limit=2) == 2
     table = (tmp_path / "RESULTS.md").read_text()
-    assert "## Small" in table and "A note." in table and "| fine-tuned | not yet run | | 0 of 1" in table
+    assert "## Small" in table and "A note." in table and "| fine-tuned | not yet run | | | 0 of 1" in table
     told = []
     assert grid.run(plan, tmp_path / "work", lambda cell, *a: told.append((cell.row, *a[:3]))) == 1
     assert trained == [["train"], ["train", "fitness"]], "the full network was trained more than once"
@@ -703,8 +703,11 @@ def test_a_plan(tmp_path, monkeypatch):
     for row, record in records.items():
         small, dense = record["compact"], record["dense"]
         assert lines[row][:2] == [f"{small['stages']['recalibrated']['test']:.2f}", f"{small['test']:.2f}"]
-        assert lines[row][4:6] == [f"{100 * small[k] / dense[k]:.1f}" for k in ("macs", "parameters")]
-    assert lines["l1"][7] == "1" and int(lines["ECS"][7]) > 6
+        assert lines[row][5:7] == [f"{100 * small[k] / dense[k]:.1f}" for k in ("macs", "parameters")]
+        own = record["search"]["individuals"]
+        chosen = own["quality"][own["id"].index(record["search"]["chosen"])]
+        assert lines[row][2] == f"{100 * chosen:.2f}"
+    assert lines["l1"][8] == "1" and int(lines["ECS"][8]) > 6
     assert grid.run(plan, tmp_path / "work") == 0
 
     file, told = tmp_path / "cells/small/l1/0.json", []
