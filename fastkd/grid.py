@@ -257,12 +257,13 @@ def write_table(plan: Plan) -> Path:
                   "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
                   "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
                   "weights and batch-norm statistics of its own, *fine-tuned* is after training. *Fitness* is what the "
-                  "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. What "
-                  "is left of MACs and parameters is in percent of the full network's. *Faster* is its measured latency "
-                  "over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search looked at, on "
-                  "images apart from those of validation and test. *Hypervolume*, where a front was searched for: "
-                  "how much of the rectangle of score and MACs the networks of the front dominate on test images, in "
-                  "percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as such.", ""]
+                  "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. "
+                  "What is left of MACs and parameters is in percent of the full network's. *Faster* is its measured "
+                  "latency over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search "
+                  "looked at, on images apart from those of validation and test. *Hypervolume*, where a front was "
+                  "searched for: how much of the rectangle of score and MACs the networks of the front dominate on test "
+                  "images, in percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as "
+                  "such.", ""]
     for experiment in sorted(plan.experiments, key=lambda e: e.priority):
         lines += [f"## {experiment.title}", ""]
         if experiment.note:
