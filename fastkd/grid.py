@@ -261,7 +261,7 @@ def write_table(plan: Plan) -> Path:
                   "What is left of MACs and parameters is in percent of the full network's. *Faster* is its measured "
                   "latency over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search "
                   "looked at, on images apart from those of validation and test. *Hypervolume*, where a front was "
-                  "searched for: how much of the rectangle of score and MACs the networks of the front dominate on test "
+                  "searched for: how much of the rectangle of score and MACs the front's networks dominate on test "
                   "images, in percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as "
                   "such.", ""]
     for experiment in sorted(plan.experiments, key=lambda e: e.priority):

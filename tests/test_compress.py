@@ -499,6 +499,8 @@ def test_a_loss_that_is_not_finite(tmp_path):
     (dict(algorithm={"name": "nsga"}), ConfigError, "must be one of ecs, ga, nsga2, random, l1, torch-pruning, got "
                                                      r"'nsga' \(did you mean 'nsga2'\?\)"),
     (dict(algorithm={"args": {"denisty": 1}}), ConfigError, "algorithm.args = .*denisty"),
+    (dict(export={"int8": True, "calibration_images": 901}), ConfigError,
+     "export.calibration_images = 901: .*'train' has 900 images, but 901 are asked for"),
     (dict(algorithm={"name": "l1"}, budget=None), ConfigError, "'l1' needs a budget"),
     (dict(model={"name": "lenett"}), ConfigError, r"did you mean 'lenet'\?\); your own is module:function"),
     (dict(model={"name": "nets:Big"}), ConfigError, "'nets:Big' cannot be imported"),

@@ -157,6 +157,8 @@ class _Run:
         limits = self._limits(space)
         self._algorithm()
         self._fitness()
+        if self.config.export.int8:
+            self._ranges()
         weights = self._weights()
 
         dense, self.dense = world.first_at_length(lambda tick: self._trained(weights, tick))
@@ -383,11 +385,18 @@ class _Run:
         tick()
         if wanted.int8:
             quantised = self.directory / "model-int8.onnx"
-            ranges = self.data.part("train", wanted.calibration_images)[0]
-            out["int8"] = {**export.to_int8(path, quantised, ranges),
+            out["int8"] = {**export.to_int8(path, quantised, self._ranges()),
                            **self._scored(lambda x: export.predict(quantised, x).argmax(1))}
             tick()
         return out
+
+    def _ranges(self) -> Tensor:
+        """The images that int8 takes its ranges from."""
+        count = self.config.export.calibration_images
+        try:
+            return self.data.part("train", count)[0]
+        except ValueError as error:
+            raise ConfigError(f"export.calibration_images = {count}: {error}") from None
 
     def _scores(self, model: nn.Module, parts: Sequence[str] = ("val", "test")) -> dict[str, float]:
         """Percent, by part."""
