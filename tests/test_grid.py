@@ -90,7 +90,9 @@ def record(config, seed):
                   "latency_ms": {"1": 3.0, "64": 60.0}, **shared},
         "compact": {**list(stages.values())[-1], "parameters": 43_108 if plain else 86_216, "macs": 229_000,
                     "latency_ms": {"1": 2.0, "64": 15.0}, "stages": stages, **shared},
-        "search": {"evaluations": 1000 + 500 * seed if plain else 1, "seconds": 4.0 + 4 * seed if plain else 0.1}}
+        "search": {"evaluations": 1000 + 500 * seed if plain else 1, "seconds": 4.0 + 4 * seed if plain else 0.1,
+                   "algorithm": config.algorithm.name, "quality": "accuracy", "chosen": "b",
+                   "individuals": {"id": ["a", "b"], "quality": [0.5, 0.875 if plain else 0.75]}}}
 
 
 @pytest.fixture
@@ -121,15 +123,15 @@ def test_a_plan_of_compression(tmp_path, calls):
     assert table_of(tmp_path, "A LeNet") == {
         "full network": {
             "test recalibrated, %": "98.50 ± 6.35", "test fine-tuned, %": "98.50 ± 6.35",
-            "validation, %": "98.50 ± 0.00", "seeds": "2", "MACs, %": "2.29 M", "parameters, %": "431,080",
+            "fitness": "", "validation, %": "98.50 ± 0.00", "seeds": "2", "MACs, %": "2.29 M", "parameters, %": "431,080",
             "faster": "", "evaluations": "", "search, s": ""},
         "ECS": {
             "test recalibrated, %": "90.50 ± 6.35", "test fine-tuned, %": "97.00 ± 12.71",
-            "validation, %": "97.00 ± 0.00", "seeds": "2 of 2", "MACs, %": "10.0", "parameters, %": "10.0",
+            "fitness": "87.50 ± 0.00", "validation, %": "97.00 ± 0.00", "seeds": "2 of 2", "MACs, %": "10.0", "parameters, %": "10.0",
             "faster": "1.50x / 4.00x", "evaluations": "1,250", "search, s": "6"},
         "uniform L1": {
-            "test recalibrated, %": "90.00", "test fine-tuned, %": "96.00", "validation, %": "97.00",
-            "seeds": "1 of 2", "MACs, %": "10.0", "parameters, %": "20.0", "faster": "1.50x / 4.00x",
+            "test recalibrated, %": "90.00", "test fine-tuned, %": "96.00", "fitness": "75.00",
+            "validation, %": "97.00", "seeds": "1 of 2", "MACs, %": "10.0", "parameters, %": "20.0", "faster": "1.50x / 4.00x",
             "evaluations": "1", "search, s": "0"}}
     assert grid.run(plan, work) == 1 and grid.run(plan, work) == 0
 
