@@ -41,8 +41,8 @@ class TrainConfig(Strict):
     statistics and losses stay float32. For processors that multiply matrices in it."""
     channels_last: bool = False
     """Training with images and weights in that order in memory: faster or slower by processor, threads and precision, so
-    measure (``python -m bench.compression --parts training``). Not for a network that views the result of a convolution
-    as a matrix (``x.view``; ``x.flatten`` can)."""
+    measure (``python -m bench.compression --parts training``). Not for a network that views a convolution's result as a
+    matrix (``x.view``; ``x.flatten`` can)."""
 
 
 class FinetuneConfig(TrainConfig):
