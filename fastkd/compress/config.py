@@ -40,9 +40,9 @@ class TrainConfig(Strict):
     """Of forward and backward passes in training; with bfloat16 under torch's autocast: weights, their updates, batch
     statistics and losses stay float32. For processors that multiply matrices in it."""
     channels_last: bool = False
-    """Training with images and weights in that order in memory: faster or slower by processor, threads and precision, so
-    measure (``python -m bench.compression --parts training``). Not for a network that views a convolution's result as a
-    matrix (``x.view``; ``x.flatten`` can)."""
+    """Training with images and weights in that order in memory: faster or slower by processor, threads and precision,
+    so measure (``python -m bench.compression --parts training``). Not for a network that views the result of a
+    convolution as a matrix (``x.view``; ``x.flatten`` can)."""
 
 
 class FinetuneConfig(TrainConfig):
