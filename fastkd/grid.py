@@ -28,9 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from . import checkpoint, settings
+from .evolve import hypervolume
 from .settings import ConfigError, Strict, merged
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
@@ -351,8 +353,4 @@ def _volume(search: dict[str, Any]) -> float:
     if search["algorithm"] == "l1":
         points += [(q, c) for q, c in zip(search["l1"]["test"], search["l1"]["cost"], strict=True)
                    if c <= max(front["cost"])]
-    volume, best = 0.0, 0.0
-    for cost, quality in sorted((c / full, q) for q, c in points):  # the cheapest first
-        volume += max(quality - best, 0.0) * (1 - cost)
-        best = max(best, quality)
-    return 100 * volume
+    return 100 * hypervolume(torch.tensor([(-q, c / full) for q, c in points], dtype=torch.float64), (0.0, 1.0))

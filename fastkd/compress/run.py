@@ -22,8 +22,9 @@ from .. import checkpoint as files
 from ..config import environment
 from ..data import load_images
 from ..data.files import cache_folder
-from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, global_norm, latency, mask_id, uniform_l1
-from ..evolve.budget import largest
+from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
+from ..evolve.algorithms import _duplicates
+from ..evolve.budget import group_norm, largest, strongest
 from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
 from ..population.trace import trace
@@ -428,12 +429,12 @@ class _Run:
 
 def _of_norm(limits: Limits, count: int) -> Tensor:
     """bool [at most count, genes]: the filters of largest norm, at the budget and in steps below, no mask twice."""
-    ladders = [partial(global_norm, limits.space, k_min=limits.k_min, coupled=power) for power in COUPLED]
+    norm, count_of = group_norm(limits.space)
+    ladders = [partial(strongest, limits.space, norm * count_of**power, k_min=limits.k_min) for power in COUPLED]
     most = [largest(limits, ladder) for ladder in ladders]
     masks = torch.cat([limits.repair(ladder(density * (1 - step / 10)))
                        for step in range(10) for ladder, density in zip(ladders, most, strict=True)])
-    rows = [mask.numpy().tobytes() for mask in masks]
-    return masks[sorted({row: k for k, row in reversed(list(enumerate(rows)))}.values())[:count]]
+    return masks[~_duplicates(masks)][:count]
 
 
 def _key(identity: dict[str, Any]) -> str:

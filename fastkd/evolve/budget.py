@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..population import GeneSpace
 from ..population.space import COSTS
 
-__all__ = ["Limits", "global_norm", "largest", "uniform_l1"]
+__all__ = ["Limits", "global_norm", "group_norm", "largest", "strongest", "uniform_l1"]
 
 BLOCK = 1 << 22  # genes worked on at once
 STEPS = 256  # of densities that are tried
@@ -212,16 +212,21 @@ def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, co
     Returns:
         bool [D, genes], the round(density * genes) largest, ties up, and what k_min adds.
     """
-    d = _densities(density)
     if not coupled >= 0:
         raise ValueError(f"coupled must be at least 0, got {coupled}")
-    norm = _group_norm(space, coupled)
+    norm, count = group_norm(space)
+    return strongest(space, norm * count**coupled, density, k_min)
+
+
+def strongest(space: GeneSpace, norm: Tensor, density: float | Tensor, k_min: int = 1) -> Tensor:
+    """As :func:`global_norm`, by norms float64 [genes] that are known."""
+    d = _densities(density)
     place = torch.empty(space.num_genes, dtype=torch.int64)
     place[norm.argsort(descending=True, stable=True)] = torch.arange(space.num_genes)
     out = place < (d * space.num_genes + 0.5).floor()
     for g in space.groups:
-        strongest = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)[:k_min]
-        out[:, g.start + strongest] = True
+        first = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)[:k_min]
+        out[:, g.start + first] = True
     return out
 
 
@@ -245,8 +250,9 @@ def _densities(density: float | Tensor) -> Tensor:
     return d
 
 
-def _group_norm(space: GeneSpace, coupled: float) -> Tensor:
-    """float64 [genes]"""
+def group_norm(space: GeneSpace) -> tuple[Tensor, Tensor]:
+    """The norms of :func:`global_norm`, and how many weights go with each gene; both float64 [genes]. Reads all weights
+    of the network."""
     total, count = (torch.zeros(space.num_genes, dtype=torch.float64) for _ in range(2))
 
     def add(value: int, squares: Tensor) -> None:
@@ -271,4 +277,4 @@ def _group_norm(space: GeneSpace, coupled: float) -> Tensor:
     for g in space.groups:
         own = norm[g.start:g.start + g.size]
         own /= own.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return norm * count**coupled
+    return norm, count
