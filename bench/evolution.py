@@ -46,21 +46,21 @@ def scored(masks: Tensor) -> Scores:
 def steps(size: int, pymoo: bool) -> dict[str, Callable[[], object]]:
     space, g = space_of(size), torch.Generator().manual_seed(0)
     masks = operators.initial(size, space.num_genes, 0.5, g)
-    scores, limits = scored(masks), Limits(space, {"macs": 0.2})
+    scores, free, limits = scored(masks), Limits(space), Limits(space, {"macs": 0.2})
     both = Scores(*(torch.cat((a, b)) for a, b in zip(scores, scored(masks.roll(1, 0)), strict=True)))
     out: dict[str, Callable[[], object]] = {"copy of the population": masks.clone}
     algorithms = {"ECS as published": ECS(), "GA: tournament, uniform crossover, bits": GA(),
                   "GA: adaptive rates, group crossover": GA(rates="adaptive", crossover_by="group"), "NSGA-II": NSGA2()}
     for name, algorithm in algorithms.items():
-        out[name] = lambda algorithm=algorithm: algorithm.ask(space, masks, scores, g)  # type: ignore[misc]
+        out[name] = lambda algorithm=algorithm: algorithm.ask(free, masks, scores, g)  # type: ignore[misc]
     out["NSGA-II: survival"] = lambda: NSGA2().tell(masks, masks.roll(1, 0), both)
     out["repair to 20 % of the MACs, all over it"] = lambda: limits.repair(masks)
     if pymoo:
-        out["pymoo NSGA-II, with survival"] = theirs(space, size)
+        out["pymoo NSGA-II, with survival"] = theirs(free, size)
     return out
 
 
-def theirs(space: GeneSpace, size: int) -> Callable[[], object]:
+def theirs(limits: Limits, size: int) -> Callable[[], object]:
     from pymoo.algorithms.moo.nsga2 import NSGA2 as Theirs
     from pymoo.operators.crossover.ux import UX
     from pymoo.operators.mutation.bitflip import BitflipMutation
@@ -68,7 +68,7 @@ def theirs(space: GeneSpace, size: int) -> Callable[[], object]:
 
     algorithm = Pymoo(Theirs(pop_size=size, sampling=BinaryRandomSampling(), crossover=UX(), mutation=BitflipMutation(),
                              eliminate_duplicates=False))
-    first = algorithm.initial(space, size, 2, torch.Generator().manual_seed(0), torch.device("cpu"))
+    first = algorithm.initial(limits, size, 2, torch.Generator().manual_seed(0), torch.device("cpu"))
     state = [first[:0], first, scored(first)]
 
     def step() -> None:
@@ -76,7 +76,7 @@ def theirs(space: GeneSpace, size: int) -> Callable[[], object]:
         masks = torch.cat((old, children))  # type: ignore[arg-type]
         stay = algorithm.tell(old, children, scores)  # type: ignore[arg-type]
         own = Scores(*(x[stay] for x in scores))
-        children = algorithm.ask(space, masks[stay], own, torch.Generator())
+        children = algorithm.ask(limits, masks[stay], own, torch.Generator())
         new = scored(children)
         state[:] = [masks[stay], children, Scores(*(torch.cat((a, b)) for a, b in zip(own, new, strict=True)))]
 

@@ -153,7 +153,7 @@ def compress(
     budget: list[str] = typer.Option([], help="COST=FRACTION that may be left, in place of the recipe's: macs=0.4; "
                                               "macs, parameters or filters."),
     weights: str = typer.Option(None, help="The full network's: an .npz or .safetensors file."),
-    algorithm: str = typer.Option(None, help="ecs, ga, nsga2 or random; or a control: l1, torch-pruning."),
+    algorithm: str = typer.Option(None, help="ecs, ga, ga-widths, nsga2, ...; or a control: l1, torch-pruning."),
     seeds: int = typer.Option(1, min=1, help="Networks, with the seeds 0, 1, ..."),
     out: Path = typer.Option(None, help="Folder for all that is written; default runs/<recipe>."),
     resume: Path = typer.Option(None, help="Go on in this folder, with the configuration it was begun with."),

@@ -302,7 +302,7 @@ def _students(experiment: Experiment, cells: Records) -> Iterator[str]:
 def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
     records = [r for found in cells.values() for r in found]
     tuned = any("finetuned" in r["compact"]["stages"] for r in records)
-    fronts = any(r["search"]["algorithm"] == "nsga2" for r in records)
+    fronts = any(r["search"]["algorithm"].startswith("nsga2") for r in records)
     score = "agreement" if any(r["score"] == "agreement" for r in records) else "test"
     headings = ["", *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
                 "fitness", "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s",

@@ -496,7 +496,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
 @pytest.mark.parametrize(("changes", "error", "told"), [
     (dict(budget={"macs": 0.0001}), ValueError, r"can be met by no mask.*the least possible is"),
     (dict(budget={"flops": 0.5}), ValueError, "budget must be of filters, parameters, macs, got 'flops'"),
-    (dict(algorithm={"name": "nsga"}), ConfigError, "must be one of ecs, ga, nsga2, random, l1, torch-pruning, got "
+    (dict(algorithm={"name": "nsga"}), ConfigError, "must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, l1, torch-pruning, got "
                                                      r"'nsga' \(did you mean 'nsga2'\?\)"),
     (dict(algorithm={"args": {"denisty": 1}}), ConfigError, "algorithm.args = .*denisty"),
     (dict(export={"int8": True, "calibration_images": 901}), ConfigError,

@@ -46,7 +46,7 @@ from fastkd.evolve import (
     pareto,
     uniform_l1,
 )
-from fastkd.evolve.budget import largest
+from fastkd.evolve.budget import group_norm, largest
 from fastkd.models import build_cnn
 from fastkd.population import GeneSpace, Group, trace
 
@@ -236,7 +236,7 @@ def test_ecs_is_the_published_algorithm(population, genes, block, poisoned, monk
         before = masks.clone()
         score = torch.rand(population, dtype=torch.float64, generator=seeded(seed))
         a, b = seeded(seed + 9), seeded(seed + 9)
-        children = ECS().ask(space, masks, scores_of(score), a)
+        children = ECS().ask(Limits(space), masks, scores_of(score), a)
         assert torch.equal(children, ecs_in_plain_python(masks, score, b))
         assert torch.equal(a.get_state(), b.get_state()) and torch.equal(masks, before)
 
@@ -246,7 +246,7 @@ def test_both_children_are_kept():
     masks = operators.initial(9, 40, 0.5, seeded(3))
     score = torch.rand(9, dtype=torch.float64, generator=seeded())
     for by in operators.CROSSOVERS:
-        children = ECS(copy=0, crossover=1, mutation=0, crossover_by=by).ask(strings([10] * 4), masks,
+        children = ECS(copy=0, crossover=1, mutation=0, crossover_by=by).ask(Limits(strings([10] * 4)), masks,
                                                                              scores_of(score), seeded(1))
         assert torch.equal(children[0], masks[score.argmax()])
         sums = {tuple((a.int() + b.int()).tolist()) for a, b in itertools.product(masks, masks)}
@@ -256,7 +256,8 @@ def test_both_children_are_kept():
 
 
 @pytest.mark.parametrize("algorithm", [ECS(elites=3), ECS(mutation_by="bit", selection="rank", crossover_by="group"), GA(elites=3),
-                                       GA(rates="adaptive", selection="roulette", crossover_by="two_point"), NSGA2(), Random()])
+                                       GA(rates="adaptive", selection="roulette", crossover_by="two_point"), NSGA2(), Random(),
+                                       GA(genome="widths"), GA(genome="widths", rates="adaptive"), NSGA2(genome="widths"), Random(genome="widths")])
 def test_algorithms(algorithm, poisoned, monkeypatch):
     """The same for every block size and on every call with the same seed; elites first."""
     space = strings([40, 3, 60])
@@ -264,12 +265,12 @@ def test_algorithms(algorithm, poisoned, monkeypatch):
         masks = operators.initial(population, 103, 0.5, seeded())
         score = torch.rand(population, dtype=torch.float64, generator=seeded())
         scores = Scores(score, torch.stack((-score, masks.double().mean(1)), 1))
-        children = algorithm.ask(space, masks, scores, seeded(5))
+        children = algorithm.ask(Limits(space), masks, scores, seeded(5))
         assert children.shape == masks.shape and children.dtype == torch.bool
         with monkeypatch.context() as patch:
             patch.setattr(operators, "BLOCK", 200)
-            assert torch.equal(children, algorithm.ask(space, masks, scores, seeded(5)))
-        assert population < 15 or not torch.equal(children, algorithm.ask(space, masks, scores, seeded(6)))
+            assert torch.equal(children, algorithm.ask(Limits(space), masks, scores, seeded(5)))
+        assert population < 15 or not torch.equal(children, algorithm.ask(Limits(space), masks, scores, seeded(6)))
         elites = min(population, getattr(algorithm, "elites", 0)) if algorithm.name in ("ecs", "ga") else 0
         assert torch.equal(children[:elites], masks[score.argsort(descending=True)[:elites]])
 
@@ -277,11 +278,50 @@ def test_algorithms(algorithm, poisoned, monkeypatch):
 def test_mutation_rate_of_a_ga():
     masks = torch.zeros(400, 50, dtype=torch.bool)
     score = torch.rand(400, dtype=torch.float64, generator=seeded())
-    flips = GA(crossover=0, elites=0).ask(strings([50]), masks, scores_of(score), seeded()).sum()
+    flips = GA(crossover=0, elites=0).ask(Limits(strings([50])), masks, scores_of(score), seeded()).sum()
     assert abs(int(flips) - 400) < 100  # 1 / genes
-    assert not GA(crossover=1, rate=0.0).ask(strings([50]), masks, scores_of(score), seeded()).any()
+    assert not GA(crossover=1, rate=0.0).ask(Limits(strings([50])), masks, scores_of(score), seeded()).any()
     adaptive = GA(crossover=0, elites=0, rates="adaptive", selection="rank")
-    assert abs(int(adaptive.ask(strings([50]), masks, scores_of(torch.ones(400)), seeded()).sum()) - 1600) < 200
+    assert abs(int(adaptive.ask(Limits(strings([50])), masks, scores_of(torch.ones(400)), seeded()).sum()) - 1600) < 200
+
+
+def test_operators_of_widths():
+    a, b = torch.arange(300).view(100, 3), -torch.arange(300).view(100, 3)
+    crossed = torch.arange(100) < 60
+    first, second = operators.exchanged(a, b, crossed, seeded()).view(100, 2, 3).unbind(1)
+    assert torch.equal(first + second, a + b) and torch.equal(first.abs(), a.abs())
+    assert torch.equal(first[60:], a[60:]) and torch.equal(second[60:], b[60:])
+    swapped = (first != a)[:60]
+    assert 60 < int(swapped.sum()) < 120 and bool((swapped.sum(1) == 1).any())
+    ones = torch.ones(2000, 5, dtype=torch.float64)
+    out = operators.scattered(ones, 0.3, 0.2, seeded())
+    changed = out[out != 1].log()
+    assert bool((ones == 1).all()) and abs(len(changed) - 3000) < 200
+    assert abs(float(changed.mean())) < 0.02 and abs(float(changed.std()) - 0.2) < 0.02
+    assert torch.equal(operators.scattered(ones, 0.0, 0.2, seeded()), ones)
+    only = operators.scattered(ones, torch.tensor([0.0, 1.0]).repeat(1000), 0.2, seeded())
+    assert bool((only[::2] == 1).all()) and bool((only[1::2] != 1).all())
+
+
+def test_widths_are_bred_at_the_budget(resnet):
+    """Of every group the largest by norm; with the GA no factor of more is within the budget; a front goes below it."""
+    limits = Limits(resnet, {"macs": 0.5})
+    score = torch.rand(30, dtype=torch.float64, generator=seeded())
+    spread = {}
+    for algorithm in (Random(genome="widths"), GA(genome="widths", elites=0), NSGA2(genome="widths")):
+        first = algorithm.initial(limits, 30, 2, seeded(), CPU)
+        children = algorithm.ask(limits, first, Scores(score, torch.stack((-score, score), 1)), seeded())
+        for masks in (first, children):
+            counts = limits.counts(masks)
+            assert bool(limits.within(counts).all()) and torch.equal(masks, limits.widest(counts))
+            assert len(torch.unique(masks, dim=0)) > 25
+        macs = resnet.macs(children) / limits.full["macs"]
+        spread[algorithm.name] = float(macs.min()), float(macs.max())
+    assert spread["ga"][0] > 0.45 and spread["random"][0] > 0.45 and spread["nsga2"][0] < 0.3 < spread["nsga2"][1]
+    given = Random(genome="widths", density=0.9).initial(Limits(resnet), 30, 1, seeded(), CPU)
+    assert abs(float(given.double().mean()) - 0.9) < 0.03
+    free = GA(genome="widths").initial(Limits(resnet), 30, 1, seeded(), CPU).double().mean(1)
+    assert free.min() < 0.3 and free.max() > 0.7  # all sizes
 
 
 @pytest.mark.parametrize("make, told", [
@@ -293,6 +333,8 @@ def test_mutation_rate_of_a_ga():
     (lambda: GA(rate=2), r"rate must be in \[0, 1\], got 2"),
     (lambda: GA(elites=-1), "elites must be at least 0, got -1"),
     (lambda: Random(density="half"), "density must be one of random, got 'half'"),
+    (lambda: NSGA2(genome="width"), "genome must be one of filters, widths, got 'width'"),
+    (lambda: GA(spread=-1), r"spread must be in \[0, 10\], got -1"),
 ])
 def test_wrong_options(make, told):
     with pytest.raises(ValueError, match=told):
@@ -475,6 +517,47 @@ def test_repair_of_a_residual_network(resnet, fraction):
         assert int(resnet.macs(more)) > limits.budget["macs"]
 
 
+def scaled_in_plain_python(limits, widths, up):
+    """From one factor at which a width changes to the next, while the budgets hold."""
+    at = lambda f: torch.tensor([min(max(int(w * f + 0.5 + 1e-9), least), size) for w, least, size in
+                                 zip(widths, limits.least.tolist(), limits.sizes.tolist(), strict=True)])
+    ends = sorted((k - 0.5) / w for w, size in zip(widths, limits.sizes.tolist(), strict=True) for k in range(1, size + 1))
+    out = at(0)
+    for f in [f for f in ends if up or f <= 1]:
+        if not limits.within(at(f)[None]):
+            break
+        out = at(f)
+    return out
+
+
+@pytest.mark.parametrize("budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3)])
+@pytest.mark.parametrize("up", [False, True])
+def test_widths_scaled_to_a_budget(evaluator, resnet, budget, k_min, up):
+    for space in (evaluator.space, resnet):
+        limits = Limits(space, budget, k_min)
+        widths = torch.rand(20, len(space.groups), dtype=torch.float64, generator=seeded()) * limits.sizes + 0.01
+        widths[0] = limits.sizes
+        out = limits.scaled(widths, up)
+        for own, given in zip(out, widths.tolist(), strict=True):
+            assert torch.equal(own, scaled_in_plain_python(limits, given, up))
+        assert up or bool((out <= widths.round().maximum(limits.least)).all())
+        whole = limits.counts(limits.repair(space.random(20, 0.3)))
+        assert up or torch.equal(limits.scaled(whole), whole)  # what is allowed stays as it is
+    assert torch.equal(Limits(resnet, k_min=2).scaled(limits.sizes[None] * 9, up), limits.sizes[None])
+    assert bool((Limits(resnet, k_min=2).scaled(torch.zeros(1, len(resnet.groups)), up) == 2).all())
+
+
+def test_the_widest_by_norm(resnet):
+    limits, (norm, _) = Limits(resnet), group_norm(resnet)
+    counts = limits.counts(resnet.random(20, 0.5))
+    masks = limits.widest(counts)
+    assert torch.equal(limits.counts(masks), counts)
+    for mask in masks:
+        for g in resnet.groups:
+            own, kept = norm[g.start:g.start + g.size], mask[g.start:g.start + g.size]
+            assert kept.all() or not kept.any() or own[kept].min() >= own[~kept].max()
+
+
 def test_costs_by_counts(evaluator, resnet):
     for space in (evaluator.space, resnet):
         limits = Limits(space)
@@ -649,7 +732,7 @@ class Kept(Random):
 
 
 @pytest.mark.parametrize("options, error, told", [
-    (dict(algorithm="cmaes"), ValueError, "algorithm must be one of ecs, ga, nsga2, random, or an Algorithm, got 'cmaes'"),
+    (dict(algorithm="cmaes"), ValueError, "algorithm must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, or an Algorithm, got 'cmaes'"),
     (dict(algorithm="nsga2", fitness=Fitness("loss", images())), ValueError, "'nsga2' weighs the quality against a cost"),
     (dict(population=0), ValueError, "population must be at least 1, got 0"),
     (dict(generations=2.5), TypeError, "generations must be an int, got 2.5"),
@@ -693,7 +776,7 @@ def assert_same(a, b):
         assert torch.equal(x, others[name]) if isinstance(x, torch.Tensor) else x == others[name], name
 
 
-ALGORITHMS = ["ecs", "ga", "nsga2", "random", GA(rates="adaptive", crossover_by="group")]
+ALGORITHMS = ["ecs", "ga", "nsga2", "random", "ga-widths", "nsga2-widths", GA(rates="adaptive", crossover_by="group")]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..population import GeneSpace
 from .algorithms import Algorithm, Scores
+from .budget import Limits
 
 __all__ = ["Pymoo"]
 
@@ -66,19 +66,19 @@ class Pymoo(Algorithm):
         return {"name": self.name, "algorithm": f"{kind.__module__}.{kind.__qualname__}", "options": told,
                 "objectives": self.objectives}
 
-    def initial(self, space: GeneSpace, population: int, objectives: int, generator: torch.Generator,
+    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
                 device: torch.device) -> Tensor:
         from pymoo.core.problem import Problem
         from pymoo.core.termination import NoTermination
 
         n_obj = objectives if self.objectives == "many" else 1
-        problem = Problem(n_var=space.num_genes, n_obj=n_obj, xl=0, xu=1, vtype=bool)
+        problem = Problem(n_var=limits.space.num_genes, n_obj=n_obj, xl=0, xu=1, vtype=bool)
         seed = int(torch.randint(2**31, (), generator=generator))
         self._running = copy.deepcopy(self.algorithm)
         self._running.setup(problem, termination=NoTermination(), seed=seed, verbose=False)
         return self._ask(device)
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
         return self._ask(masks.device)
 
     def _ask(self, device: torch.device) -> Tensor:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..population import GeneSpace
 from . import operators, pareto
+from .budget import Limits
 
 __all__ = ["ALGORITHMS", "ECS", "GA", "NSGA2", "Algorithm", "Random", "Scores"]
+
+GENOMES = ("filters", "widths")
 
 
 class Scores(NamedTuple):
@@ -37,13 +40,14 @@ class Algorithm:
         """All options, for JSON."""
         raise NotImplementedError
 
-    def initial(self, space: GeneSpace, population: int, objectives: int, generator: torch.Generator,
+    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
                 device: torch.device) -> Tensor:
-        """bool [population, genes], not repaired."""
+        """bool [population, genes] of limits.space; what is not within the limits is repaired."""
         raise NotImplementedError
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
-        """Individuals to evaluate, bool [Q, genes], not repaired. The arguments stay as they are."""
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        """Individuals to evaluate, bool [Q, genes]; what is not within the limits is repaired. The arguments stay as
+        they are."""
         raise NotImplementedError
 
     def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
@@ -71,9 +75,9 @@ class _Drawn(Algorithm):
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
 
-    def initial(self, space: GeneSpace, population: int, objectives: int, generator: torch.Generator,
+    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
                 device: torch.device) -> Tensor:
-        return operators.initial(population, space.num_genes, self.density, generator, device)
+        return operators.initial(population, limits.space.num_genes, self.density, generator, device)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ class ECS(_Drawn):
         _check_operators(self)
         _one_of("mutation_by", self.mutation_by, operators.MUTATIONS)
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
-        population, device, score = len(masks), masks.device, scores.score
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        space, population, device, score = limits.space, len(masks), masks.device, scores.score
         wanted = max(population - self.elites, 0)
         # As many operations as could be needed; 0: copy, 1: crossover, 2: mutation.
         drawn = torch.rand(wanted, generator=generator, dtype=torch.float64)
@@ -138,32 +142,71 @@ class ECS(_Drawn):
             operators.mutate(masks, first[mutated], pattern, out, at[mutated])
         else:
             changed = masks[first[mutated]]
-            operators.flip(changed, _rate(self.rate, space), generator)
+            operators.flip(changed, 1 / max(space.num_genes, 1) if self.rate is None else self.rate, generator)
             out[at[mutated]] = changed
         return out[:population]
 
 
 @dataclass(frozen=True)
-class _Mating(_Drawn):
-    """Pairs of parents, a crossover with some probability, then per-bit mutation of every child.
+class _Sized(_Drawn):
+    """Individuals are filters, or widths: then it is bred how many filters every group keeps, and those of largest norm
+    (:attr:`Limits.by_norm`) are kept, so that a search has as many unknowns as there are groups.
 
-    Args:
-        density: of the initial population, as for :class:`ECS`.
-        selection: "roulette", "rank", "tournament".
-        crossover: probability that a pair is crossed.
-        crossover_by: "two_point", "uniform", "group".
-        rate: probability that a gene is flipped; default 1 / genes.
-        rates: "constant", or "adaptive": `crossover` and `rate` are the most, and good parents change less
-            (:func:`fastkd.evolve.operators.adaptive_rates`); then `rate` defaults to 4 / genes.
-        elites: so many of the best are kept as they are.
+    Others who search for widths: Liu et al., "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via
+    Automatic Structure Search", arXiv:2001.08565.
     """
 
     density: float | Literal["random"] = "random"
+    genome: str = "filters"
+
+    fills: ClassVar[bool] = True
+    """Widths below the budget are scaled up to it, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("genome", self.genome, GENOMES)
+
+    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
+                device: torch.device) -> Tensor:
+        if self.genome == "filters" or not isinstance(self.density, str):
+            masks = super().initial(limits, population, objectives, generator, device)
+            return masks if self.genome == "filters" else self._of(limits, limits.counts(masks))
+        # A mean density for each individual, and around it one for each group.
+        mean = torch.rand(population, 1, generator=generator, dtype=torch.float64).clamp(min=1e-3)
+        density = torch.rand(population, len(limits.sizes), generator=generator, dtype=torch.float64) ** (1 / mean - 1)
+        return self._of(limits, (density * limits.sizes).to(device))
+
+    def _of(self, limits: Limits, widths: Tensor) -> Tensor:
+        """bool [P, genes], of widths [P, groups], which need not be whole."""
+        return limits.widest(limits.scaled(widths, up=self.fills))
+
+
+@dataclass(frozen=True)
+class _Mating(_Sized):
+    """Pairs of parents, a crossover with some probability, then a mutation of every child.
+
+    Args:
+        density: of the initial population, as for :class:`ECS`; of random widths, every group has one of its own.
+        genome: "filters", or "widths": how many filters every group keeps is bred; those of largest norm
+            (:func:`fastkd.evolve.budget.group_norm`) are kept. A search then has as many unknowns as there are groups,
+            and finds more with few images. With a budget, widths are all multiplied by what leads to it.
+        selection: "roulette", "rank", "tournament".
+        crossover: probability that a pair is crossed.
+        crossover_by: "two_point", "uniform", "group"; widths are crossed group by group.
+        rate: probability that a gene is flipped, default 1 / genes, or that a group's width is changed, default
+            2 / groups.
+        rates: "constant", or "adaptive": `crossover` and `rate` are the most, and good parents change less
+            (:func:`fastkd.evolve.operators.adaptive_rates`); then `rate` defaults to four times as much.
+        spread: a width that is changed is multiplied by exp(spread * standard normal).
+        elites: so many of the best are kept as they are.
+    """
+
     selection: str = "tournament"
     crossover: float = 0.9
     crossover_by: str = "uniform"
     rate: float | None = None
     rates: str = "constant"
+    spread: float = 0.3
     elites: int = 1
 
     def __post_init__(self) -> None:
@@ -171,20 +214,31 @@ class _Mating(_Drawn):
         _probability("crossover", self.crossover)
         _one_of("rates", self.rates, ("constant", "adaptive"))
         _check_operators(self)
+        if isinstance(self.spread, bool) or not isinstance(self.spread, (int, float)):
+            raise TypeError(f"spread must be a number, got {self.spread!r}")
+        if not 0 <= self.spread <= 10:
+            raise ValueError(f"spread must be in [0, 10], got {self.spread}")
 
-    def _children(self, space: GeneSpace, masks: Tensor, score: Tensor, count: int, generator: torch.Generator,
+    def _children(self, limits: Limits, masks: Tensor, score: Tensor, count: int, generator: torch.Generator,
                   out: Tensor) -> None:
         """Writes `count` into the first rows of out [count + 1, genes]."""
+        space, widths = limits.space, self.genome == "widths"
         pairs, adaptive = -(-count // 2), self.rates == "adaptive"
         first, second = operators.SELECTIONS[self.selection](score, 2 * pairs, generator).view(2, -1)
         chance: float | Tensor = self.crossover
-        most = min(1.0, _rate(self.rate, space, 4 if adaptive else 1))
+        usual = 2 / len(space.groups) if widths else 1 / max(space.num_genes, 1)
+        most = min(1.0, usual * (4 if adaptive else 1) if self.rate is None else self.rate)
         rate: float | Tensor = most
         if adaptive:
             chance = operators.adaptive_rates(score, torch.maximum(score[first], score[second]), self.crossover).cpu()
             parents = torch.stack((first, second), 1).flatten()[:count]
             rate = operators.adaptive_rates(score, score[parents], most)
         crossed = (torch.rand(pairs, generator=generator, dtype=torch.float64) < chance).to(masks.device)
+        if widths:
+            of = limits.counts(masks)
+            bred = operators.exchanged(of[first], of[second], crossed, generator)[:count].double()
+            out[:count] = self._of(limits, operators.scattered(bred, rate, self.spread, generator))
+            return
         at = 2 * torch.arange(pairs, device=masks.device)
         alone = ~crossed
         out[at[alone]], out[at[alone] + 1] = masks[first[alone]], masks[second[alone]]
@@ -199,11 +253,11 @@ class GA(_Mating):
 
     name: ClassVar[str] = "ga"
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
         elites = min(self.elites, len(masks))
         out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
         out[:elites] = masks[scores.score.argsort(descending=True, stable=True)[:elites]]
-        self._children(space, masks, scores.score, len(masks) - elites, generator, out[elites:])
+        self._children(limits, masks, scores.score, len(masks) - elites, generator, out[elites:])
         return out[:len(masks)]
 
 
@@ -212,15 +266,18 @@ class NSGA2(_Mating):
     """Several objectives at once: NSGA-II, Deb et al. 2002, doi:10.1109/4235.996017.
 
     Parents by binary tournament: the better front, then the larger crowding distance. Parents and children
-    compete for the next population; of equal masks, all but one come last.
+    compete for the next population; of equal masks, all but one come last. Widths beyond a budget are scaled down to
+    it, and those below it stay.
 
     Args:
-        crossover, crossover_by, rate, rates, density: as for :class:`GA`; the others have no meaning here.
+        crossover, crossover_by, rate, rates, spread, density, genome: as for :class:`GA`; the others have no meaning
+            here.
     """
 
     name: ClassVar[str] = "nsga2"
+    fills: ClassVar[bool] = False
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
         front = pareto.nondominated_sort(scores.objectives)
         distance = pareto.crowding_distance(scores.objectives, front)
         order = distance.argsort(descending=True, stable=True)
@@ -228,7 +285,7 @@ class NSGA2(_Mating):
         place = torch.empty(len(masks), dtype=torch.float64, device=masks.device)
         place[order] = torch.arange(len(masks), 0, -1, dtype=torch.float64, device=masks.device)
         out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
-        self._children(space, masks, place, len(masks), generator, out)
+        self._children(limits, masks, place, len(masks), generator, out)
         return out[:len(masks)]
 
     def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
@@ -236,18 +293,23 @@ class NSGA2(_Mating):
 
 
 @dataclass(frozen=True)
-class Random(_Drawn):
-    """Random search, the control at an equal number of evaluations: every population is drawn anew."""
+class Random(_Sized):
+    """Random search, the control at an equal number of evaluations: every population is drawn anew.
 
-    density: float | Literal["random"] = "random"
+    Args:
+        density, genome: as for :class:`GA`.
+    """
 
     name: ClassVar[str] = "random"
 
-    def ask(self, space: GeneSpace, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
-        return self.initial(space, len(masks), scores.objectives.shape[1], generator, masks.device)
+    def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
+        return self.initial(limits, len(masks), scores.objectives.shape[1], generator, masks.device)
 
 
-ALGORITHMS: dict[str, Callable[[], Algorithm]] = {"ecs": ECS, "ga": GA, "nsga2": NSGA2, "random": Random}
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "ecs": ECS, "ga": GA, "ga-widths": partial(GA, genome="widths"), "nsga2": NSGA2,
+    "nsga2-widths": partial(NSGA2, genome="widths"), "random": Random,
+    "random-widths": partial(Random, genome="widths")}
 
 
 def _duplicates(masks: Tensor) -> Tensor:
@@ -256,10 +318,6 @@ def _duplicates(masks: Tensor) -> Tensor:
     rows = torch.arange(len(masks))
     first = torch.full_like(rows, len(rows)).scatter_reduce_(0, inverse, rows, "amin")
     return (first[inverse] < rows).to(masks.device)
-
-
-def _rate(rate: float | None, space: GeneSpace, expected: int = 1) -> float:
-    return expected / max(space.num_genes, 1) if rate is None else rate
 
 
 def _check_operators(algorithm: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ __all__ = ["Limits", "global_norm", "group_norm", "largest", "strongest", "unifo
 
 BLOCK = 1 << 22  # genes worked on at once
 STEPS = 256  # of densities that are tried
+HALVINGS = 40  # of the interval of a factor
 
 
 class Limits:
@@ -45,7 +47,7 @@ class Limits:
         self._ends = torch.cat((torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)))
         # Channels are linear in the number of filters per group; float64 is exact and has BLAS.
         groups = len(self.sizes)
-        of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
+        self._of_group = of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
         one = torch.zeros(groups + 1, space.num_genes, dtype=torch.bool)
         one[torch.arange(groups), self._ends[:-1]] = True
         channels = space.channels(one)
@@ -112,6 +114,49 @@ class Limits:
             ok &= self.costs(counts, name) <= limit
         return ok
 
+    # --- widths ------------------------------------------------------------------------------------
+
+    @cached_property
+    def by_norm(self) -> Tensor:
+        """int64 [genes]: places within groups by :func:`group_norm`, 0 for the largest, equal ones by number."""
+        norm, place = group_norm(self.space)[0], torch.empty(self.space.num_genes, dtype=torch.int64)
+        for g in self.space.groups:
+            largest_first = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)
+            place[g.start + largest_first] = torch.arange(g.size)
+        return place
+
+    def widest(self, counts: Tensor) -> Tensor:
+        """bool [P, genes]: of every group so many filters, int64 [P, groups], those of largest norm."""
+        place, group = self.by_norm.to(counts.device), self._of_group.to(counts.device)
+        out = torch.empty(len(counts), len(place), dtype=torch.bool, device=counts.device)
+        step = max(1, BLOCK // max(len(place), 1))
+        for rows, own in zip(counts.split(step), out.split(step), strict=True):
+            torch.lt(place, rows[:, group], out=own)
+        return out
+
+    def scaled(self, widths: Tensor, up: bool = False) -> Tensor:
+        """Filters per group, int64 [P, groups], within the limits: `widths`, which need not be whole, times one factor
+        for each individual, rounded, then at least k_min and at most all.
+
+        The factor is the largest one up to 1 with which every budget holds; with `up` and a budget, the largest one.
+        """
+        device, w = widths.device, widths.double().clamp(min=1e-3)
+        least, sizes = self.least.to(device), self.sizes.to(device)
+        low = torch.zeros(len(w), 1, dtype=torch.float64, device=device)
+        high = (sizes / w).amax(1, keepdim=True) if up and self.budget and w.shape[1] else torch.ones_like(low)
+
+        def times(factor: Tensor) -> Tensor:
+            return (w * factor + 0.5).floor().minimum(sizes).maximum(least).long()
+
+        low = torch.where(self.within(times(high))[:, None], high, low)
+        for _ in range(HALVINGS):
+            if bool((low == high).all()):
+                break
+            middle = (low + high) / 2
+            ok = self.within(times(middle))[:, None]
+            low, high = torch.where(ok, middle, low), torch.where(ok, high, middle)
+        return times(low)
+
     # --- repair ------------------------------------------------------------------------------------
 
     def repair(self, masks: Tensor) -> Tensor:
@@ -134,7 +179,7 @@ class Limits:
         device = masks.device
         by, back, ends, least, among = (x.to(device) for x in (self._by, self._back, self._ends, self.least,
                                                                self._among))
-        group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
+        group = self._of_group.to(device)
         on = masks.index_select(1, by)
         before = self._before(on)
         total = (before[:, ends[1:]] - before[:, ends[:-1]]).long()

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..population import GeneSpace
 
-__all__ = ["CROSSOVERS", "MUTATIONS", "SELECTIONS", "Pattern", "adaptive_rates", "bits", "crossover", "fair", "flip",
-           "groupwise", "initial", "mutate", "occurrences", "packed", "rank", "roulette", "segment", "tournament",
-           "unpacked"]
+__all__ = ["CROSSOVERS", "MUTATIONS", "SELECTIONS", "Pattern", "adaptive_rates", "bits", "crossover", "exchanged",
+           "fair", "flip", "groupwise", "initial", "mutate", "occurrences", "packed", "rank", "roulette", "scattered",
+           "segment", "tournament", "unpacked"]
 
 Pattern = Callable[[slice], Tensor]
 """Which genes an operator touches: called once for each block of rows, in order; gives bool [rows, genes]."""
@@ -181,6 +181,21 @@ def flip(masks: Tensor, rate: float | Tensor, generator: torch.Generator) -> Non
     """Per-bit mutation, in place, of a contiguous bool [n, genes]."""
     flat, at = masks.view(-1), bits(len(masks), masks.shape[1], rate, generator).to(masks.device)
     flat[at] = ~flat[at]
+
+
+def exchanged(first: Tensor, second: Tensor, crossed: Tensor, generator: torch.Generator) -> Tensor:
+    """Both children [2 n, columns] of every pair of rows [n, columns], in turn: where bool [n] says so, each column is
+    exchanged with probability 1/2."""
+    swap = _coins(len(first), first.shape[1], generator).to(first.device) & crossed[:, None]
+    return torch.stack((torch.where(swap, second, first), torch.where(swap, first, second)), 1).flatten(0, 1)
+
+
+def scattered(widths: Tensor, rate: float | Tensor, spread: float, generator: torch.Generator) -> Tensor:
+    """float64 [n, columns], each with probability `rate` multiplied by exp(spread * standard normal)."""
+    out, at = widths.flatten().clone(), bits(len(widths), widths.shape[1], rate, generator)
+    by = (spread * torch.randn(len(at), generator=generator, dtype=torch.float64)).exp()
+    out[at.to(out.device)] *= by.to(out.device)
+    return out.view(widths.shape)
 
 
 def adaptive_rates(score: Tensor, chosen: Tensor, most: float) -> Tensor:

@@ -113,7 +113,8 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
     Args:
         evaluator: of the network; its :class:`GeneSpace` will do where the quality is a callable.
         fitness: a :class:`Fitness`; a callable masks bool [P, genes] -> [P] stands for Fitness(callable).
-        algorithm: "ecs" (as published, arXiv:1707.08005), "ga", "nsga2", "random"; or one with options, such as
+        algorithm: "ecs" (as published, arXiv:1707.08005), "ga", "nsga2", "random"; "ga-widths", "nsga2-widths",
+            "random-widths", which breed how many filters every group keeps (:class:`GA`); or one with options, such as
             ECS(selection="tournament"); or :class:`Pymoo`.
         population: individuals of a generation.
         generations: the initial population is the first one: population * generations individuals are asked for.
@@ -253,9 +254,9 @@ class _Run:
         scores, device = self._scores(self.values), self.device
         if len(self.masks):
             there = Scores(scores.score.to(device), scores.objectives.to(device))
-            children = self.algorithm.ask(self.space, self.masks, there, self.generator)
+            children = self.algorithm.ask(self.limits, self.masks, there, self.generator)
         else:
-            children = self.algorithm.initial(self.space, self.population, scores.objectives.shape[1], self.generator,
+            children = self.algorithm.initial(self.limits, self.population, scores.objectives.shape[1], self.generator,
                                               device)
             if self.initial is not None:
                 children[:len(self.initial)] = self.initial
