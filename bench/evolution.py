@@ -53,6 +53,8 @@ def steps(size: int, pymoo: bool) -> dict[str, Callable[[], object]]:
                   "GA: adaptive rates, group crossover": GA(rates="adaptive", crossover_by="group"), "NSGA-II": NSGA2()}
     for name, algorithm in algorithms.items():
         out[name] = lambda algorithm=algorithm: algorithm.ask(free, masks, scores, g)  # type: ignore[misc]
+    widths = GA(genome="widths")
+    out["GA over widths, within 20 % of the MACs"] = lambda: widths.ask(limits, masks, scores, g)
     out["NSGA-II: survival"] = lambda: NSGA2().tell(masks, masks.roll(1, 0), both)
     out["repair to 20 % of the MACs, all over it"] = lambda: limits.repair(masks)
     if pymoo:

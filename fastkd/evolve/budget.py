@@ -47,7 +47,7 @@ class Limits:
         self._ends = torch.cat((torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)))
         # Channels are linear in the number of filters per group; float64 is exact and has BLAS.
         groups = len(self.sizes)
-        self._of_group = of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
+        of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
         one = torch.zeros(groups + 1, space.num_genes, dtype=torch.bool)
         one[torch.arange(groups), self._ends[:-1]] = True
         channels = space.channels(one)
@@ -127,11 +127,10 @@ class Limits:
 
     def widest(self, counts: Tensor) -> Tensor:
         """bool [P, genes]: of every group so many filters, int64 [P, groups], those of largest norm."""
-        place, group = self.by_norm.to(counts.device), self._of_group.to(counts.device)
+        place, counts = self.by_norm.int().to(counts.device), counts.int()
         out = torch.empty(len(counts), len(place), dtype=torch.bool, device=counts.device)
-        step = max(1, BLOCK // max(len(place), 1))
-        for rows, own in zip(counts.split(step), out.split(step), strict=True):
-            torch.lt(place, rows[:, group], out=own)
+        for k, g in enumerate(self.space.groups):
+            torch.lt(place[g.start:g.start + g.size], counts[:, k:k + 1], out=out[:, g.start:g.start + g.size])
         return out
 
     def scaled(self, widths: Tensor, up: bool = False) -> Tensor:
@@ -179,7 +178,7 @@ class Limits:
         device = masks.device
         by, back, ends, least, among = (x.to(device) for x in (self._by, self._back, self._ends, self.least,
                                                                self._among))
-        group = self._of_group.to(device)
+        group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
         on = masks.index_select(1, by)
         before = self._before(on)
         total = (before[:, ends[1:]] - before[:, ends[:-1]]).long()
