@@ -312,14 +312,15 @@ def _compared(section: Comparison, styles: dict[str, dict[str, Any]]) -> Made:
     left, right = figure.subplots(1, 2)
     for row in section.done:
         style = styles[row.label]
+        marker = "o" if style["linestyle"] == "-" else "s"  # as the dashes, where there are more rows than colours
         for k, run in enumerate(row.runs):
             front, full = run.search["front"], run.search["full_cost"]
             order = sorted(range(len(front["cost"])), key=lambda i: front["cost"][i])
             x, y = ([(100 * v[i] / (full if key == "cost" else 1)) for i in order]
                     for key, v in (("cost", front["cost"]), ("quality", front["quality"])))
-            left.plot(x, y, marker="o", markersize=3, alpha=0.8, label=row.label if k == 0 else None,
-                      color=style["color"], linewidth=1)
-            right.plot([100 * run.left("macs")], [run.small["test"]], "o", markersize=4, alpha=0.8,
+            left.plot(x, y, marker=marker, markersize=3, alpha=0.8, label=row.label if k == 0 else None, linewidth=1,
+                      **style)
+            right.plot([100 * run.left("macs")], [run.small["test"]], marker, markersize=4, alpha=0.8,
                        color=style["color"])
     first = section.done[0].runs[0]
     left.set_xlabel(f"{_cost(first)} left (%)")
@@ -330,7 +331,7 @@ def _compared(section: Comparison, styles: dict[str, dict[str, Any]]) -> Made:
         right.axhline(run.dense["test"], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
     figure.legend(loc="outside upper left", ncols=4, handlelength=1.5)
     return figure, ("Left: the fronts that were found, a line per seed. Right: the networks that were taken, as they "
-                    "are at the end, a disc per seed; dashed: the full network."), {}
+                    "are at the end, a mark per seed; dashed: the full network."), {}
 
 
 def _cost(run: Compressed) -> str:
@@ -464,5 +465,4 @@ def _tuned(ax: Axes, section: Comparison, styles: dict[str, dict[str, Any]], key
             looks = [(look["epoch"] + 1, look[key]) for look in run.small["history"] if math.isfinite(look[key])]
             if looks:
                 x, y = zip(*looks, strict=True)
-                ax.plot(x, y, color=styles[row.label]["color"], alpha=0.8, linewidth=1.2,
-                        label=row.label if k == 0 else None)
+                ax.plot(x, y, alpha=0.8, linewidth=1.2, label=row.label if k == 0 else None, **styles[row.label])
