@@ -19,10 +19,11 @@ __all__ = ["Comparison", "Compressed", "Method", "parse", "pictures", "summary",
 
 STAGES = {"masked": "smaller, as found", "recalibrated": "statistics recalibrated", "finetuned": "fine-tuned"}
 COSTS = ("parameters", "macs", "bytes")
-CONTROLS = ("l1", "torch-pruning", "random")
+CONTROLS = ("l1", "torch-pruning", "random", "random-widths")
 GREY = "#858585"
 BLUE, RED, GREEN = "#0072b2", "#d55e00", "#009e73"
 WIDTH = 7.0
+LETTER = 0.009  # of a label of 7 points, in axes of this width
 Made = tuple[Figure, str, dict[str, list[str]]]
 """A picture, its caption, and what is said over the points of its collections, by gid."""
 
@@ -415,8 +416,12 @@ def _masks(run: Compressed, whose: str) -> Made:
         ends.append(ends[-1] + layer["size"])
     for end in ends[1:-1]:
         ax.axvline(end, color=RED, linewidth=0.6)
-    wide = [(a, b, layer["name"]) for a, b, layer in zip(ends, ends[1:], layers, strict=False) if b - a > genes / 14]
-    ax.set_xticks([(a + b) / 2 for a, b, _ in wide], [name for *_, name in wide], fontsize=7)
+    named: list[tuple[float, float, str]] = []  # middle, half the text's width, text: no two overlap
+    for a, b, layer in sorted(zip(ends, ends[1:], layers, strict=False), key=lambda each: each[0] - each[1]):
+        middle, half = (a + b) / 2, genes * (len(layer["name"]) + 1) * LETTER / 2
+        if all(abs(middle - other) > half + theirs for other, theirs, _ in named):
+            named.append((middle, half, layer["name"]))
+    ax.set_xticks([middle for middle, *_ in named], [name for *_, name in named], fontsize=7)
     ax.tick_params(axis="x", length=0)
     ax.grid(False)
     ax.set_ylabel("generation")
