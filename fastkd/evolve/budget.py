@@ -96,8 +96,12 @@ class Limits:
         if not len(self.sizes):
             return torch.zeros(len(masks), 0, dtype=torch.int64, device=masks.device)
         if masks.device.type == "cpu":
-            rows = masks.contiguous().view(torch.uint8).numpy()
-            return torch.from_numpy(np.add.reduceat(rows, self._ends[:-1].numpy(), axis=1, dtype=np.int64))
+            rows, out = masks.contiguous().view(torch.uint8).numpy(), np.empty((len(masks), len(self.sizes)), np.int64)
+            step = max(1, BLOCK // (8 * self.space.num_genes))
+            for first in range(0, len(rows), step):  # reduceat makes int64 of all that it is given
+                np.add.reduceat(rows[first:first + step], self._ends[:-1].numpy(), axis=1, dtype=np.int64,
+                                out=out[first:first + step])
+            return torch.from_numpy(out)
         return torch.stack([x.sum(1) for x in masks.split(self.sizes.tolist(), 1)], 1)
 
     def costs(self, counts: Tensor, name: str) -> Tensor:
