@@ -149,12 +149,7 @@ class ECS(_Drawn):
 
 @dataclass(frozen=True)
 class _Sized(_Drawn):
-    """Individuals are filters, or widths: then it is bred how many filters every group keeps, and those of largest norm
-    (:attr:`Limits.by_norm`) are kept, so that a search has as many unknowns as there are groups.
-
-    Others who search for widths: Liu et al., "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via
-    Automatic Structure Search", arXiv:2001.08565.
-    """
+    """With a genome: of filters, or of widths."""
 
     density: float | Literal["random"] = "random"
     genome: str = "filters"
@@ -189,7 +184,9 @@ class _Mating(_Sized):
         density: of the initial population, as for :class:`ECS`; of random widths, every group has one of its own.
         genome: "filters", or "widths": how many filters every group keeps is bred; those of largest norm
             (:func:`fastkd.evolve.budget.group_norm`) are kept. A search then has as many unknowns as there are groups,
-            and finds more with few images. With a budget, widths are all multiplied by what leads to it.
+            and finds more with few images. With a budget, widths are all multiplied by what leads to it. Others who
+            search for widths: Liu et al., "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via Automatic
+            Structure Search", arXiv:2001.08565.
         selection: "roulette", "rank", "tournament".
         crossover: probability that a pair is crossed.
         crossover_by: "two_point", "uniform", "group"; widths are crossed group by group.
