@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,52 @@ from torch import Tensor
 
 from . import atomic
 
-__all__ = ["CheckpointError", "differences", "load", "replace", "save", "write_json"]
+__all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "replace", "result", "save",
+           "write_json"]
 
 
 class CheckpointError(RuntimeError):
     """A file of a run that cannot be read or written, or does not belong here."""
+
+
+class Busy(CheckpointError):
+    """Another process is at work in the folder."""
+
+
+_held: set[Path] = set()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of the folder of a run, which is made if need be. Nothing is left in it, and the system
+    lets go of what a process held that ended, however it ended. What this process holds already is free.
+
+    Raises:
+        Busy: another process holds it.
+        CheckpointError: it cannot be made or opened.
+    """
+    folder = folder.resolve()
+    if folder in _held:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be the folder of a run ({error})") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"{folder}: another process is at work there. Wait for it, end it, or take another "
+                       "directory") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        _held.add(folder)
+        yield
+    finally:
+        _held.discard(folder)
+        os.close(handle)
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,6 +82,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """A line per key: a record's history has thousands of numbers."""
     lines = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     replace(path, lambda p: p.write_text(f"{{{lines}}}\n"))
+
+
+def result(path: Path, config: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """The record of a finished run, if it is there.
+
+    Raises:
+        CheckpointError: it is of another configuration; lists the differences.
+    """
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    if found := differences({**record["config"], "seed": record["seed"]}, {**config, "seed": seed}):
+        raise CheckpointError(f"{path} holds the result of another configuration: " + "; ".join(found)
+                              + ". Take another directory")
+    return record
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | None = None) -> None:

@@ -291,8 +291,11 @@ def grid(
     measure: bool = typer.Option(False, "--measure", help="Run no cell; measure latency and memory of the networks of "
                                                           "finished ones anew, all on this machine. Let nothing else "
                                                           "run."),
+    device: str = typer.Option("cpu", help="cpu, cuda or cuda:N."),
 ) -> None:
-    """Run the missing cells of a table of experiments; of finished ones, --measure alone changes the timings."""
+    """Run the missing cells of a table of experiments; of finished ones, --measure alone changes the timings.
+
+    Started several times with the same --work, the processes share the cells."""
     from . import grid as engine
     from .checkpoint import CheckpointError
     from .settings import ConfigError
@@ -307,10 +310,10 @@ def grid(
             with Progress(console=console) as bars:
                 task = bars.add_task("measured", total=None)
                 count = engine.measure(content, lambda done, total: bars.update(task, completed=done, total=total),
-                                       only)
+                                       only, device)
             console.print(f"{count} cells measured; {content.path.parent / 'RESULTS.md'}", highlight=False)
             return
-        count = _run(content, work, only, limit)
+        count = _run(content, work, only, limit, device)
         console.print(f"{count} cells run; {engine.write_table(content)}", highlight=False)
     except Stopped as stop:
         console.print(str(stop))
@@ -319,26 +322,29 @@ def grid(
         _fail(error)
 
 
-def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = None) -> int:
+def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = None, device: str = "cpu") -> int:
     """The missing cells of a plan, with bars; returns how many were run."""
     from . import grid as engine
 
-    missing = sum(not c.done and (only is None or c.experiment.name == only) for c in plan.cells())
-    bars = _Bars()
+    missing = len(plan.missing(only))
+    bars, latest_cell = _Bars(), None
     with bars.progress:
         total = bars.progress.add_task("cells", total=min(missing, limit or missing), shown="")
-        running: list[Any] = []
 
         def progress(cell: Any, what: str, epoch: int, epochs: int, latest: dict[str, Any]) -> None:
-            if not running or running[-1] != cell:
+            nonlocal latest_cell
+            bars.progress.update(total, shown=what if what == engine.WAITS else "")
+            if what == engine.WAITS:
+                return
+            if cell != latest_cell:
                 for shown in bars.tasks.values():
                     bars.progress.remove_task(shown)
                 bars.tasks.clear()
-                bars.progress.update(total, completed=len(running))
-                running.append(cell)
+                bars.progress.update(total, completed=missing - len(plan.missing(only)))  # others may run some too
+                latest_cell = cell
             bars(f"{cell.experiment.name}, {cell.row}: {what}", epoch, epochs, latest)
 
-        count = engine.run(plan, work, progress, only, limit)
+        count = engine.run(plan, work, progress, only, limit, device)
         bars.progress.update(total, completed=count)
     return count
 

@@ -34,7 +34,8 @@ def show_config() -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Of a record: versions and threads, without names of people or machines."""
+def environment(device: torch.device) -> dict[str, Any]:
+    """Of a record: versions, threads and where it computed, without names of people or machines."""
     wanted = ("fastkd", "torch", "python", "isa", "threads", "cuda_available")
-    return {k: v for k, v in show_config().items() if k in wanted}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {**{k: v for k, v in show_config().items() if k in wanted}, "device": name}

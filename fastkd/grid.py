@@ -23,6 +23,7 @@ import json
 import math
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +35,12 @@ from pydantic import Field
 from . import checkpoint, settings
 from .evolve import hypervolume
 from .settings import ConfigError, Strict, merged
+from .world import usable
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
 
+PAUSE, LONGEST = 1.0, 60.0  # seconds, until what another process was at work on is looked at again
+WAITS = "waits for another process"
 Kind = Literal["recipe", "compress"]
 """The key of a plan that names the recipe: of distillation, or of compression."""
 
@@ -133,6 +137,15 @@ class Plan:
                 for row, config in experiment.rows.items():
                     yield self._cell(experiment, row, seed, config)
 
+    def missing(self, only: str | None = None) -> list[Cell]:
+        """Cells that have not been run, of one experiment or of all.
+
+        Raises:
+            ConfigError: no such experiment.
+        """
+        _known(self, only)
+        return [c for c in self.cells() if not c.done and only in (None, c.experiment.name)]
+
     def _cell(self, experiment: Experiment, row: str, seed: int, config: Any) -> Cell:
         file = self.path.parent / "cells" / experiment.name / _slug(row) / f"{seed}.json"
         return Cell(experiment, row, seed, file, config)
@@ -160,33 +173,42 @@ def _slug(row: str) -> str:
 
 
 def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[str, Any]], None] | None = None,
-        only: str | None = None, limit: int | None = None) -> int:
+        only: str | None = None, limit: int | None = None, device: torch.device | str = "cpu") -> int:
     """Runs the missing cells; returns how many. Can be stopped and called again at any moment.
+
+    Several processes may run one plan at a time, with the same `work`: each takes cells that no other one is at work
+    on, and waits when there are none, until all are done.
 
     Args:
         work: for checkpoints, and for what cells share.
+        progress: called as cells go on; of one that another process is at work on, with :data:`WAITS`.
         only: an experiment's name; None: all.
         limit: of cells.
+        device: cpu, cuda or cuda:N.
 
     Raises:
         ConfigError: no such experiment; or a cell that cannot be run: says which and why.
+        ValueError: no such device.
         CheckpointError, Stopped: as for a single run.
     """
-    _known(plan, only)
+    device = usable(device)
     tasks: dict[str, Any] = {}
-    count = 0
-    for cell in plan.cells():
-        if cell.done or (only is not None and cell.experiment.name != only):
+    count, left, busy, pause = 0, plan.missing(only), list[Cell](), PAUSE
+    while (left or busy) and count != limit:
+        if not left:
+            time.sleep(pause)
+            left, busy, pause = busy, [], min(2 * pause, LONGEST)
+        cell = left.pop(0)
+        if cell.done:  # by another process
             continue
-        if limit is not None and count >= limit:
-            break
         directory = work / cell.experiment.name / _slug(cell.row) / str(cell.seed)
         told = None if progress is None else (lambda *a, cell=cell: progress(cell, *a))
         try:
             if cell.experiment.kind == "compress":
                 from .compress import compress
 
-                record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told)
+                record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told,
+                                  device=device)
             else:
                 from .data import load
                 from .distill import runs
@@ -194,32 +216,41 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
                 if cell.config.data not in tasks:
                     tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
                 record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data], progress=told,
-                                     teachers=work / "teachers")
+                                     device=device, teachers=work / "teachers")
+        except checkpoint.Busy:
+            busy.append(cell)
+            if told is not None:
+                told(WAITS, 0, 1, {})
+            continue
         except (ValueError, TypeError, ArithmeticError, FileNotFoundError) as error:
             raise ConfigError(f"{plan.path}: {cell.experiment.name}, row {cell.row!r}, seed {cell.seed}: "
                               f"{error}") from error
         checkpoint.write_json(cell.file, record)
         write_table(plan)
         count += 1
+        left, busy, pause = busy + left, [], PAUSE
     return count
 
 
-def measure(plan: Plan, progress: Callable[[int, int], None] | None = None, only: str | None = None) -> int:
-    """Measures the networks of finished cells of compression anew, all on this machine; returns how many.
+def measure(plan: Plan, progress: Callable[[int, int], None] | None = None, only: str | None = None,
+            device: torch.device | str = "cpu") -> int:
+    """Measures the networks of finished cells of compression anew, all on one device of this machine; returns how many.
 
     For when nothing else runs: what was measured beside other work, or on several machines, is not comparable. All
     else in the records stays.
 
     Raises:
         ConfigError: no such experiment.
+        ValueError: no such device.
     """
     from .compress.run import measure_again
 
+    device = usable(device)
     _known(plan, only)
     cells = [c for e in plan.experiments if e.kind == "compress" and only in (None, e.name)
              for row in e.rows for c in plan.of(e, row)]
     for k, cell in enumerate(cells):
-        checkpoint.write_json(cell.file, measure_again(cell.record()))
+        checkpoint.write_json(cell.file, measure_again(cell.record(), device))
         if progress is not None:
             progress(k + 1, len(cells))
     write_table(plan)

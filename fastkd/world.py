@@ -11,21 +11,41 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .checkpoint import differences
+from .checkpoint import alone, differences
 
-__all__ = ["RankLost", "World"]
+__all__ = ["RankLost", "World", "usable"]
 
 T = TypeVar("T")
 
 
 class RankLost(RuntimeError):
     """Another rank has ended, or did not answer in time."""
+
+
+def usable(device: torch.device | str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: no such device, or none that can be used here.
+    """
+    try:
+        out = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if out.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (out.index or 0) >= count:
+            there = f"has {count}, numbered from 0" if count else "has none that torch can use"
+            raise ValueError(f"device = {str(device)!r}: this machine {there}; device can be cpu"
+                             + (f", cuda, or cuda:0 to cuda:{count - 1}" if count else ""))
+    return out
 
 
 class World:
@@ -40,7 +60,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | str = "cpu") -> None:
         self.rank = rank
         self.size = size
-        self.device = torch.device(device)
+        self.device = usable(device)
 
     @classmethod
     def from_environment(cls, device: torch.device | str = "cpu") -> World:
@@ -52,16 +72,16 @@ class World:
         A rank that does not answer for FASTKD_TIMEOUT seconds (default 300) counts as lost.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        device = torch.device(device)
         if size == 1:
             return cls(device=device)
         if not dist.is_available():
             raise ImportError(f"WORLD_SIZE is {size}, but this build of torch has no torch.distributed")
+        if str(device).startswith("cuda:"):
+            raise ValueError(f"device must be 'cuda' or 'cpu' for {size} processes, which take one device each, "
+                             f"got {str(device)!r}")
+        device = usable(device)
         if device.type == "cuda":
-            if device.index is not None:
-                raise ValueError(f"device must be 'cuda' or 'cpu' for {size} processes, which take one device each, "
-                                 f"got {str(device)!r}")
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            device = usable(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
             torch.cuda.set_device(device)
             os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or a lost rank would abort the process
         if not dist.is_initialized():
@@ -169,6 +189,24 @@ class World:
         if out[1] is not None:
             raise out[1]
         return out[0]
+
+    @contextlib.contextmanager
+    def alone(self, folder: Path | None) -> Iterator[None]:
+        """:func:`fastkd.checkpoint.alone`, for all ranks; without a folder nothing."""
+        with contextlib.ExitStack() as stack:
+            if folder is not None:
+                self.first(lambda: stack.enter_context(alone(folder)))
+            yield
+
+    def once(self, folder: Path, look: Callable[[], T | None], make: Callable[[], T]) -> T:
+        """What rank 0 finds in a folder. If it finds nothing it is made, on all ranks and by one run at a time."""
+        found = self.first(look)
+        if found is None:
+            with self.alone(folder):
+                found = self.first(look)  # another run may just have ended
+                if found is None:
+                    found = make()
+        return found
 
     def same(self, what: str, own: dict[str, Any]) -> None:
         """Raises ValueError on every rank if any has something else than rank 0."""

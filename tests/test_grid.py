@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -100,8 +101,9 @@ def calls(monkeypatch):
     """Of fastkd.compress.compress, which only tells and returns a record."""
     out = []
 
-    def fake(config, seed, directory, *, shared, progress):
+    def fake(config, seed, directory, *, shared, progress, device):
         out.append((config.algorithm.name, seed, directory, shared))
+        assert device == torch.device("cpu")
         if progress is not None:
             progress("search", 1, 2, {"generation": 1, "best": 0.5, "evaluations": 7})
         return record(config, seed)

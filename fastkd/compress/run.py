@@ -29,7 +29,7 @@ from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
 from ..population.trace import trace
 from ..settings import ConfigError, suggestion
-from ..world import World
+from ..world import World, usable
 from . import export
 from .config import CompressConfig, ModelConfig
 from .controls import CONTROLS, control
@@ -96,7 +96,8 @@ def compress(config: CompressConfig, seed: int = 0, directory: str | Path = "run
 
     Raises:
         ConfigError: a configuration that cannot be run: the message says which key.
-        CheckpointError: `directory` is of another configuration, a checkpoint is damaged, or the disk is full.
+        CheckpointError: `directory` is of another configuration, a checkpoint is damaged, another process is at work
+            there, or the disk is full.
         ValueError, TypeError, FileNotFoundError: data or weights that are not there or do not fit, a network that
             cannot be traced, a budget that no mask can meet.
         Stopped: Ctrl-C or SIGTERM came; what was reached is saved.
@@ -106,8 +107,9 @@ def compress(config: CompressConfig, seed: int = 0, directory: str | Path = "run
                 world or World(device=device)).run()
 
 
-def measure_again(record: dict[str, Any]) -> dict[str, Any]:
-    """The record, with latency and peak memory of its two networks in torch measured anew, on this machine as it is.
+def measure_again(record: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The record, with latency and peak memory of its two networks in torch measured anew, on a device of
+    this machine as it is.
 
     Records of a table are comparable when nothing else ran. The networks are built of the record's mask, with new
     weights, on which time does not depend.
@@ -116,13 +118,14 @@ def measure_again(record: dict[str, Any]) -> dict[str, Any]:
         ConfigError, ValueError, FileNotFoundError: as for :func:`compress`.
     """
     config = CompressConfig.model_validate(record["config"])
-    example = load_images(config.data).part("train", 1)[0]
-    model = build(config.model).eval()
+    device = usable(device)
+    example = load_images(config.data).part("train", 1)[0].to(device)
+    model = build(config.model).eval().to(device)
     space = trace(model, example)
     small = compact(model, _unhex(record["search"]["mask"], space.num_genes), space)
     full, less = export.compare(model, small, example)
     return {**record, "dense": {**record["dense"], **full}, "compact": {**record["compact"], **less},
-            "measured": environment()}
+            "measured": environment(device)}
 
 
 class _Run:
@@ -139,15 +142,12 @@ class _Run:
                               + suggestion(self.algorithm, valid))
 
     def run(self) -> dict[str, Any]:
-        world, file = self.world, self.directory / "result.json"
-        world.same("configuration", {**self.own, "seed": self.seed})
-        record = world.first(lambda: json.loads(file.read_text()) if file.exists() else None)
-        if record is not None:
-            theirs = {**record["config"], "seed": record["seed"]}
-            if differences := files.differences(theirs, {**self.own, "seed": self.seed}):
-                raise files.CheckpointError(f"{file} holds the result of another configuration: "
-                                            + "; ".join(differences) + ". Take another directory")
-            return record
+        self.world.same("configuration", {**self.own, "seed": self.seed})
+        file = self.directory / "result.json"
+        return self.world.once(self.directory, lambda: files.result(file, self.own, self.seed), self._run)
+
+    def _run(self) -> dict[str, Any]:
+        world = self.world
         self.data = load_images(self.config.data)
         self.score = "agreement" if self.config.fitness.quality == "agreement" or not self.data.labels else "accuracy"
         torch.manual_seed(self.seed)
@@ -197,16 +197,18 @@ class _Run:
             return self.model.state_dict(), {"seconds": 0.0, "history": []}
         folder = self.shared / f"dense-{_key(self._dense_identity())}"
         kept = folder / "weights.safetensors"
-        if kept.exists():
-            return files.load(kept)
-        start, epochs = time.perf_counter(), self.config.train.epochs
-        history = fit(self.model, self.data, ["train"], self.config.train, self.seed, folder / "training.safetensors",
-                      lambda model: self._accuracy(model, "val"), tick=tick,
-                      told=lambda epoch, latest: self.told("training the full network", epoch, epochs, latest))
-        record = {"seconds": time.perf_counter() - start, "history": history}
-        files.save(kept, self.model.state_dict(), record)
-        (folder / "training.safetensors").unlink(missing_ok=True)
-        return self.model.state_dict(), record
+
+        def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            start, epochs, own = time.perf_counter(), self.config.train.epochs, folder / "training.safetensors"
+            history = fit(self.model, self.data, ["train"], self.config.train, self.seed, own,
+                          lambda model: self._accuracy(model, "val"), tick=tick,
+                          told=lambda epoch, latest: self.told("training the full network", epoch, epochs, latest))
+            record = {"seconds": time.perf_counter() - start, "history": history}
+            files.save(kept, self.model.state_dict(), record)
+            own.unlink(missing_ok=True)
+            return self.model.state_dict(), record
+
+        return World().once(folder, lambda: files.load(kept) if kept.exists() else None, train)  # on rank 0 alone
 
     def _dense_identity(self) -> dict[str, Any]:
         own = {key: self.own[key] for key in ("data", "model", "weights")}
@@ -263,14 +265,16 @@ class _Run:
 
     def _search(self, evaluator: PopulationEvaluator, fitness: Fitness, limits: Limits) -> dict[str, Any]:
         """What was looked at and what is taken; on every rank."""
-        own, space = self.config.algorithm, evaluator.space
         keys = ("budget", "k_min", "fitness", "algorithm")
         identity = {**self._dense_identity(), **{k: self.own[k] for k in keys}, "seed": self.seed}
         folder = self.shared / f"search-{_key(identity)}"
         file = folder / "search.json"
-        found = self.world.first(lambda: json.loads(file.read_text()) if file.exists() else None)
-        if found is not None:
-            return found
+        return self.world.once(folder, lambda: json.loads(file.read_text()) if file.exists() else None,
+                               lambda: self._searched(evaluator, fitness, limits, folder))
+
+    def _searched(self, evaluator: PopulationEvaluator, fitness: Fitness, limits: Limits,
+                  folder: Path) -> dict[str, Any]:
+        own, space = self.config.algorithm, evaluator.space
         start = time.perf_counter()
         algorithm = self._algorithm()
         record: dict[str, Any]
@@ -311,7 +315,7 @@ class _Run:
                 "full_cost": float(steps[-1, 1]), "chosen": mask_id(mask), "mask": _hex(mask),
                 "l1": {"density": densities, **_columns(None, steps[:, 0], steps[:, 1]),
                        "test": tested[len(masks):]}})
-            files.write_json(file, record)
+            files.write_json(folder / "search.json", record)
             for name in ("checkpoint.safetensors", "previous.safetensors"):
                 (folder / name).unlink(missing_ok=True)
             return record
@@ -362,7 +366,7 @@ class _Run:
         filters = limits.costs(limits.counts(mask[None]), "filters")
         record: dict[str, Any] = {
             "schema": SCHEMA, "kind": "compress", "seed": self.seed, "config": self.own,
-            "environment": {**environment(), "processes": self.world.size}, "score": self.score,
+            "environment": {**environment(self.world.device), "processes": self.world.size}, "score": self.score,
             "dense": {**self._scores(self.model), **full, "filters": limits.full["filters"], **self.dense},
             "compact": {**list(stages.values())[-1], **less, "filters": int(filters), "stages": stages,
                         "seconds": seconds, "history": history},

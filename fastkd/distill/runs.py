@@ -42,8 +42,8 @@ def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progres
     model = build(config.teacher, task, config.teacher_seed)
     weights = folder / "weights.safetensors"
     world = world or World()
-    found = world.first(lambda: checkpoint.load(weights) if weights.exists() else None)
-    if found is None:
+
+    def trained() -> tuple[dict[str, Tensor], Any]:
         distiller = Distiller(model, None, task, train=config.teacher.train, seed=config.teacher_seed,
                               directory=folder, device=device, identity={"model": config.teacher.model.model_dump()},
                               world=world)
@@ -54,8 +54,9 @@ def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progres
             (folder / "checkpoint.safetensors").unlink(missing_ok=True)
             return checkpoint.load(weights)
 
-        found = world.first(write)
-    tensors, record = found
+        return world.first(write)
+
+    tensors, record = world.once(folder, lambda: checkpoint.load(weights) if weights.exists() else None, trained)
     model.load_state_dict(tensors)
     return model, record
 
@@ -76,35 +77,38 @@ def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None =
     file = directory / "result.json"
     own = json.loads(json.dumps(config.model_dump()))
     world.same("configuration", {**own, "seed": seed})
-    record = world.first(lambda: json.loads(file.read_text()) if file.exists() else None)
-    if record is not None:
-        theirs = {**record["config"], "seed": record["seed"]}
-        if differences := checkpoint.differences(theirs, {**own, "seed": seed}):
-            raise checkpoint.CheckpointError(f"{file} holds the result of another configuration: "
-                                             + "; ".join(differences) + ". Take another directory")
-        return record
-    check_sampler(config.student.train)  # the teacher's training may take long
-    task = task or load_data(config.data)
-    teacher, teacher_record = teacher_of(config, task, teachers or directory.parent, progress, device, world)
-    student = build(config.student, task, seed)
-    distiller = Distiller(student, teacher if config.losses else None, task, losses=config.losses,
-                          train=config.student.train, task_weight=config.task_weight, seed=seed,
-                          directory=directory, device=device,
-                          identity={"model": config.student.model.model_dump()}, world=world)
-    result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train, world))
 
-    def write() -> dict[str, Any]:
-        record = {"schema": SCHEMA, "seed": seed, "config": own,
-                  "student": _record(result, student, task, config.student.train),
-                  "teacher": teacher_record, "environment": {**environment(), "processes": world.size}}
-        if task.kind == "shapes" and (picture := _picture(config, teacher, student, task)) is not None:
-            record["picture"] = picture
-        checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
-        checkpoint.write_json(file, record)
-        (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+    def found() -> dict[str, Any] | None:
+        record = checkpoint.result(file, own, seed)
+        if record is None:
+            check_sampler(config.student.train)  # the teacher's training may take long
         return record
 
-    return world.first(write)
+    def trained() -> dict[str, Any]:
+        data = task or load_data(config.data)
+        teacher, teacher_record = teacher_of(config, data, teachers or directory.parent, progress, device, world)
+        student = build(config.student, data, seed)
+        distiller = Distiller(student, teacher if config.losses else None, data, losses=config.losses,
+                              train=config.student.train, task_weight=config.task_weight, seed=seed,
+                              directory=directory, device=device,
+                              identity={"model": config.student.model.model_dump()}, world=world)
+        result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train, world))
+
+        def write() -> dict[str, Any]:
+            record = {"schema": SCHEMA, "seed": seed, "config": own,
+                      "student": _record(result, student, data, config.student.train),
+                      "teacher": teacher_record,
+                      "environment": {**environment(distiller.device), "processes": world.size}}
+            if data.kind == "shapes" and (picture := _picture(config, teacher, student, data)) is not None:
+                record["picture"] = picture
+            checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
+            checkpoint.write_json(file, record)
+            (directory / "checkpoint.safetensors").unlink(missing_ok=True)
+            return record
+
+        return world.first(write)
+
+    return world.once(directory, found, trained)
 
 
 def _told(progress: Progress | None, what: str, train: TrainConfig, world: World) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import checkpoint, measure
 from ..data import Task
 from ..stopping import Stopped, stop_requests
-from ..world import RankLost, World
+from ..world import RankLost, World, usable
 from . import losses
 from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig
@@ -91,7 +91,7 @@ class Distiller:
                  device: torch.device | str = "cpu", identity: dict[str, Any] | None = None,
                  world: World | None = None) -> None:
         self.world = world or World()
-        self.device = torch.device(device)
+        self.device = usable(device)
         self.student = student.to(self.device)
         self.teacher = None if teacher is None else teacher.to(self.device).eval().requires_grad_(False)
         self.task = task
@@ -340,13 +340,15 @@ class Distiller:
 
         Raises:
             Stopped: Ctrl-C or SIGTERM came; the epoch was finished and a checkpoint written.
+            CheckpointError: another process is at work in the directory, or the disk is full.
             FloatingPointError: the loss is no number any more.
             RankLost: another of several ranks has ended.
             ValueError: ranks differ in configuration or initial weights.
         """
         file = None if self.directory is None else self.directory / "checkpoint.safetensors"
         try:
-            return self._fit(file, progress)
+            with self.world.alone(self.directory):
+                return self._fit(file, progress)
         except RankLost as error:
             remedy = ("no checkpoint had been written yet: start anew" if file is None or not file.exists() else
                       f"the checkpoint {file} is whole: the same command, or --resume, goes on from there, with any "

@@ -27,7 +27,7 @@ from .. import checkpoint as files
 from ..curves import Curves
 from ..population import GeneSpace, PopulationEvaluator
 from ..stopping import Stopped, stop_requests
-from ..world import RankLost, World
+from ..world import RankLost, World, usable
 from . import operators, pareto
 from .algorithms import ALGORITHMS, NSGA2, Algorithm, Scores
 from .budget import Limits
@@ -134,15 +134,16 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
         TypeError, ValueError: arguments that are not as above; a budget that no mask can meet.
         FitnessError: a fitness that is not finite. The checkpoint of the generation before is whole.
         CheckpointError: the directory holds a run of another configuration (the message lists the
-            differences) or no whole checkpoint, or the disk is full.
+            differences) or no whole checkpoint, another process is at work there, or the disk is full.
         Stopped: Ctrl-C or SIGTERM came, with a checkpoint; the generation was finished, and it was written.
         RankLost: another of several ranks has ended.
     """
     run = _Run(evaluator, fitness, algorithm, population, generations, seed, initial,
-               None if checkpoint is None else Path(checkpoint), world or World(), torch.device(device))
+               None if checkpoint is None else Path(checkpoint), world or World(), usable(device))
     callbacks: Sequence[Callback] = (callback,) if callable(callback) else tuple(callback)
     try:
-        return run.run(callbacks, progress)
+        with run.world.alone(None if checkpoint is None else Path(checkpoint)):
+            return run.run(callbacks, progress)
     except RankLost as error:
         remedy = ("no checkpoint had been written yet: start anew" if run.file is None or not run.file.exists() else
                   f"the checkpoint {run.file} is whole: the same command goes on from there, with any number of "
