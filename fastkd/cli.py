@@ -59,6 +59,18 @@ class _Bars:
         self.progress.update(self.tasks[what], completed=epoch, shown=shown)
 
 
+def _begin(file: Path, config: Any) -> None:
+    """Keeps the configuration for --resume; never that of a run in place of another's."""
+    from .checkpoint import CheckpointError, differences, write_json
+
+    own, folder = config.model_dump(mode="json"), file.parent
+    seeds = [*folder.glob("seed*/result.json"), *folder.glob("seed*/*.safetensors")]
+    if file.exists() and seeds and (found := differences(json.loads(file.read_text()), own)):
+        raise CheckpointError(f"{folder} holds a run of another configuration: " + "; ".join(found)
+                              + f". Take another --out, or go on with that one: --resume {folder}")
+    write_json(file, own)
+
+
 def _fail(error: Exception) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
     raise typer.Exit(2)
@@ -79,7 +91,6 @@ def distill(
 
     On several processes: torchrun --nproc-per-node 2 -m fastkd distill RECIPE."""
     from . import data
-    from .checkpoint import write_json
     from .distill import CheckpointError, ConfigError, RankLost, Stopped, TensorBoard, World, load_config, runs
 
     directory = resume or out or Path("runs") / Path(recipe).stem
@@ -97,8 +108,8 @@ def distill(
         world = World.from_environment(device)
         console.quiet = world.rank > 0
         config = world.first(load) if resume is not None else load()
-        if resume is None and world.rank == 0:
-            write_json(begun, config.model_dump())
+        if resume is None:
+            world.first(lambda: _begin(begun, config))
         task = data.load(config.data)
         console.print(f"{task.name}: {task.source}", highlight=False)
         bars = _Bars()
@@ -166,7 +177,6 @@ def compress(
     --weights FILE.safetensors. On several processes: torchrun --nproc-per-node 2 -m fastkd compress RECIPE."""
     try:
         from . import compress as engine
-        from .checkpoint import write_json
         from .curves import Curves
         from .evolve import TensorBoard
     except ImportError as error:
@@ -190,8 +200,8 @@ def compress(
         world = engine.World.from_environment(device)
         console.quiet = world.rank > 0
         config = world.first(load)
-        if resume is None and world.rank == 0:
-            write_json(begun, config.model_dump())
+        if resume is None:
+            world.first(lambda: _begin(begun, config))
         bars = _Bars()
 
         def progress(seed: int, what: str, done: int, total: int, latest: dict[str, Any]) -> None:

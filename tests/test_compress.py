@@ -753,6 +753,10 @@ def test_the_command(folder, tmp_path):
         assert record["config"]["budget"] == {"macs": 0.4}
     assert list((tmp_path / "run" / "seed0" / "tensorboard").rglob("events*"))
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
+    other = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run"),
+                                         "--algorithm", "random", "--budget", "macs=0.3"])
+    assert other.exit_code == 2 and "budget.macs is 0.4 there and 0.3 here" in other.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == {"macs": 0.4}
     again = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "own.yaml"), "--resume", str(tmp_path / "run"),
                                          "--seeds", "2"])
     assert again.exit_code == 0 and "int8" in again.output

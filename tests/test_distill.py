@@ -631,6 +631,8 @@ def test_command_line(tmp_path):
     done = fastkd_command("distill", "digits", "--resume", "runs/digits", "--seeds", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for wrong, told in ((["distill", "digitz"], "did you mean 'digits'"),
+                        (["distill", "digits", *settings, "--set", "losses.lsp.weight=1"],
+                         "losses.lsp.weight is 100.0 there and 1.0 here. Take another --out"),
                         (["distill", "digits", "--set", "losses.lsp.wieght=1"], "did you mean 'weight'"),
                         (["distill", "digits", "--set", "losses.lsp.student_layer=layers.9", "--out", "x"], "layers.1"),
                         (["distill", "digits", "--resume", "nowhere"], "nowhere"),
