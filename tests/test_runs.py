@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_grid import DISTIL, plan_of
 from torch import nn
 from typer.testing import CliRunner
 
@@ -26,16 +27,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HOLDS = "import sys\nfrom pathlib import Path\nfrom fastkd.checkpoint import alone\n" \
         "with alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
 SMALL = ["teacher.train.epochs=1", "student.train.epochs=1", "teacher.model.args.hidden=16"]
-PLAN = """
-experiments:
-  small:
-    recipe: digits
-    seeds: 2
-    base: {teacher: {model: {args: {hidden: 16}}, train: {epochs: 2}}, student: {train: {epochs: 2}}}
-    rows:
-      student alone: {losses: {lsp: null}}
-      LSP: {}
-"""
 
 
 @pytest.fixture
@@ -122,8 +113,7 @@ def test_a_file_is_no_folder(tmp_path):
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "PAUSE", 0.01)
-    (tmp_path / "plan.yaml").write_text(PLAN)
-    return grid.Plan(tmp_path / "plan.yaml")
+    return plan_of(tmp_path, DISTIL)
 
 
 @pytest.mark.parametrize("what", ["a cell", "the teacher of all"])
