@@ -199,24 +199,26 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
             time.sleep(pause)
             left, busy, pause = busy, [], min(2 * pause, LONGEST)
         cell = left.pop(0)
-        if cell.done:  # by another process
-            continue
         directory = work / cell.experiment.name / _slug(cell.row) / str(cell.seed)
         told = None if progress is None else (lambda *a, cell=cell: progress(cell, *a))
         try:
-            if cell.experiment.kind == "compress":
-                from .compress import compress
+            with checkpoint.alone(directory):
+                if cell.done:  # by another process
+                    continue
+                if cell.experiment.kind == "compress":
+                    from .compress import compress
 
-                record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told,
-                                  device=device)
-            else:
-                from .data import load
-                from .distill import runs
+                    record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told,
+                                      device=device)
+                else:
+                    from .data import load
+                    from .distill import runs
 
-                if cell.config.data not in tasks:
-                    tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
-                record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data], progress=told,
-                                     device=device, teachers=work / "teachers")
+                    if cell.config.data not in tasks:
+                        tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
+                    record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data],
+                                         progress=told, device=device, teachers=work / "teachers")
+                checkpoint.write_json(cell.file, record)
         except checkpoint.Busy:
             busy.append(cell)
             if told is not None:
@@ -225,7 +227,6 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
         except (ValueError, TypeError, ArithmeticError, FileNotFoundError) as error:
             raise ConfigError(f"{plan.path}: {cell.experiment.name}, row {cell.row!r}, seed {cell.seed}: "
                               f"{error}") from error
-        checkpoint.write_json(cell.file, record)
         write_table(plan)
         count += 1
         left, busy, pause = busy + left, [], PAUSE
