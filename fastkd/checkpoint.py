@@ -16,8 +16,7 @@ from torch import Tensor
 
 from . import atomic
 
-__all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "replace", "result", "save",
-           "write_json"]
+__all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "replace", "result", "save", "write_json"]
 
 
 class CheckpointError(RuntimeError):
