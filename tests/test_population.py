@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastkd.evolve import Limits
 from fastkd.models import cnn
 from fastkd.population import KEPT, ZERO, UnsupportedModelError, compact, export_onnx, load, save, trace
+from fastkd.population.space import COSTS
 from fastkd.reference import masked_forward
 
 
@@ -261,6 +263,39 @@ def scalars(self, x):
     return F.log_softmax(tail(self, self.prelu(x)), 1)
 
 
+def channel_slice(self, x):
+    return tail(self, self.a(x)[:, :3])
+
+
+def slices(self, x):
+    x = self.a(x)
+    return tail(self, torch.cat((x[:, 1::2, 2:, :-2], F.silu(self.b(x[:, :4]))[:, -3:, 1:-1, 1:-1]), 1))
+
+
+def shuffle(self, x):
+    x = self.a(x)
+    return self.fc(x.view(-1, 2, 3, 8, 8).transpose(1, 2).reshape(-1, 6, 8, 8).flatten(1))
+
+
+def shuffles(self, x):
+    x = self.b(self.shuffle(torch.channel_shuffle(self.a(x), 2))).flatten(1)
+    return self.fc(x.reshape(x.shape[0], 2, 2, 2).permute(0, 3, 1, 2).flatten(1))
+
+
+def halves(self, x):  # a unit of ShuffleNetV2
+    n, _, h, w = x.size()
+    kept, x = F.relu(self.a(x)).chunk(2, dim=1)
+    x = torch.cat((kept, F.relu(self.c(self.bn(self.b(x))))), dim=1)
+    return tail(self, F.relu(self.d(x.view(n, 2, 4, h, w).transpose(1, 2).contiguous().view(n, -1, h, w))))
+
+
+def pieces(self, x):  # as in Res2Net and CSPNet
+    x = self.a(x)
+    first, second, third = torch.split(x, [2, 2, 4], 1)
+    second = self.b(first + second)
+    return tail(self, torch.cat([second, *third.split([3, 1], 1), *list(x.chunk(2, 1))[1:]], 1))
+
+
 def unused(self, x):
     return tail(self, nn.functional.dropout(self.a(x), 0.5, self.training))
 
@@ -280,6 +315,13 @@ SMALL = {
     "option_a": (option_a, dict(a=conv(3, 6), b=conv(6, 10, stride=2), fc=nn.Linear(10, 5)), [6, 4], False),
     "zeros_are_read": (zeros_are_read, dict(a=conv(3, 6), b=conv(6, 4), c=conv(13, 8), fc=nn.Linear(8, 5)), [6, 4, 8], False),
     "inplace": (inplace, dict(a=conv(3, 6), relu=nn.ReLU(True), b=conv(6, 6), fc=nn.Linear(6, 5)), [6], True),
+    "channel_slice": (channel_slice, dict(a=conv(3, 6), fc=nn.Linear(3, 5)), [3, 3], False),
+    "slices": (slices, dict(a=conv(3, 6), b=conv(4, 5), fc=nn.Linear(6, 5)), [2, 2, 1, 1, 2, 3], False),
+    "shuffle": (shuffle, dict(a=conv(3, 6), fc=nn.Linear(6 * 64, 5)), [6], False),
+    "shuffles": (shuffles, dict(a=conv(3, 6), shuffle=nn.ChannelShuffle(3), b=conv(6, 8, stride=8), fc=nn.Linear(8, 5)), [6, 8], False),
+    "halves": (halves, dict(a=conv(3, 8), b=conv(4, 4, groups=4), bn=nn.BatchNorm2d(4), c=conv(4, 4, 1), d=conv(8, 6),
+                            fc=nn.Linear(6, 5)), [4, 4, 4, 6], False),
+    "pieces": (pieces, dict(a=conv(3, 8), b=conv(2, 3), fc=nn.Linear(11, 5)), [2, 3, 1, 3], False),
     "scalars": (scalars, dict(a=conv(3, 6), prelu=nn.PReLU(6), fc=nn.Linear(6, 5)), [6], True),
     "unused": (unused, dict(a=conv(3, 6), aside=nn.Linear(4, 4), fc=nn.Linear(6, 5)), [6], True),
 }
@@ -332,6 +374,35 @@ def test_shortcut_given_by_a_lambda():
     model, x = lively(model), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     space = trace(model, x)
     check(model, x, space, some_masks(space, (0.2, 0.6)))
+
+
+@fx.wrap
+def stochastic_depth(x, p, training):
+    return x * (torch.rand(len(x), 1, 1, 1) > p) if training else x
+
+
+@fx.wrap
+def half(x):
+    return x / 2
+
+
+def test_functions_that_give_back_what_they_are_given():
+    def forward(self, x):
+        x = self.a(x)
+        return tail(self, F.relu(x + stochastic_depth(self.b(x), 0.2, training=self.training)))
+
+    model = lively(Net(forward, a=conv(3, 6), b=conv(6, 6), fc=nn.Linear(6, 5)))
+    space = trace(model, IMAGES)
+    check(model, IMAGES, space, some_masks(space, (0.5,)))
+    with pytest.raises(UnsupportedModelError, match=r"test_population.half is not supported.*test_population.py:\d+: "):
+        trace(lively(Net(lambda self, x: tail(self, half(self.a(x))), a=conv(3, 6), fc=nn.Linear(6, 5))), IMAGES)
+
+
+def test_genes_that_only_some_values_hold_are_groups_of_their_own():
+    space = trace(small_net("halves")[0], IMAGES)
+    assert [(g.name, g.modules, g.size) for g in space.groups[:3]] == [("a", ("a",), 4), ("a (2)", ("a",), 4), ("c", ("c",), 4)]
+    masks = space.repair(torch.zeros(1, space.num_genes, dtype=torch.bool))
+    assert masks.sum() == 4, "each half keeps one"
 
 
 def test_torch_modules_as_a_sequential():
@@ -412,8 +483,8 @@ def by_data(self, x):
     return tail(self, self.a(x))
 
 
-def channel_slice(self, x):
-    return tail(self, self.a(x)[:, :3])
+def one_channel(self, x):
+    return tail(self, self.a(x)[:, 3])
 
 
 def channel_mean(self, x):
@@ -437,9 +508,21 @@ def shift_zeros(self, x):
     return tail(self, F.pad(self.a(x), (0, 0, 0, 0, 1, 1)) + 1)
 
 
-def shuffle(self, x):
-    x = self.a(x)
-    return tail(self, x.view(-1, 2, 3, 8, 8).transpose(1, 2).reshape(-1, 6, 8, 8))
+def attention(self, x):
+    x = self.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2)
+    return tail(self, x.softmax(1).reshape(-1, 6, 8, 8))
+
+
+def mixed_up(self, x):
+    return tail(self, self.a(x).view(-1, 2, 3, 8, 8).transpose(2, 3).reshape(-1, 6, 8, 8))
+
+
+def fewer_pieces(self, x):
+    return tail(self, self.a(x).chunk(4, 1)[0])
+
+
+def batch_split(self, x):
+    return tail(self, self.a(x).split(1)[0])
 
 
 def layer_norm(self, x):
@@ -465,13 +548,16 @@ def noise(self, x):
 
 REFUSED = {
     "by_data": (by_data, {}, r"cannot be traced: .*test_population.py:\d+: if x.sum\(\) > 0"),
-    "channel_slice": (channel_slice, dict(fc=nn.Linear(3, 5)), r"index of other dimensions .*test_population.py:\d+: return tail\(self, self.a\(x\)\[:, :3\]"),
+    "one_channel": (one_channel, dict(fc=nn.Linear(3, 5)), r"index of other dimensions .*test_population.py:\d+: return tail\(self, self.a\(x\)\[:, 3\]"),
     "channel_mean": (channel_mean, {}, "mean over the dimensions 1, not H and W"),
     "own_weight": (own_weight, {}, "the tensor a.weight used outside a module"),
     "twice": (twice, dict(b=conv(6, 6)), "b called twice"),
     "normalise_zeros": (normalise_zeros, dict(bn=nn.BatchNorm2d(8), fc=nn.Linear(8, 5)), "BatchNorm2d bn of channels that are constantly zero"),
     "shift_zeros": (shift_zeros, dict(fc=nn.Linear(8, 5)), "add of channels that are constantly zero"),
-    "shuffle": (shuffle, {}, "view of"),
+    "attention": (attention, {}, "softmax of channels along several dimensions"),
+    "mixed_up": (mixed_up, {}, "transpose of channels along several dimensions"),
+    "fewer_pieces": (fewer_pieces, {}, "chunk of 6 channels into 4"),
+    "batch_split": (batch_split, {}, "split along dimension 0"),
     "layer_norm": (layer_norm, dict(norm=nn.LayerNorm([6, 8, 8])), "LayerNorm norm is not supported"),
     "group_norm": (layer_norm, dict(norm=nn.GroupNorm(2, 6)), "GroupNorm norm is not supported"),
     "batch_statistics": (layer_norm, dict(norm=nn.BatchNorm2d(6, track_running_stats=False)), "without running statistics"),
@@ -624,6 +710,17 @@ def test_torch_pruning_removes_the_same(name):
         assert torch.equal(small(x), oracle(x))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf",
+                                  "efficientnet_b0", "shufflenet_v2_x0_5"])
+def test_networks_of_torchvision(name):
+    models = pytest.importorskip("torchvision", reason="torchvision is not installed", exc_type=(ImportError, RuntimeError)).models
+    more = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = lively(models.get_model(name, weights=None, **more))
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    space = trace(model, x)
+    check(model, x, space, some_masks(space, (0.5,)), name != "shufflenet_v2_x0_5")
+
+
 def test_groups_of_resnet50():
     space = network("resnet50")[2]
     trunk = {g.name: (g.size, len(g.modules)) for g in space.groups if len(g.modules) > 1}
@@ -638,12 +735,12 @@ def test_groups_of_resnet50():
 def networks(draw):
     """A stack of steps of random kinds, each of which fits what came before."""
     channels, size, steps, modules = 3, 8, [], {}
-    kinds = ("conv", "strided", "depthwise", "grouped", "residual", "option_a", "concat", "gate", "pool")
+    kinds = ("conv", "strided", "depthwise", "grouped", "residual", "option_a", "concat", "gate", "pool", "shuffle", "halves")
     for i, kind in enumerate(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))):
         width = draw(st.integers(1, 4)) * 2
         name = f"m{i}"
         if (kind == "option_a" and channels == 3) or (kind in ("strided", "option_a", "pool") and size < 4) or \
-                (kind == "grouped" and channels % 2):
+                (kind in ("grouped", "shuffle", "halves") and channels % 2):
             kind = "conv"
         if kind == "depthwise":
             modules[name] = conv(channels, channels, groups=channels)
@@ -656,7 +753,10 @@ def networks(draw):
             channels, size = channels + 2, size // 2
         elif kind == "pool":
             size //= 2
-        else:
+        elif kind == "halves":
+            modules[name] = conv(channels // 2, width)
+            channels = channels // 2 + width
+        elif kind != "shuffle":
             modules[name] = nn.Sequential(conv(channels, width, stride=2 if kind == "strided" else 1, groups=2 if kind == "grouped" else 1),
                                           nn.BatchNorm2d(width), nn.SiLU())
             channels = channels + width if kind == "concat" else width
@@ -668,6 +768,13 @@ def networks(draw):
         for kind, name in steps:
             if kind == "pool":
                 x = F.max_pool2d(x, 2)
+                continue
+            if kind == "shuffle":
+                x = torch.channel_shuffle(x, 2)
+                continue
+            if kind == "halves":
+                kept, y = x.chunk(2, 1)
+                x = torch.cat((getattr(self, name)(y), kept), 1)
                 continue
             y = getattr(self, name)(x)
             if kind == "residual":
@@ -689,7 +796,9 @@ def networks(draw):
 def test_any_network(model, density, k_min, seed):
     space = trace(model, IMAGES)
     masks = space.repair(space.random(2, density, torch.Generator().manual_seed(seed)), k_min)
-    full = space.channels(space.ones(1))
+    full, limits = space.channels(space.ones(1)), Limits(space)
+    for cost in COSTS:
+        assert torch.equal(limits.costs(limits.counts(masks), cost), getattr(space, cost)(masks)), "counts of groups are enough"
     assert bool((space.channels(masks) >= full.clamp(max=k_min)).all())
     with torch.no_grad():
         whole = model(IMAGES)

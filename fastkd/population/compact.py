@@ -21,7 +21,7 @@ __all__ = ["Arrange", "compact", "export_onnx", "load", "save"]
 
 
 class Arrange(nn.Module):
-    """What is left of an option-A shortcut: channels put where the sum expects them.
+    """Channels put where they are expected: what is left of an option-A shortcut, of a slice or a shuffle.
 
     Args:
         index: int64 [C']; channel j of the result is channel index[j] of x [N, C, ...], or zeros for -1.
@@ -47,7 +47,8 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
     """The network without the channels whose genes are off: plain torch modules, ready for training.
 
     It is a copy of the model with smaller weights, of the same class. Where the model's source states numbers
-    of channels (a view to a stated width; an option-A shortcut that is not a module by itself), it is an
+    of channels (a view to a stated width, a slice or shuffle of channels; an option-A shortcut that is not a module by
+    itself), it is an
     fx.GraphModule with the same names of parameters instead, and then has no dropout.
 
     Args:
@@ -152,6 +153,11 @@ def _agrees(small: nn.Module, space: GeneSpace, mask: Tensor) -> bool:
 def _graph_module(small: nn.Module, space: GeneSpace, mask: Tensor) -> fx.GraphModule:
     graph = fx.Graph()
     at = {0: graph.placeholder("x")}
+
+    def arranged(name: str, x: fx.Node, index: Tensor) -> fx.Node:
+        small.add_module(name, Arrange(index.to(next(small.parameters()).device)))
+        return graph.call_module(name, (x,))
+
     for op in space.ops:
         inputs = [at[i] for i in op.inputs]
         if op.kind == "pad":
@@ -161,10 +167,12 @@ def _graph_module(small: nn.Module, space: GeneSpace, mask: Tensor) -> fx.GraphM
             for k, value in enumerate(op.inputs):
                 index = _arranged(space, mask, value, op)
                 if not torch.equal(index, torch.arange(len(space.kept(value, mask)))):
-                    name = f"arrange_{op.output}_{k}"
-                    small.add_module(name, Arrange(index.to(next(small.parameters()).device)))
-                    inputs[k] = graph.call_module(name, (inputs[k],))
-        if op.module is not None:
+                    inputs[k] = arranged(f"arrange_{op.output}_{k}", inputs[k], index)
+        if op.kind == "take":
+            wanted = torch.tensor(op.attributes["index"])[space.kept(op.output, mask)]
+            index = torch.searchsorted(space.kept(op.inputs[0], mask), wanted)
+            at[op.output] = arranged(f"arrange_{op.output}", inputs[0], index)
+        elif op.module is not None:
             at[op.output] = graph.call_module(op.name, tuple(inputs))
         else:
             assert op.function is not None

@@ -344,6 +344,9 @@ class _Lowering:
         middle: list[Any] = [(0, c) for c in range(self.values[a][0])]
         return self.node("select", a, source=[None] * before + middle + [None] * after)
 
+    def lower_take(self, op: Op, a: int) -> int:
+        return self.node("select", a, source=[(0, c) for c in op.attributes["index"]])
+
     def lower_add(self, op: Op, a: int, b: int) -> int:
         return self.node("add", a, b)
 

@@ -25,7 +25,7 @@ KEPT, ZERO = -1, -2
 COSTS = ("filters", "parameters", "macs")
 
 Kind = Literal["conv", "linear", "batch_norm", "prelu", "elementwise", "spatial", "softmax", "flatten", "pad", "add",
-               "mul", "concat"]
+               "mul", "concat", "take"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class Op:
                      Compact inputs are aligned by the number of the channel in the full value
     ``mul``          of two values of the same channels; positions broadcast (gating)
     ``concat``       along channels
+    ``take``         some channels, in some order: slices, pieces of a chunk or split, shuffles
     ===============  =========================================================================================
     """
 
@@ -94,7 +95,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Group:
-    """Genes that the same modules make, contiguous: start .. start + size - 1."""
+    """Genes that the same modules make and the same values hold, contiguous: start .. start + size - 1."""
 
     name: str
     modules: tuple[str, ...]

@@ -6,12 +6,14 @@ a trace that is not the model is refused.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import linecache
 import operator
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -50,6 +52,11 @@ def pad_channels(x: Tensor, before: int, after: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (before, after))
 
 
+def take_channels(x: Tensor, index: tuple[int, ...]) -> Tensor:
+    """x[:, index]"""
+    return x[:, list(index)]
+
+
 def concat_channels(*xs: Tensor) -> Tensor:
     return torch.cat(xs, 1)
 
@@ -86,7 +93,8 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
 
     Channels that are added are one channel, a depthwise convolution's are its input's, those at the same
     position in the groups of a grouped convolution go together, and every channel of a convolution or
-    linear layer that is not tied to the network's input or output is a gene.
+    linear layer that is not tied to the network's input or output is a gene. Channels may be concatenated, cut
+    (slices, chunk, split) and shuffled; those that only some values hold are groups of their own.
 
     Args:
         model: in evaluation mode.
@@ -153,10 +161,33 @@ def _torch_class(module: nn.Module) -> type[nn.Module]:
     return next((c for c in own.__mro__ if c.__module__.startswith("torch.nn") and c.forward is own.forward), own)
 
 
+class _Proxy(fx.Proxy):
+    def __len__(self) -> int:
+        count = _pieces(self.node)
+        return super().__len__() if count is None else count
+
+
+def _pieces(node: fx.Node) -> int | None:
+    """How many a chunk or split has, where the call says so: then it can be a list."""
+    name, given = getattr(node.target, "__name__", node.target), (*node.args, *node.kwargs.values())
+    if name not in ("chunk", "split") or len(given) < 2:
+        return None
+    if isinstance(given[1], Sequence):
+        return len(given[1])
+    return given[1] if name == "chunk" and isinstance(given[1], int) else None
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         c = _torch_class(m)
         return c.__module__.startswith("torch.nn") and c is not nn.Sequential
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        count = _pieces(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])  # type: ignore[index]
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         # fx can record stack traces itself, but then imports half of torch's compiler: a second.
@@ -197,6 +228,14 @@ class _Ref:
         self.value = value
 
 
+class _Split:
+    """Stands for a value whose channels are seen along several dimensions, [N, *index.shape, ...]: the middle of a
+    channel shuffle."""
+
+    def __init__(self, value: int, index: np.ndarray) -> None:
+        self.value, self.index = value, index
+
+
 class _Builder:
     """Runs the graph's nodes and ties their channels.
 
@@ -211,7 +250,7 @@ class _Builder:
         self.tensors: list[Tensor] = []
         self.channels: list[np.ndarray] = []
         self.ops: list[Op] = []
-        self.env: dict[fx.Node, Any] = {}  # _Ref, or a Python object such as a size
+        self.env: dict[fx.Node, Any] = {}  # _Ref, _Split, or a Python object such as a size
         self.called: set[str] = set()
         self.output = -1
 
@@ -303,6 +342,8 @@ class _Builder:
             f = MODULES[c]
             names = ELEMENTWISE.get(f) or SPATIAL.get(f) or ()
             return self.known(node, f, a, {n: getattr(m, n) for n in names if hasattr(m, n)})
+        if c is nn.ChannelShuffle:
+            return self.call_channel_shuffle(node, a, m.groups)
         if c is nn.Flatten:
             return self.reshape(node, a, torch.flatten(self.tensors[a.value], m.start_dim, m.end_dim).shape, False)
         if c in (nn.Softmax, nn.LogSoftmax):
@@ -374,14 +415,22 @@ class _Builder:
             if isinstance(ref, _Ref) and ref.value == old.value:
                 self.env[key] = new
 
+    def take(self, node: fx.Node, a: _Ref, index: np.ndarray) -> _Ref:
+        """Some channels, in some order, none twice."""
+        channels = self.channels[a.value]
+        if np.array_equal(index, np.arange(len(channels))):
+            return a
+        return self.op(node, "take", [a.value], channels[index], function=take_channels, fixed=True,
+                       index=tuple(index.tolist()))
+
     # calls of functions and methods
 
     def call(self, node: fx.Node) -> Any:
         args, kwargs = list(self.resolved(node.args)), dict(self.resolved(node.kwargs))
         if not args and "input" in kwargs:
             args = [kwargs.pop("input")]
-        refs: list[_Ref] = []
-        fx.node.map_aggregate((args, kwargs), lambda v: refs.append(v) if isinstance(v, _Ref) else v)
+        refs: list[_Ref | _Split] = []
+        fx.node.map_aggregate((args, kwargs), lambda v: refs.append(v) if isinstance(v, _Ref | _Split) else v)
         f = node.target
         name = f if isinstance(f, str) else getattr(f, "__name__", str(f))
         if not refs:  # arithmetic on sizes
@@ -390,11 +439,15 @@ class _Builder:
                 self.refuse(node, f"{name}, a tensor made in forward,")
             return result
         if callable(f) and f is not getattr and all(getattr(of, name, None) is not f for of in (F, torch, operator)):
+            if len(refs) == 1 and isinstance(refs[0], _Ref) and self.gives_back(f, refs[0], args, kwargs):
+                return refs[0]
             self.refuse(node, f"{getattr(f, '__module__', '')}.{name}")
         inplace = f in (operator.iadd, operator.imul) or (name.endswith("_") and not name.endswith("__"))
         if inplace:
             name = name[1:] if callable(f) and f.__module__ == "_operator" else name[:-1]
         handler = getattr(self, f"call_{name}", None)
+        if any(isinstance(r, _Split) for r in refs):
+            handler = partial(self.regrouped, name=name)
         if handler is not None:
             try:
                 out = handler(node, *args, **kwargs)
@@ -413,6 +466,18 @@ class _Builder:
         if inplace:
             arguments["inplace"] = True
         return self.known(node, known, args[0], arguments)
+
+    def gives_back(self, f: Callable[..., Any], a: _Ref, args: list[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a function that is not torch's returns the very tensor it is given, such as stochastic depth in
+        evaluation mode."""
+        x = self.tensors[a.value]
+        for given in (x, torch.zeros_like(x)):
+            own = lambda v: given if v is a else v
+            with contextlib.suppress(Exception):  # what it cannot do is refused by name
+                if f(*fx.node.map_aggregate(tuple(args), own), **fx.node.map_aggregate(kwargs, own)) is given:
+                    continue
+            return False
+        return True
 
     def call_getattr(self, node: fx.Node, a: _Ref, name: str) -> Any:
         if name not in ("shape", "ndim", "dtype", "device"):
@@ -497,7 +562,7 @@ class _Builder:
     def call_unsqueeze(self, node: fx.Node, a: _Ref, dim: int) -> _Ref:
         return self.reshape(node, a, self.tensors[a.value].unsqueeze(dim).shape, False)
 
-    def reshape(self, node: fx.Node, a: _Ref, shape: torch.Size, fixed: bool) -> _Ref:
+    def reshape(self, node: fx.Node, a: _Ref, shape: torch.Size, fixed: bool) -> Any:
         x, channels = self.tensors[a.value], self.channels[a.value]
         if shape == x.shape:
             return a
@@ -507,6 +572,9 @@ class _Builder:
         if len(shape) == 2 and shape[0] == x.shape[0]:
             return self.op(node, "flatten", [a.value], np.repeat(channels, shape[1] // x.shape[1]),
                            function=torch.flatten, fixed=fixed, start_dim=1)
+        dims = len(shape) - x.dim() + 1
+        if dims > 1 and shape[0] == x.shape[0] and shape[dims + 1:] == x.shape[2:]:
+            return _Split(a.value, np.arange(x.shape[1]).reshape(shape[1:dims + 1]))
         self.refuse(node, f"{node.name} of {list(x.shape)} to {list(shape)}")
 
     def call_expand_as(self, node: fx.Node, a: _Ref, other: _Ref) -> _Ref:
@@ -521,11 +589,59 @@ class _Builder:
             self.refuse(node, f"mean over the dimensions {dim}, not H and W,")
         return self.each(node, "spatial", torch.mean, a, dim=dims, keepdim=keepdim)
 
-    def call_getitem(self, node: fx.Node, a: _Ref, index: Any) -> _Ref:
+    def call_chunk(self, node: fx.Node, a: _Ref, chunks: int, dim: int = 0) -> tuple[_Ref, ...]:
+        out = self.cut(node, a, dim, lambda c: c.chunk(chunks))
+        if len(out) != chunks:
+            self.refuse(node, f"chunk of {self.tensors[a.value].shape[1]} channels into {chunks}")
+        return out
+
+    def call_split(self, node: fx.Node, a: _Ref, split_size: Any = None, dim: int = 0, *,
+                   split_size_or_sections: Any = None) -> tuple[_Ref, ...]:
+        return self.cut(node, a, dim, lambda c: c.split(split_size_or_sections if split_size is None else split_size))
+
+    def cut(self, node: fx.Node, a: _Ref, dim: int, pieces: Callable[[Tensor], Sequence[Tensor]]) -> tuple[_Ref, ...]:
+        x = self.tensors[a.value]
+        if dim % x.dim() != 1:
+            self.refuse(node, f"{node.name} along dimension {dim}")
+        return tuple(self.take(node, a, index.numpy()) for index in pieces(torch.arange(x.shape[1])))
+
+    def call_channel_shuffle(self, node: fx.Node, a: _Ref, groups: int) -> _Ref:
+        return self.take(node, a, np.arange(self.tensors[a.value].shape[1]).reshape(groups, -1).T.reshape(-1))
+
+    def regrouped(self, node: fx.Node, a: Any, *args: Any, name: str) -> _Ref | _Split:
+        """What may be done to a _Split: its dimensions put into another order, and made one again."""
+        if not isinstance(a, _Split):
+            self.refuse(node, f"{name} of channels along several dimensions")
+        positions, dims = self.tensors[a.value].shape[2:], a.index.ndim
+        seen = torch.empty(1, *a.index.shape, *positions, device="meta")
+        if name == "contiguous":
+            return a
+        if name in ("transpose", "swapaxes", "swapdims", "permute"):
+            order = torch.arange(seen.dim())
+            if name == "permute":
+                order = order[list(args[0] if isinstance(args[0], Sequence) else args)]
+            else:
+                order[list(args)] = order[list(args[::-1])]
+            where = order.tolist()
+            if where[:1] == [0] and where[dims + 1:] == list(range(dims + 1, seen.dim())):
+                return _Split(a.value, a.index.transpose([d - 1 for d in where[1:dims + 1]]))
+        elif name in ("view", "reshape", "flatten"):
+            if getattr(seen, name)(*args).shape == (1, a.index.size, *positions):
+                return self.take(node, _Ref(a.value), a.index.reshape(-1))
+        self.refuse(node, f"{name} of channels along several dimensions")
+
+    def call_getitem(self, node: fx.Node, a: Any, index: Any) -> _Ref:
+        if isinstance(a, tuple):  # the pieces of what was cut
+            return a[index]
         index = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in index:
             at = index.index(Ellipsis)
             index[at: at + 1] = [slice(None)] * (self.tensors[a.value].dim() - len(index) + 1)
+        if index[:1] == [slice(None)] and len(index) > 1 and isinstance(index[1], slice):
+            a = self.take(node, a, np.arange(self.tensors[a.value].shape[1])[index[1]])
+            index[1] = slice(None)
+            if all(i == slice(None) for i in index):
+                return a
         if index[:2] != [slice(None)] * 2 or not all(isinstance(i, int | slice) for i in index):
             self.refuse(node, f"an index of other dimensions than H and W, {node.args[1]},")
         return self.each(node, "spatial", at_positions, a, index=tuple(index[2:]))
@@ -567,14 +683,18 @@ class _Builder:
             for r in np.unique(root[self.channels[op.output]]):
                 if r != 0:
                     makers.setdefault(int(r), []).append(op.name)
-        of_group: dict[tuple[str, ...], list[int]] = {}
+        # How many channels a value has must follow from how many genes of each group are on, so that those which only
+        # some of the values hold are groups of their own.
+        parts = [self.channels[op.output] for op in self.ops if op.kind in ("take", "mul")]
+        often = np.array([np.bincount(root[c[c != ZERO]], minlength=len(root)) for c in parts]).T.tolist()
+        of_group: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
         for r in sorted(makers):
-            of_group.setdefault(tuple(makers[r]), []).append(r)
+            of_group.setdefault((tuple(makers[r]), tuple(often[r]) if parts else ()), []).append(r)
         gene = np.full(len(root), KEPT)
         groups: list[Group] = []
         start = 0
         names: dict[str, int] = {}
-        for modules, roots in of_group.items():
+        for (modules, _), roots in of_group.items():
             gene[roots] = np.arange(start, start + len(roots))
             names[modules[0]] = names.get(modules[0], 0) + 1
             again = f" ({names[modules[0]]})" if names[modules[0]] > 1 else ""
