@@ -324,6 +324,15 @@ def test_widths_are_bred_at_the_budget(resnet):
     assert free.min() < 0.3 and free.max() > 0.7  # all sizes
 
 
+def test_a_weighed_cost_leaves_the_budget_unspent(resnet):
+    """Where a smaller network is worth more, the GA over widths goes below the budget; without a weight it is at it."""
+    left = []
+    for weight in (0.0, 1.0):
+        fitness = Fitness(lambda masks: torch.zeros(len(masks)), cost="macs", weight=weight, budget={"macs": 0.5})
+        left.append(evolve(resnet, fitness, "ga-widths", 16, 6).best_cost / Limits(resnet).full["macs"])
+    assert left[0] > 0.45 and left[1] < 0.1
+
+
 @pytest.mark.parametrize("make, told", [
     (lambda: ECS(copy=0.5), r"copy \+ crossover \+ mutation must be 1, got 0.5 \+ 0.7 \+ 0.1"),
     (lambda: ECS(selection="best"), "selection must be one of roulette, rank, tournament, got 'best'"),

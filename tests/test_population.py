@@ -668,7 +668,7 @@ def test_saved_and_rebuilt(name, tmp_path):
         load(tmp_path / "none", cnn.build_cnn)
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet20", "option_a"])
+@pytest.mark.parametrize("name", ["lenet", "resnet20", "option_a", "halves"])
 def test_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")

@@ -155,7 +155,7 @@ class _Sized(_Drawn):
     genome: str = "filters"
 
     fills: ClassVar[bool] = True
-    """Widths below the budget are scaled up to it, too."""
+    """Widths below the budget are scaled up to it, too, if the limits say so."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +173,7 @@ class _Sized(_Drawn):
 
     def _of(self, limits: Limits, widths: Tensor) -> Tensor:
         """bool [P, genes], of widths [P, groups], which need not be whole."""
-        return limits.widest(limits.scaled(widths, up=self.fills))
+        return limits.widest(limits.scaled(widths, up=self.fills and limits.fill))
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,10 @@ class _Mating(_Sized):
         density: of the initial population, as for :class:`ECS`; of random widths, every group has one of its own.
         genome: "filters", or "widths": how many filters every group keeps is bred; those of largest norm
             (:func:`fastkd.evolve.budget.group_norm`) are kept. A search then has as many unknowns as there are groups,
-            and finds more with few images. With a budget, widths are all multiplied by what leads to it. Others who
-            search for widths: Liu et al., "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via Automatic
-            Structure Search", arXiv:2001.08565.
+            and finds more with few images. With a budget, widths are all multiplied by what leads to it; where the
+            fitness gives the cost a weight, only those beyond it are. Others who search for widths: Liu et al.,
+            "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via Automatic Structure Search",
+            arXiv:2001.08565.
         selection: "roulette", "rank", "tournament".
         crossover: probability that a pair is crossed.
         crossover_by: "two_point", "uniform", "group"; widths are crossed group by group.

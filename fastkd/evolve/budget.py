@@ -31,18 +31,20 @@ class Limits:
         budget: cost -> fraction of the full network's, in (0, 1]. Costs are "macs", "parameters", "filters"; all
             that are given must hold.
         k_min: filters (genes) that every group keeps, or all where it has fewer.
+        fill: searches over widths spend all of the budget; not so where a smaller cost is worth something.
 
     Raises:
         ValueError: an unknown cost, a fraction out of range, or one that no mask can meet: the message says the
             least that is possible.
     """
 
-    def __init__(self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1) -> None:
+    def __init__(self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1, *,
+                 fill: bool = True) -> None:
         if isinstance(k_min, bool) or not isinstance(k_min, int):
             raise TypeError(f"k_min must be an int, got {k_min!r}")
         if k_min < 1:
             raise ValueError(f"k_min must be at least 1, got {k_min}")
-        self.space, self.k_min = space, k_min
+        self.space, self.k_min, self.fill = space, k_min, fill
         self.sizes = torch.tensor([g.size for g in space.groups], dtype=torch.int64)
         self._ends = torch.cat((torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)))
         # Channels are linear in the number of filters per group; float64 is exact and has BLAS.

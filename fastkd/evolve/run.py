@@ -184,7 +184,7 @@ class _Run:
         if self.space.num_genes == 0:
             raise ValueError("evaluator has no genes: nothing of this network can be removed")
         self.population, self.generations, self.world, self.device = population, generations, world, device
-        self.limits = Limits(self.space, fitness.budget, fitness.k_min)
+        self.limits = Limits(self.space, fitness.budget, fitness.k_min, fill=not fitness.weight)
         self.file = None if directory is None else directory / "checkpoint.safetensors"
         if directory is not None and importlib.util.find_spec("safetensors") is None:
             raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
