@@ -107,8 +107,8 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
 
 
 def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
-    """Weights (per channel) and activations of an ONNX file in int8, with onnxruntime's static quantisation; the file
-    appears whole or not at all.
+    """Weights (per channel, of seven bits) and activations of an ONNX file in int8, with onnxruntime's static
+    quantisation; the file appears whole or not at all.
 
     Args:
         calibration: float32 [n, C, H, W], images of the training part, from which the ranges are taken.
