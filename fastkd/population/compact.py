@@ -48,8 +48,7 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
 
     It is a copy of the model with smaller weights, of the same class. Where the model's source states numbers
     of channels (a view to a stated width, a slice or shuffle of channels; an option-A shortcut that is not a module by
-    itself), it is an
-    fx.GraphModule with the same names of parameters instead, and then has no dropout.
+    itself), it is an fx.GraphModule with the same names of parameters instead, and then has no dropout.
 
     Args:
         model: in evaluation mode, as for :func:`trace`. Not changed.
