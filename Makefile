@@ -13,6 +13,15 @@ SOURCES := $(shell find csrc fastkd -type f -not -name '*.so' -not -path '*/__py
            CMakeLists.txt pyproject.toml setup.py constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export FASTKD_SIMT_DIR := $(abspath $(BUILD)/simt)
+# For this machine's GPUs alone; without any, one architecture in whole, and the branches for older ones as PTX: of all
+# architectures, which an installation is built for, nvcc takes minutes.
+ifndef CUDAARCHS
+CUDAARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+                    | sed -n 's/^\([0-9]*\)[.]\([0-9]\)$$/\1\2/p' | sort -u | paste -s -d ';'),75-virtual;90-real)
+endif
+export CUDAARCHS
+# A process per core; a file's tests stay in one, which makes its fixtures once.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: setup test test-large sanitize demo bench lint simt clean
 .DELETE_ON_ERROR:
@@ -45,7 +54,7 @@ $(BUILD)/sanitize/.built: $(SOURCES) $(wildcard tests/simt/*) $(VENV)/.fastkd
 	@touch $@
 
 test: setup simt sanitize
-	$(BIN)/pytest -m "not large"
+	$(BIN)/pytest -m "not large" $(PARALLEL)
 
 test-large: setup simt
 	$(BIN)/pytest -m large
@@ -58,7 +67,7 @@ sanitize: setup $(BUILD)/sanitize/.built
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(BIN)/pytest tests/test_ops.py tests/test_network.py -m "not large" \
-	    -k "(layout or index_dtypes or reduction or each_alone or moments or tensor_cores or own) and not cuda"
+	    -k "(layout or index_dtypes or reduction or each_alone or moments or tensor_cores or own) and not cuda" $(PARALLEL)
 
 demo: setup
 	$(BIN)/fastkd demo

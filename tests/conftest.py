@@ -9,6 +9,11 @@ import os
 import sys
 from types import SimpleNamespace
 
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Before torch is loaded: tests in several processes at a time have two threads each, which do not spin as they wait.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

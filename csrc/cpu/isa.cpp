@@ -28,17 +28,21 @@ struct Table {
             ISA::plane_grad_weight, ISA::plane_sum                                                         \
     }
 
-// The best the processor has, or what FASTKD_ISA names if the processor has it.
+// The best the build and the processor have, or what FASTKD_ISA names if they have it.
 Table choose() {
-#ifdef FASTKD_X86
+#if defined(FASTKD_AVX2) || defined(FASTKD_AVX512)
     const char* asked = std::getenv("FASTKD_ISA");
     auto allowed = [&](const char* name) { return !asked || !*asked || !std::strcmp(asked, name); };
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#ifdef FASTKD_AVX512
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && allowed("avx512")) return FASTKD_TABLE(avx512);
+#endif
+#ifdef FASTKD_AVX2
     if (avx2 && allowed("avx2")) return FASTKD_TABLE(avx2);
+#endif
 #endif
     return FASTKD_TABLE(generic);
 }

@@ -13,7 +13,5 @@
     }
 
 FASTKD_DECLARE_ISA(generic)
-#ifdef FASTKD_X86
 FASTKD_DECLARE_ISA(avx2)
 FASTKD_DECLARE_ISA(avx512)
-#endif

@@ -102,14 +102,12 @@ FASTKD_PLANE_OPS(FASTKD_DECLARE)
 namespace generic {
 FASTKD_PLANE_OPS(FASTKD_DECLARE)
 }
-#ifdef FASTKD_X86
 namespace avx2 {
 FASTKD_PLANE_OPS(FASTKD_DECLARE)
 }
 namespace avx512 {
 FASTKD_PLANE_OPS(FASTKD_DECLARE)
 }
-#endif
 #undef FASTKD_DECLARE
 
 }  // namespace fastkd::cpu
