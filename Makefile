@@ -20,8 +20,9 @@ CUDAARCHS := $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,nohead
                     | sed -n 's/^\([0-9]*\)[.]\([0-9]\)$$/\1\2/p' | sort -u | paste -s -d ';'),75-virtual;90-real)
 endif
 export CUDAARCHS
-# A process per core; a file's tests stay in one, which makes its fixtures once.
-PARALLEL := -n auto --dist loadfile
+# A process per core; a file's tests stay in one, which makes its fixtures once. In the order of names, since files of few
+# tests are among the slowest, and would come last.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup test test-large sanitize demo bench lint simt clean
 .DELETE_ON_ERROR:
