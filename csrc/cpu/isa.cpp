@@ -30,19 +30,15 @@ struct Table {
 
 // The best the build and the processor have, or what FASTKD_ISA names if they have it.
 Table choose() {
-#if defined(FASTKD_AVX2) || defined(FASTKD_AVX512)
+#ifdef FASTKD_X86
     const char* asked = std::getenv("FASTKD_ISA");
     auto allowed = [&](const char* name) { return !asked || !*asked || !std::strcmp(asked, name); };
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#ifdef FASTKD_AVX512
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && allowed("avx512")) return FASTKD_TABLE(avx512);
-#endif
-#ifdef FASTKD_AVX2
     if (avx2 && allowed("avx2")) return FASTKD_TABLE(avx2);
-#endif
 #endif
     return FASTKD_TABLE(generic);
 }
