@@ -531,12 +531,8 @@ def scaled_in_plain_python(limits, widths, up):
     at = lambda f: torch.tensor([min(max(int(w * f + 0.5 + 1e-9), least), size) for w, least, size in
                                  zip(widths, limits.least.tolist(), limits.sizes.tolist(), strict=True)])
     ends = sorted((k - 0.5) / w for w, size in zip(widths, limits.sizes.tolist(), strict=True) for k in range(1, size + 1))
-    out = at(0)
-    for f in [f for f in ends if up or f <= 1]:
-        if not limits.within(at(f)[None]):
-            break
-        out = at(f)
-    return out
+    steps = torch.stack([at(f) for f in [0, *ends] if up or f <= 1])
+    return steps[max(int((~limits.within(steps)).cumsum(0).eq(0).sum()) - 1, 0)]
 
 
 @pytest.mark.parametrize("budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3)])
