@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -180,12 +181,14 @@ class Graph:
         if not bool(torch.isfinite(x).all()):
             raise ValueError("x must be finite, got NaN or infinity")
         cols, counts, start = [], [], 0
-        for size in sizes:
+        for size, run in itertools.groupby(sizes):
+            clouds = len(list(run))
             near = min(k, size if loop else size - 1)
-            cloud = x[start : start + size]
-            cols.append((_nearest(cloud, near, loop) + start).flatten())
-            counts.append(torch.full((size,), near, dtype=torch.int64, device=x.device))
-            start += size
+            points = x[start : start + clouds * size].view(clouds, size, x.shape[1])
+            first = start + size * torch.arange(clouds, device=x.device)
+            cols.append((_nearest(points, near, loop) + first[:, None, None]).flatten())
+            counts.append(torch.full((clouds * size,), near, dtype=torch.int64, device=x.device))
+            start += clouds * size
         n = x.shape[0]
         rowptr = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
         if n:
@@ -390,19 +393,21 @@ def _cloud_sizes(x: Tensor, batch: Tensor | None) -> list[int]:
 
 
 def _nearest(x: Tensor, k: int, loop: bool, chunk_elements: int = 1 << 24) -> Tensor:
-    """[n, k] indices of the nearest rows of x [n, D], ascending within a row."""
-    n = x.shape[0]
+    """[B, n, k] indices of the nearest rows in the same cloud of x [B, n, D], ascending within a row."""
+    clouds, n, _ = x.shape
     if k < 1:
-        return torch.empty(n, 0, dtype=torch.int64, device=x.device)
-    x = x - x.mean(0)  # keeps the differences of squares small
-    squares = (x * x).sum(1)
-    out = []
-    step = max(1, chunk_elements // n)
-    for start in range(0, n, step):
-        rows = x[start : start + step]
-        distance = torch.addmm(squares[None], rows, x.t(), alpha=-2)  # less |row|^2, equal in a row
-        if not loop:
-            i = torch.arange(rows.shape[0], device=x.device)
-            distance[i, i + start] = torch.inf
-        out.append(distance.topk(k, dim=1, largest=False, sorted=False).indices)
-    return torch.cat(out).sort(1).values
+        return torch.empty(clouds, n, 0, dtype=torch.int64, device=x.device)
+    x = x - x.mean(1, keepdim=True)  # keeps the differences of squares small
+    squares = (x * x).sum(2)[:, None]
+    rows = max(1, min(n, chunk_elements // n))
+    together = max(1, min(chunk_elements, 1 << 20) // (rows * n))  # more would leave the cache
+    out = torch.empty(clouds, n, k, dtype=torch.int64, device=x.device)
+    for c in range(0, clouds, together):
+        cloud, square = x[c : c + together], squares[c : c + together]
+        for r in range(0, n, rows):
+            part = cloud[:, r : r + rows]
+            distance = torch.baddbmm(square, part, cloud.mT, alpha=-2)  # less |row|^2, equal in a row
+            if not loop:
+                distance.diagonal(r, 1, 2).fill_(torch.inf)
+            out[c : c + together, r : r + rows] = distance.topk(k, 2, largest=False, sorted=False).indices
+    return out.sort(2).values

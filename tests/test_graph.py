@@ -171,7 +171,7 @@ def test_knn_against_brute_force():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("loop", [False, True])
 def test_clouds_together_are_the_clouds_one_by_one(ties, loop):
-    """Also where some distances are equal, and for clouds of several blocks of rows or of several batches."""
+    """Also where some distances are equal, and for clouds that are cut into several groups."""
     for count, size in ((5, 40), (300, 64), (2, 1100)):
         x = features(count * size, 3, torch.float32).view(count, size, 3)
         if ties:
@@ -180,6 +180,17 @@ def test_clouds_together_are_the_clouds_one_by_one(ties, loop):
         each = [Graph.from_knn(cloud, 4, loop=loop).col.long() + i * size for i, cloud in enumerate(x)]
         assert torch.equal(graph.col.long(), torch.cat(each))
         assert loop or not bool((graph.edge_index[0] == graph.edge_index[1]).any())
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_clouds_of_different_sizes_are_the_clouds_one_by_one(loop):
+    sizes = [6, 6, 9, 1, 1, 6, 3]
+    x = features(sum(sizes), 3, torch.float32)
+    graph = Graph.from_knn(x, 4, torch.arange(7).repeat_interleave(torch.tensor(sizes)), loop=loop)
+    starts = [sum(sizes[:i]) for i in range(7)]
+    each = [Graph.from_knn(x[a : a + n], 4, loop=loop) for a, n in zip(starts, sizes, strict=True)]
+    assert torch.equal(graph.col.long(), torch.cat([g.col.long() + a for g, a in zip(each, starts, strict=True)]))
+    assert torch.equal(graph.in_degree(), torch.cat([g.in_degree() for g in each]))
 
 
 def test_statistics_and_repr():
