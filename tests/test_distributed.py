@@ -243,7 +243,7 @@ def command(*args):
             "-m", "fastkd", *args]
 
 
-EPOCHS = 1000
+EPOCHS = 400
 SETTINGS = [x for s in ("teacher.train.epochs=3", f"student.train.epochs={EPOCHS}", "teacher.model.args.hidden=16",
                         "student.train.save_every=0.2") for x in ("--set", s)]
 
