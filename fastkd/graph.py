@@ -392,15 +392,15 @@ def _cloud_sizes(x: Tensor, batch: Tensor | None) -> list[int]:
     return [int(n) for n in torch.bincount(batch) if n > 0]
 
 
-def _nearest(x: Tensor, k: int, loop: bool, chunk_elements: int = 1 << 24) -> Tensor:
+def _nearest(x: Tensor, k: int, loop: bool) -> Tensor:
     """[B, n, k] indices of the nearest rows in the same cloud of x [B, n, D], ascending within a row."""
     clouds, n, _ = x.shape
     if k < 1:
         return torch.empty(clouds, n, 0, dtype=torch.int64, device=x.device)
     x = x - x.mean(1, keepdim=True)  # keeps the differences of squares small
     squares = (x * x).sum(2)[:, None]
-    rows = max(1, min(n, chunk_elements // n))
-    together = max(1, min(chunk_elements, 1 << 20) // (rows * n))  # more would leave the cache
+    rows = max(1, min(n, (1 << 24) // n))  # of a large cloud, as many as 64 MB of distances hold
+    together = max(1, (1 << 20) // (rows * n))  # of small clouds, as many as stay in the cache
     out = torch.empty(clouds, n, k, dtype=torch.int64, device=x.device)
     for c in range(0, clouds, together):
         cloud, square = x[c : c + together], squares[c : c + together]
