@@ -66,8 +66,7 @@ def _real(name: str) -> Callable[[torch.Generator], tuple[Tensor, int]]:
     return edges
 
 
-def _random(nodes: int, edges: int, skew: float, symmetric: bool
-            ) -> Callable[[torch.Generator], tuple[Tensor, int]]:
+def _random(nodes: int, edges: int, skew: float, symmetric: bool) -> Callable[[torch.Generator], tuple[Tensor, int]]:
     """Both ends of an edge drawn with probability ~ rank^-skew (0: uniform), no loops or doubles.
 
     The ranks are dealt to the nodes at random: a graph without locality, the hard case for caches.
@@ -107,20 +106,23 @@ def _clouds(clouds: int, points: int, k: int) -> Callable[[torch.Generator], tup
 
 _REDDIT = _random(232_965, 114_615_892, 0.5, True)
 
-SPECS = {spec.name: spec for spec in (
-    Spec("cora", 64, 256, _real("cora")),
-    Spec("amazon_photo", 64, 256, _real("amazon_photo")),
-    Spec("coauthor_cs", 64, 256, _real("coauthor_cs")),
-    Spec("twitch7", 64, 256, _real("twitch7")),
-    Spec("point_cloud", 64, 64, _clouds(32, 1024, 20)),
-    Spec("ppi_size", 136, 1024, _random(56_944, 1_587_264, 0.3, True)),
-    Spec("arxiv_size", 128, 256, _random(169_343, 2_315_598, 0.5, True)),
-    Spec("arxiv_directed", 128, 256, _random(169_343, 2_315_598, 0.5, False)),
-    # Largest degree about 70,000.
-    Spec("power_law", 64, 128, _random(1_000_000, 16_000_000, 0.7, True)),
-    Spec("reddit_size", 256, 256, _REDDIT, cuda_only=True),
-    Spec("reddit_size_bf16", 256, 256, _REDDIT, torch.bfloat16, cuda_only=True),
-)}
+SPECS = {
+    spec.name: spec
+    for spec in (
+        Spec("cora", 64, 256, _real("cora")),
+        Spec("amazon_photo", 64, 256, _real("amazon_photo")),
+        Spec("coauthor_cs", 64, 256, _real("coauthor_cs")),
+        Spec("twitch7", 64, 256, _real("twitch7")),
+        Spec("point_cloud", 64, 64, _clouds(32, 1024, 20)),
+        Spec("ppi_size", 136, 1024, _random(56_944, 1_587_264, 0.3, True)),
+        Spec("arxiv_size", 128, 256, _random(169_343, 2_315_598, 0.5, True)),
+        Spec("arxiv_directed", 128, 256, _random(169_343, 2_315_598, 0.5, False)),
+        # Largest degree about 70,000.
+        Spec("power_law", 64, 128, _random(1_000_000, 16_000_000, 0.7, True)),
+        Spec("reddit_size", 256, 256, _REDDIT, cuda_only=True),
+        Spec("reddit_size_bf16", 256, 256, _REDDIT, torch.bfloat16, cuda_only=True),
+    )
+}
 
 
 def _features(nodes: int, dim: int, generator: torch.Generator) -> Tensor:

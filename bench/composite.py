@@ -59,8 +59,7 @@ class _Plan:
         self.rowptr, self.col = graph.rowptr, graph.col
         index, device = self.col.dtype, self.col.device
         degree = (self.rowptr[1:] - self.rowptr[:-1]).long()
-        row = torch.repeat_interleave(torch.arange(n, device=device), degree,
-                                      output_size=case.num_edges)
+        row = torch.repeat_interleave(torch.arange(n, device=device), degree, output_size=case.num_edges)
         self.ones = torch.ones(n, device=device)
         self.empty = (degree == 0).float()  # makes Z of a node without edges 1, and its S_i 0
         self.symmetric = graph.is_symmetric and pairs
@@ -93,8 +92,7 @@ class _Plan:
         self.product = self._faster_product(case)
 
     def _matrix(self, rowptr: Tensor, col: Tensor, values: Tensor) -> Tensor:
-        return torch.sparse_csr_tensor(rowptr, col, values, (self.nodes, self.nodes),
-                                       check_invariants=False)
+        return torch.sparse_csr_tensor(rowptr, col, values, (self.nodes, self.nodes), check_invariants=False)
 
     def backward_matrix(self, coef: Tensor) -> Tensor:
         if self.reverse is not None:
@@ -136,8 +134,9 @@ class _Plan:
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student: Tensor, plan: _Plan, teacher: Tensor, values: Tensor | None,
-                log_total: Tensor | None) -> Tensor:
+    def forward(
+        ctx, student: Tensor, plan: _Plan, teacher: Tensor, values: Tensor | None, log_total: Tensor | None
+    ) -> Tensor:
         if values is None:
             values, log_total = plan.teacher(teacher)
         x = student.float()

@@ -44,8 +44,11 @@ SEARCHES = ("lenet", "resnet20", "resnet56")
 BUDGETS = (0.75, 0.5, 0.25)
 BATCHES = (1, 64)
 TUNED, TUNED_IMAGES = ("resnet20", "resnet56"), 1024
-WAYS = {f"{precision}, {'channels last' if last else 'contiguous'}": {"precision": precision, "channels_last": last}
-        for precision in ("float32", "bfloat16") for last in (False, True)}
+WAYS = {
+    f"{precision}, {'channels last' if last else 'contiguous'}": {"precision": precision, "channels_last": last}
+    for precision in ("float32", "bfloat16")
+    for last in (False, True)
+}
 LARGE = ("alexnet", "vgg16", "resnet50")
 LARGE_SIZE, LARGE_IMAGES, LARGE_GENERATIONS = 8, 8, 3
 SIDES = {"sequential": "masked networks, one by one", "compact": "smaller networks, made and run one by one"}
@@ -117,8 +120,15 @@ def search(name: str, generations: int) -> dict[str, Any]:
 
     ends: list[float] = []
     with torch.inference_mode():
-        evolve(e, Fitness(quality, budget={"macs": 0.5}), ECS(density="random"), SIZE, generations, SEED,
-               callback=lambda result: ends.append(result.history[-1]["seconds"]))
+        evolve(
+            e,
+            Fitness(quality, budget={"macs": 0.5}),
+            ECS(density="random"),
+            SIZE,
+            generations,
+            SEED,
+            callback=lambda result: ends.append(result.history[-1]["seconds"]),
+        )
     whole = [b - a for a, b in zip([0.0, *ends], ends, strict=False)]
     taken["fastkd"] = [t - a - b for t, a, b in zip(whole, taken["sequential"], taken["compact"], strict=True)]
     # A class may change where two logits are as good as equal.
@@ -141,14 +151,18 @@ def speed(name: str, rounds: int) -> list[dict[str, Any]]:
         for batch in BATCHES:
             x = torch.randn(batch, *case.shape)
             # Many short calls make a round, so that none is shorter than the clock's noise.
-            repeats = {b: max(1, round(0.05 / min(seconds(lambda m=m: m(x)) for _ in range(3))))  # type: ignore[misc]
-                       for b, m in networks.items()}
+            repeats = {
+                b: max(1, round(0.05 / min(seconds(lambda m=m: m(x)) for _ in range(3))))  # type: ignore[misc]
+                for b, m in networks.items()
+            }
             taken: dict[float, list[float]] = {b: [] for b in networks}
             for _ in range(rounds):
                 for b, m in networks.items():
                     taken[b].append(seconds(lambda m=m: m(x), repeats[b]))  # type: ignore[misc]
-            out += [{"batch": batch, "budget": b, "macs": share[b], "seconds": taken[b], "full": taken[1.0]}
-                    for b in BUDGETS]
+            out += [
+                {"batch": batch, "budget": b, "macs": share[b], "seconds": taken[b], "full": taken[1.0]}
+                for b in BUDGETS
+            ]
     return out
 
 
@@ -168,8 +182,16 @@ def training(name: str, rounds: int) -> dict[str, list[float]]:
             model = copy.deepcopy(small)
             with tempfile.TemporaryDirectory() as folder:
                 start = timer()
-                fit(model, data, ["train"], config, SEED, Path(folder) / "tuning.safetensors", lambda _: 0.0,
-                    teacher=teacher)
+                fit(
+                    model,
+                    data,
+                    ["train"],
+                    config,
+                    SEED,
+                    Path(folder) / "tuning.safetensors",
+                    lambda _: 0.0,
+                    teacher=teacher,
+                )
                 if k:  # the first is for caches
                     taken[way].append(timer() - start)
     return taken
@@ -192,19 +214,35 @@ def path(name: str) -> dict[str, Any]:
     space = timed("trace", lambda: trace(model, x[:1]))
     e = evaluator(model, x[:1], held)
     ends: list[float] = []
-    result = timed("search", lambda: evolve(
-        e, Fitness("agreement", x, cost="macs", budget=config.budget), ECS(density="random"), LARGE_SIZE,
-        LARGE_GENERATIONS, SEED, callback=lambda r: ends.append(r.history[-1]["seconds"])))
+    result = timed(
+        "search",
+        lambda: evolve(
+            e,
+            Fitness("agreement", x, cost="macs", budget=config.budget),
+            ECS(density="random"),
+            LARGE_SIZE,
+            LARGE_GENERATIONS,
+            SEED,
+            callback=lambda r: ends.append(r.history[-1]["seconds"]),
+        ),
+    )
     small = timed("compact", lambda: compact(model, result.best, e.space))
     timed("recalibrate", lambda: recalibrate(small, [held]))
     with tempfile.TemporaryDirectory() as folder:
         onnx = timed("onnx", lambda: to_onnx(small, Path(folder) / "model.onnx", x[:1]))
     limits = Limits(space, config.budget)
     left = {k: int(limits.costs(limits.counts(result.best[None]), k)[0]) for k in ("macs", "parameters")}
-    return {"seconds": times, "generations": [b - a for a, b in zip([0.0, *ends], ends, strict=False)],
-            "evaluations": result.evaluations, "budget": config.budget, "full": {k: limits.full[k] for k in left},
-            "left": left, "onnx": onnx, "genes": space.num_genes,
-            "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {
+        "seconds": times,
+        "generations": [b - a for a, b in zip([0.0, *ends], ends, strict=False)],
+        "evaluations": result.evaluations,
+        "budget": config.budget,
+        "full": {k: limits.full[k] for k in left},
+        "left": left,
+        "onnx": onnx,
+        "genes": space.num_genes,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
 
 
 def alone(name: str) -> dict[str, Any]:
@@ -216,8 +254,10 @@ def alone(name: str) -> dict[str, Any]:
 
 def written(results: dict[str, Any]) -> str:
     def machines(part: str) -> str:
-        found = {name: f"{r['environment']['cpu']}, {r['environment']['threads']} threads, torch "
-                       f"{r['environment']['torch']}" for name, r in results[part].items()}
+        found = {
+            name: f"{r['environment']['cpu']}, {r['environment']['threads']} threads, torch {r['environment']['torch']}"
+            for name, r in results[part].items()
+        }
         return " ".join(f"{', '.join(n for n in found if found[n] == m)}: {m}." for m in dict.fromkeys(found.values()))
 
     text = ["# Searches and smaller networks\n"]
@@ -236,53 +276,90 @@ def written(results: dict[str, Any]) -> str:
         "and repair. The other sides: the evaluation of the same individuals, those alone that the run had not seen. "
         "Ratios to fastkd: median (and range) over generations, all sides in turn in each. *Differ*: the largest "
         f"difference of any individual's accuracy.\n\n{machines('searches')}\n\n"
-        + table(["network", "fastkd, s", "new individuals", *SIDES.values(), "differ"], body) + "\n")
+        + table(["network", "fastkd, s", "new individuals", *SIDES.values(), "differ"], body)
+        + "\n"
+    )
     body = []
     for name, own in results["speed"].items():
         for r in own["rows"]:
             gain = [f / s for f, s in zip(r["full"], r["seconds"], strict=True)]
-            body.append([name, str(r["batch"]), f"{100 * r['macs']:.1f}", f"{1e3 * statistics.median(r['full']):.3g}",
-                         f"{1e3 * statistics.median(r['seconds']):.3g}", f"**{statistics.median(gain):.2f}x** "
-                         f"({min(gain):.2f} to {max(gain):.2f})", f"{1 / r['macs']:.2f}x"])
+            body.append(
+                [
+                    name,
+                    str(r["batch"]),
+                    f"{100 * r['macs']:.1f}",
+                    f"{1e3 * statistics.median(r['full']):.3g}",
+                    f"{1e3 * statistics.median(r['seconds']):.3g}",
+                    f"**{statistics.median(gain):.2f}x** ({min(gain):.2f} to {max(gain):.2f})",
+                    f"{1 / r['macs']:.2f}x",
+                ]
+            )
     columns = ["network", "batch", "MACs, %", "full, ms", "smaller, ms", "speed-up", "by multiply-adds"]
     text.append(
         "## Speed-up of the smaller network against its multiply-adds\n\n"
         "In torch, contiguous, fp32; the filters of smallest L1 norm are removed from all groups alike, as repair "
         f"does. *By multiply-adds*: what it would be if time were proportional to them.\n\n{machines('speed')}\n\n"
-        + table(columns, body) + "\n")
+        + table(columns, body)
+        + "\n"
+    )
     body = []
     for name, own in results["training"].items():
         first = next(iter(WAYS))
         row = [name]
         for way, t in own["seconds"].items():
             gain = [a / b for a, b in zip(own["seconds"][first], t, strict=True)]
-            row.append(f"{1e3 * statistics.median(t) / TUNED_IMAGES:.2f}" + (
-                "" if way == first else f", **{statistics.median(gain):.2f}x** ({min(gain):.2f} to {max(gain):.2f})"))
+            row.append(
+                f"{1e3 * statistics.median(t) / TUNED_IMAGES:.2f}"
+                + ("" if way == first else f", **{statistics.median(gain):.2f}x** ({min(gain):.2f} to {max(gain):.2f})")
+            )
         body.append(row)
     text.append(
         "## Fine-tuning\n\n"
         "Milliseconds per image, forward and backward, at half the multiply-adds with the full network as teacher, "
         f"batches of 128, augmented: epochs of {TUNED_IMAGES:,} images, their weights saved. Ratios to the first: "
-        f"median (and range), all ways in turn.\n\n{machines('training')}\n\n"
-        + table(["network", *WAYS], body) + "\n")
+        f"median (and range), all ways in turn.\n\n{machines('training')}\n\n" + table(["network", *WAYS], body) + "\n"
+    )
     body = []
     for name, r in results["paths"].items():
         t, left, full = r["seconds"], r["left"], r["full"]
-        body.append([name, f"{r['genes']:,}", f"{t['trace']:.2f}", f"{t['search']:.1f}",
-                     f"{statistics.median(r['generations']):.1f}", f"{r['evaluations']}", f"{t['compact']:.2f}",
-                     f"{t['onnx']:.1f}", f"{full['macs'] / 1e9:.2f} to {left['macs'] / 1e9:.2f}",
-                     f"{full['parameters'] / 1e6:.1f} to {left['parameters'] / 1e6:.1f}",
-                     f"{r['onnx']['max_difference']:.1e}", f"{r['peak_memory_gb']:.1f}"])
-    columns = ["network", "genes", "trace, s", "search, s", "a generation, s", "evaluated", "compact, s",
-               "ONNX with parity, s", "MACs, G", "parameters, M", "ONNX differs", "peak memory, GB"]
+        body.append(
+            [
+                name,
+                f"{r['genes']:,}",
+                f"{t['trace']:.2f}",
+                f"{t['search']:.1f}",
+                f"{statistics.median(r['generations']):.1f}",
+                f"{r['evaluations']}",
+                f"{t['compact']:.2f}",
+                f"{t['onnx']:.1f}",
+                f"{full['macs'] / 1e9:.2f} to {left['macs'] / 1e9:.2f}",
+                f"{full['parameters'] / 1e6:.1f} to {left['parameters'] / 1e6:.1f}",
+                f"{r['onnx']['max_difference']:.1e}",
+                f"{r['peak_memory_gb']:.1f}",
+            ]
+        )
+    columns = [
+        "network",
+        "genes",
+        "trace, s",
+        "search, s",
+        "a generation, s",
+        "evaluated",
+        "compact, s",
+        "ONNX with parity, s",
+        "MACs, G",
+        "parameters, M",
+        "ONNX differs",
+        "peak memory, GB",
+    ]
     text.append(
         "## The whole path at ImageNet's size\n\n"
         f"1,000 classes, 224 x 224, new weights and noise for images, since speed is all that is claimed: "
         f"{LARGE_SIZE} individuals by {LARGE_GENERATIONS} generations of ECS, on {LARGE_IMAGES} images (and, with "
         "batch norm, as many more for its statistics), at the budgets of the recipes. *ONNX differs*: the largest "
         "difference from torch's logits, relative to the largest logit. Peak memory is the process's, with torch in it."
-        f"\n\n{machines('paths')}\n\n"
-        + table(columns, body) + "\n")
+        f"\n\n{machines('paths')}\n\n" + table(columns, body) + "\n"
+    )
     return "\n".join(text)
 
 
@@ -300,7 +377,8 @@ def main() -> None:
         ("searches", SEARCHES, lambda name: search(name, args.generations)),
         ("speed", CASES, lambda name: {"rows": speed(name, args.rounds)}),
         ("training", TUNED, lambda name: {"seconds": training(name, args.rounds)}),
-        ("paths", LARGE, alone)]
+        ("paths", LARGE, alone),
+    ]
     for name in args.only:
         print(name, flush=True)
         for part, networks, run in parts:

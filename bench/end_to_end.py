@@ -50,8 +50,12 @@ def load(recipe: str) -> RunConfig:
     config = load_config(recipe)
     layers = {"GAT": ("layers.2", "layers.1"), "GCN": ("layers.0", "layers.0"), "DGCNN": ("layers.2", "layers.3")}
     student, teacher = layers[config.student.model.name.split("_")[0].upper()]
-    lsp = LossConfig(weight=100, student_layer=student, teacher_layer=teacher,
-                     args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}})
+    lsp = LossConfig(
+        weight=100,
+        student_layer=student,
+        teacher_layer=teacher,
+        args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}},
+    )
     return config.model_copy(update={"losses": {"lsp": lsp}})
 
 
@@ -74,6 +78,7 @@ def _real(name: str) -> Callable[[], Task]:
         if not file.is_file():
             raise Absent(f"{name}: no file graphs/{name}.npz in $FASTKD_DATA")
         return data.load(name)
+
     return load
 
 
@@ -82,12 +87,20 @@ def _ppi_size() -> Task:
     generator = torch.Generator().manual_seed(SEED)
     bounds = torch.linspace(0, 56_944, 25).long()
     sizes, pairs = bounds.diff().tolist(), torch.linspace(0, 818_716, 25).long().diff().tolist()
-    edges = [_random(n, 2 * e, 0.3, True)(generator)[0] + start
-             for n, e, start in zip(sizes, pairs, bounds.tolist(), strict=False)]
+    edges = [
+        _random(n, 2 * e, 0.3, True)(generator)[0] + start
+        for n, e, start in zip(sizes, pairs, bounds.tolist(), strict=False)
+    ]
     n = int(bounds[-1])
-    arrays = {"x": torch.randn(n, 50, generator=generator), "edge_index": torch.cat(edges, 1), "graph_ptr": bounds,
-              "y": (torch.rand(n, 121, generator=generator) < 0.3).long(), "train_graphs": torch.arange(20),
-              "val_graphs": torch.arange(20, 22), "test_graphs": torch.arange(22, 24)}
+    arrays = {
+        "x": torch.randn(n, 50, generator=generator),
+        "edge_index": torch.cat(edges, 1),
+        "graph_ptr": bounds,
+        "y": (torch.rand(n, 121, generator=generator) < 0.3).long(),
+        "train_graphs": torch.arange(20),
+        "val_graphs": torch.arange(20, 22),
+        "test_graphs": torch.arange(22, 24),
+    }
     task = to_task("ppi_size", SETS["ppi"], {key: x.numpy() for key, x in arrays.items()}, "generated")
     task.graphs["train"] = task.graphs["train"][:2]
     return task
@@ -96,10 +109,21 @@ def _ppi_size() -> Task:
 def _modelnet40_size() -> Task:
     """Random clouds of 1,024 points: one step of 32 for training, one for validation, one to test."""
     generator = torch.Generator().manual_seed(SEED)
-    points = {part: F.normalize(torch.randn(32, 1024, 3, generator=generator), dim=2)
-              for part in ("train", "val", "test")}
-    return Task("modelnet40_size", "shapes", 3, 40, False, True, {}, "generated", points,
-                {part: torch.randint(40, (32,), generator=generator) for part in points})
+    points = {
+        part: F.normalize(torch.randn(32, 1024, 3, generator=generator), dim=2) for part in ("train", "val", "test")
+    }
+    return Task(
+        "modelnet40_size",
+        "shapes",
+        3,
+        40,
+        False,
+        True,
+        {},
+        "generated",
+        points,
+        {part: torch.randint(40, (32,), generator=generator) for part in points},
+    )
 
 
 CASES = {
@@ -108,8 +132,9 @@ CASES = {
     "ppi_size": Case("ppi", _ppi_size, 10, needs=3 * 4 * 1024 * 2 * 2 * 818_716 / 24),
     # 9,843 official training shapes, a tenth of them to validate; unions of up to 30 edges per point. Of points at
     # almost the same distance the two sides may take different ones as neighbours.
-    "modelnet40_size": Case("modelnet40", _modelnet40_size, 9_843 * 0.9 / 32, 9_843 * 0.1 / 32, 1e-3,
-                            3 * 4 * 256 * 32 * 1024 * 30),
+    "modelnet40_size": Case(
+        "modelnet40", _modelnet40_size, 9_843 * 0.9 / 32, 9_843 * 0.1 / 32, 1e-3, 3 * 4 * 256 * 32 * 1024 * 30
+    ),
 }
 
 
@@ -169,8 +194,11 @@ class Plain:
             layer = model.get_submodule(getattr(self.lsp, f"{side}_layer"))
             layer.register_forward_hook(lambda _, args, out, side=side: self.kept.update({side: out}))
         c, parameters = self.config, self.student.parameters()
-        self.optimizer = (torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay)
-                          if c.optimizer == "sgd" else torch.optim.Adam(parameters, c.lr, weight_decay=c.weight_decay))
+        self.optimizer = (
+            torch.optim.SGD(parameters, c.lr, c.momentum, weight_decay=c.weight_decay)
+            if c.optimizer == "sgd"
+            else torch.optim.Adam(parameters, c.lr, weight_decay=c.weight_decay)
+        )
         self.generator = torch.Generator().manual_seed(0)
         self.static = task.kind == "nodes" and c.batch_size is None
         self.graphs = [Data(x=g.x, y=g.y, edge_index=g.edge_index) for g in task.graphs.get("train", [])]
@@ -180,8 +208,11 @@ class Plain:
         if self.task.kind == "shapes":  # no graphs yet: there is nothing to do better or worse
             shapes = batches(self.task, "train", self.config, self.generator, torch.device("cpu"), {})
             return ((batch.inputs, batch.y) for batch in shapes)
-        loader = self.graphs if self.static else DataLoader(self.graphs, self.config.batch_size, shuffle=True,
-                                                            generator=self.generator)
+        loader = (
+            self.graphs
+            if self.static
+            else DataLoader(self.graphs, self.config.batch_size, shuffle=True, generator=self.generator)
+        )
         return (((g.x, g.edge_index), g.y) for g in loader)
 
     def look_up_teacher(self, inputs: tuple[Tensor, ...]) -> None:
@@ -198,8 +229,9 @@ class Plain:
 
     def divergence(self, student: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         if self.task.kind == "shapes":  # the union of both networks' neighbourhoods
-            edges = coalesce(torch.cat((self.student.edges[self.lsp.student_layer],
-                                        self.teacher.edges[self.lsp.teacher_layer]), 1))
+            edges = coalesce(
+                torch.cat((self.student.edges[self.lsp.student_layer], self.teacher.edges[self.lsp.teacher_layer]), 1)
+            )
         else:
             edges = inputs[1]
         target = self.kept.get("target")
@@ -235,8 +267,7 @@ class Plain:
         with torch.no_grad():
             self.student(*inputs)
         s = self.kept["student"].detach().requires_grad_()
-        out: dict[str, Callable[[], object]] = {
-            "lsp": lambda: torch.autograd.grad(self.divergence(s, inputs), s)}
+        out: dict[str, Callable[[], object]] = {"lsp": lambda: torch.autograd.grad(self.divergence(s, inputs), s)}
         return out if self.static else {**out, "teacher": lambda: self.look_up_teacher(inputs)}
 
 
@@ -286,8 +317,9 @@ def plain_network(model: nn.Module) -> nn.Module:
         return PlainDGCNN(model)
     for i, layer in enumerate(model.layers):
         if isinstance(layer, GATLayer):
-            conv = GATConv(layer.in_channels, layer.out_channels, layer.heads, layer.concat,
-                           residual=layer.res is not None)
+            conv = GATConv(
+                layer.in_channels, layer.out_channels, layer.heads, layer.concat, residual=layer.res is not None
+            )
         else:
             conv = GCNConv(layer.in_channels, layer.out_channels, cached=True)
         conv.load_state_dict(layer.state_dict())
@@ -314,8 +346,10 @@ def check(case: Case, sides: dict[str, Fast | Plain]) -> dict[str, float]:
         loss.backward()
         losses.append(loss.item())
         gradients.append(torch.cat([p.grad.flatten() for p in side.student.parameters()]))
-    off = {"loss": abs(losses[1] / losses[0] - 1), "gradient": float(
-        (gradients[1] - gradients[0]).norm() / gradients[0].norm())}
+    off = {
+        "loss": abs(losses[1] / losses[0] - 1),
+        "gradient": float((gradients[1] - gradients[0]).norm() / gradients[0].norm()),
+    }
     assert off["loss"] <= case.tolerance, f"{case.recipe}: losses {losses}"
     return off
 
@@ -341,9 +375,13 @@ def measure(name: str) -> dict[str, Any]:
     out["pairs"] = len(times["fastkd"])
     steps = len(list(sides["fastkd"].distiller._batches("train", True)))
     for side, rounds in times.items():
-        out[side] = {"epoch_s": case.scale * statistics.median(r["epoch"] for r in rounds),
-                     **{f"{part}_share": statistics.median(steps * r[part] / r["epoch"] for r in rounds)
-                        for part in parts[side]}, **memory(name, side)}
+        out[side] = {
+            "epoch_s": case.scale * statistics.median(r["epoch"] for r in rounds),
+            **{
+                f"{part}_share": statistics.median(steps * r[part] / r["epoch"] for r in rounds) for part in parts[side]
+            },
+            **memory(name, side),
+        }
     if "plain" in sides:
         ratios = [p["epoch"] / f["epoch"] for p, f in zip(times["plain"], times["fastkd"], strict=True)]
         out["ratio"], out["ratio_range"] = statistics.median(ratios), [min(ratios), max(ratios)]
@@ -356,15 +394,21 @@ def predict(name: str, case: Case, task: Task, fast: Fast, measured: dict[str, A
     """Of the whole recipe: hours for teacher and student with all their epochs, and the larger one's memory."""
     config = load(case.recipe)
     own = Distiller(copy.deepcopy(fast.teacher).requires_grad_(), None, task, train=config.teacher.train)
-    epoch = {"teacher": case.scale * min(seconds(lambda: own.step(0)) for _ in range(3)),
-             "student": measured["epoch_s"]}
+    epoch = {
+        "teacher": case.scale * min(seconds(lambda: own.step(0)) for _ in range(3)),
+        "student": measured["epoch_s"],
+    }
     out = {}
     for side, network, distiller in (("teacher", config.teacher, own), ("student", config.student, fast.distiller)):
         distiller.evaluate("val")
         validation = case.val_scale * seconds(lambda d=distiller: d.evaluate("val"))
         epochs = network.train.epochs
-        out |= {f"{side}_epochs": epochs, f"{side}_epoch_s": epoch[side], f"{side}_val_s": validation,
-                f"{side}_h": epochs * (epoch[side] + validation / network.train.eval_every) / 3600}
+        out |= {
+            f"{side}_epochs": epochs,
+            f"{side}_epoch_s": epoch[side],
+            f"{side}_val_s": validation,
+            f"{side}_h": epochs * (epoch[side] + validation / network.train.eval_every) / 3600,
+        }
     return out | {"teacher_bytes": memory(name, "teacher").get("process_bytes", 0)}
 
 
@@ -404,8 +448,14 @@ def row(name: str, r: dict[str, Any]) -> list[str]:
 
     low, high = r.get("ratio_range", (0, 0))
     ratio = f"**{number(r['ratio'], 2)}x** ({number(low, 2)} to {number(high, 2)})" if plain else r["absent"]
-    return [name, *both("epoch_s", lambda x: number(x)), ratio, *both("lsp_share", lambda x: f"{x:.0%}"),
-            *both("teacher_share", lambda x: f"{x:.0%}"), *both("step_bytes", lambda x: f"{x / 1e6:,.0f}")]
+    return [
+        name,
+        *both("epoch_s", lambda x: number(x)),
+        ratio,
+        *both("lsp_share", lambda x: f"{x:.0%}"),
+        *both("teacher_share", lambda x: f"{x:.0%}"),
+        *both("step_bytes", lambda x: f"{x / 1e6:,.0f}"),
+    ]
 
 
 def predicted(r: dict[str, Any]) -> str:
@@ -413,8 +463,10 @@ def predicted(r: dict[str, Any]) -> str:
     size = max(p["teacher_bytes"], r["fastkd"].get("process_bytes", 0)) / 1e9
 
     def part(side: str) -> str:
-        return (f"{side} {p[f'{side}_h']:.1f} h ({p[f'{side}_epochs']} epochs of {number(p[f'{side}_epoch_s'])} s, "
-                f"a look at the validation part {number(p[f'{side}_val_s'])} s)")
+        return (
+            f"{side} {p[f'{side}_h']:.1f} h ({p[f'{side}_epochs']} epochs of {number(p[f'{side}_epoch_s'])} s, "
+            f"a look at the validation part {number(p[f'{side}_val_s'])} s)"
+        )
 
     return f"- `{r['recipe']}`: {part('teacher')}, {part('student')}; {size:.1f} GB for the process."
 
@@ -422,23 +474,39 @@ def predicted(r: dict[str, Any]) -> str:
 def report(results: dict[str, Any]) -> str:
     info, cases = results["environment"], results["cases"]
     done = {name: r for name, r in cases.items() if "fastkd" in r}
-    head = ["case", "fastkd, s / epoch", "PyG, s / epoch", "PyG / fastkd", "LSP's share", "in PyG",
-            "teacher's share", "in PyG", "fastkd, MB", "PyG, MB"]
-    return "\n\n".join([
-        f"# An epoch of distillation, end to end, on {info['cpu']}",
-        f"{info['threads']} threads, instruction set {info['isa']}; fastkd {info['fastkd']}, torch {info['torch']}, "
-        f"torch-geometric {info['torch_geometric']} ({info['torch_scatter']}), Python {info['python']}.",
-        table(head, [row(name, r) for name, r in done.items()]),
-        "Times are medians, ratios the median (and range) of neighbouring pairs. What the sides and columns are: "
-        "[bench/README.md](../README.md#end-to-end). An epoch of the cases named *size* is one step on generated "
-        "data, scaled: " + ", ".join(f"{name} {number(r['scale'])} steps" for name, r in done.items()
-                                     if r["scale"] > 1) + ".",
-        *(f"{name}: not run, {r['absent']}." for name, r in cases.items() if "fastkd" not in r),
-        "## What the recipes will take",
-        "Predicted from generated data of the same size, not run on the real data; with fastkd, on this machine, "
-        "for all epochs, without stopping early.",
-        "\n".join(predicted(r) for r in done.values() if "predicted" in r),
-    ]) + "\n"
+    head = [
+        "case",
+        "fastkd, s / epoch",
+        "PyG, s / epoch",
+        "PyG / fastkd",
+        "LSP's share",
+        "in PyG",
+        "teacher's share",
+        "in PyG",
+        "fastkd, MB",
+        "PyG, MB",
+    ]
+    return (
+        "\n\n".join(
+            [
+                f"# An epoch of distillation, end to end, on {info['cpu']}",
+                f"{info['threads']} threads, instruction set {info['isa']}; fastkd {info['fastkd']}, torch {info['torch']}, "
+                f"torch-geometric {info['torch_geometric']} ({info['torch_scatter']}), Python {info['python']}.",
+                table(head, [row(name, r) for name, r in done.items()]),
+                "Times are medians, ratios the median (and range) of neighbouring pairs. What the sides and columns are: "
+                "[bench/README.md](../README.md#end-to-end). An epoch of the cases named *size* is one step on generated "
+                "data, scaled: "
+                + ", ".join(f"{name} {number(r['scale'])} steps" for name, r in done.items() if r["scale"] > 1)
+                + ".",
+                *(f"{name}: not run, {r['absent']}." for name, r in cases.items() if "fastkd" not in r),
+                "## What the recipes will take",
+                "Predicted from generated data of the same size, not run on the real data; with fastkd, on this machine, "
+                "for all epochs, without stopping early.",
+                "\n".join(predicted(r) for r in done.values() if "predicted" in r),
+            ]
+        )
+        + "\n"
+    )
 
 
 def main(names: list[str]) -> None:
@@ -446,8 +514,10 @@ def main(names: list[str]) -> None:
 
     info = environment(torch.device("cpu"))
     with_scatter = torch_geometric.typing.WITH_TORCH_SCATTER
-    info |= {"torch_geometric": torch_geometric.__version__,
-             "torch_scatter": "with torch-scatter" if with_scatter else "without torch-scatter"}
+    info |= {
+        "torch_geometric": torch_geometric.__version__,
+        "torch_scatter": "with torch-scatter" if with_scatter else "without torch-scatter",
+    }
     known = json.loads(RESULTS.read_text())["cases"] if names and RESULTS.exists() else {}
     results: dict[str, Any] = {"environment": info, "cases": {name: known[name] for name in CASES if name in known}}
     for name in names or CASES:  # named ones replace those in the file

@@ -49,8 +49,12 @@ def steps(size: int, pymoo: bool) -> dict[str, Callable[[], object]]:
     scores, free, limits = scored(masks), Limits(space), Limits(space, {"macs": 0.2})
     both = Scores(*(torch.cat((a, b)) for a, b in zip(scores, scored(masks.roll(1, 0)), strict=True)))
     out: dict[str, Callable[[], object]] = {"copy of the population": masks.clone}
-    algorithms = {"ECS as published": ECS(), "GA: tournament, uniform crossover, bits": GA(),
-                  "GA: adaptive rates, group crossover": GA(rates="adaptive", crossover_by="group"), "NSGA-II": NSGA2()}
+    algorithms = {
+        "ECS as published": ECS(),
+        "GA: tournament, uniform crossover, bits": GA(),
+        "GA: adaptive rates, group crossover": GA(rates="adaptive", crossover_by="group"),
+        "NSGA-II": NSGA2(),
+    }
     for name, algorithm in algorithms.items():
         out[name] = lambda algorithm=algorithm: algorithm.ask(free, masks, scores, g)  # type: ignore[misc]
     widths = GA(genome="widths")
@@ -68,8 +72,15 @@ def theirs(limits: Limits, size: int) -> Callable[[], object]:
     from pymoo.operators.mutation.bitflip import BitflipMutation
     from pymoo.operators.sampling.rnd import BinaryRandomSampling
 
-    algorithm = Pymoo(Theirs(pop_size=size, sampling=BinaryRandomSampling(), crossover=UX(), mutation=BitflipMutation(),
-                             eliminate_duplicates=False))
+    algorithm = Pymoo(
+        Theirs(
+            pop_size=size,
+            sampling=BinaryRandomSampling(),
+            crossover=UX(),
+            mutation=BitflipMutation(),
+            eliminate_duplicates=False,
+        )
+    )
     first = algorithm.initial(limits, size, 2, torch.Generator().manual_seed(0), torch.device("cpu"))
     state = [first[:0], first, scored(first)]
 
@@ -101,8 +112,10 @@ def main() -> None:
         results["sizes"][size] = own
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     env = results["environment"]
-    text = [f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}; seconds, median of {ROUNDS} rounds (least "
-            "to most).\n"]
+    text = [
+        f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}; seconds, median of {ROUNDS} rounds (least "
+        "to most).\n"
+    ]
     for size, own in results["sizes"].items():
         body = [[name, f"{statistics.median(x):.3g}", f"{min(x):.3g} to {max(x):.3g}"] for name, x in own.items()]
         text.append(table([f"{size:,} individuals of {size:,} genes", "seconds", "spread"], body) + "\n")

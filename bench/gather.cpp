@@ -7,8 +7,8 @@ constexpr int kChains = 8;  // independent additions in flight, enough to hide t
 
 // The sum over n rows of x [N, dim] chosen by index [n]: every byte of a row is read once, and
 // nothing is written. Prefetches `ahead` rows ahead (0: never).
-extern "C" float gather_sum(const float* x, const std::int32_t* index, std::int64_t n,
-                            std::int64_t dim, std::int64_t ahead, int threads) {
+extern "C" float gather_sum(const float* x, const std::int32_t* index, std::int64_t n, std::int64_t dim,
+                            std::int64_t ahead, int threads) {
     float total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
@@ -23,8 +23,7 @@ extern "C" float gather_sum(const float* x, const std::int32_t* index, std::int6
             std::int64_t k = 0;
             for (; k + 8 * kChains <= dim; k += 8 * kChains)
 #pragma GCC unroll 8
-                for (int c = 0; c < kChains; ++c)
-                    sums[c] += *reinterpret_cast<const vec*>(row + k + 8 * c);
+                for (int c = 0; c < kChains; ++c) sums[c] += *reinterpret_cast<const vec*>(row + k + 8 * c);
             for (; k + 8 <= dim; k += 8) sums[0] += *reinterpret_cast<const vec*>(row + k);
             for (; k < dim; ++k) total += row[k];
         }

@@ -25,12 +25,19 @@ def _native() -> ctypes.CDLL:
     source = Path(__file__).with_name("gather.cpp")
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "gather.so"
-        subprocess.run(["c++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC",
-                        str(source), "-o", str(binary)], check=True)
+        subprocess.run(
+            ["c++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(binary)], check=True
+        )
         library = ctypes.CDLL(str(binary))  # stays mapped when the file goes
     library.gather_sum.restype = ctypes.c_float
-    library.gather_sum.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
-                                   ctypes.c_int64, ctypes.c_int]
+    library.gather_sum.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int,
+    ]
     return library
 
 
@@ -40,8 +47,7 @@ def _seconds_cpu(x: Tensor, index: Tensor) -> float:
     for ahead in _AHEAD:
         for _ in range(_TRIALS):
             start = time.perf_counter()
-            native.gather_sum(x.data_ptr(), index.data_ptr(), index.numel(), x.shape[1], ahead,
-                              threads)
+            native.gather_sum(x.data_ptr(), index.data_ptr(), index.numel(), x.shape[1], ahead, threads)
             best = min(best, time.perf_counter() - start)
     return best
 

@@ -68,7 +68,7 @@ def extra_peak(case: Case, loss: Callable[[], Tensor]) -> int:
     value = loss()
     forward = meter.peak() - before
     meter.reset()
-    gradient, = torch.autograd.grad(value, case.student)
+    (gradient,) = torch.autograd.grad(value, case.student)
     backward = meter.peak() - before - gradient.nbytes
     return max(forward, backward, 0)
 

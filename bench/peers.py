@@ -52,6 +52,7 @@ def _teacher_log_prob(case: Case) -> Tensor:
 
 # --- gather and scatter, as with PyG --------------------------------------------------------------
 
+
 def _gather_log_prob(x: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     """[E] log-probability of every edge among those of its destination."""
     x = x.float()
@@ -64,8 +65,7 @@ def _gather_log_prob(x: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     return shifted - total.log().index_select(0, dst)
 
 
-def _gather_divergence(student: Tensor, teacher_log_prob: Tensor, src: Tensor, dst: Tensor
-                       ) -> Tensor:
+def _gather_divergence(student: Tensor, teacher_log_prob: Tensor, src: Tensor, dst: Tensor) -> Tensor:
     log_prob = _gather_log_prob(student, src, dst)
     return (log_prob.exp() * (log_prob - teacher_log_prob)).sum() / student.shape[0]
 
@@ -93,6 +93,7 @@ def compiled(case: Case, cached: bool) -> Loss:
 
 
 # --- the same with torch_scatter's kernels for compressed rows ------------------------------------
+
 
 def scatter(case: Case, cached: bool) -> Loss:
     from torch_scatter import gather_csr, segment_csr

@@ -137,7 +137,7 @@ def layer_sides(layer: Layer, images: int, device: torch.device, dtype: torch.dt
     channels, kernel = 2 * layer.kept, layer.kernel
     g = torch.Generator().manual_seed(SEED)
     mask = torch.zeros(channels, dtype=torch.bool)
-    mask[torch.randperm(channels, generator=g)[:layer.kept]] = True
+    mask[torch.randperm(channels, generator=g)[: layer.kept]] = True
     masks = torch.stack((mask, ~mask))
     depthwise = layer.kind == "depthwise"
     rows = 1 if depthwise else channels
@@ -158,18 +158,33 @@ def layer_sides(layer: Layer, images: int, device: torch.device, dtype: torch.dt
 
     every: Sides = {side: conv(compacted, form) for side, form in FORMATS.items()}
     if device.type == "cpu":
+
         def chain(depth: int) -> Callable[[], Tensor]:
             value = (channels, layer.size, layer.size, list(range(channels)))
-            nodes = [{"op": "conv", "inputs": (k,), "output": k + 1, "weight": weight, "groups": channels // rows,
-                      "padding": (kernel // 2,) * 2} for k in range(depth)]
+            nodes = [
+                {
+                    "op": "conv",
+                    "inputs": (k,),
+                    "output": k + 1,
+                    "weight": weight,
+                    "groups": channels // rows,
+                    "padding": (kernel // 2,) * 2,
+                }
+                for k in range(depth)
+            ]
             network = _ops.Network([value] * (depth + 1), nodes, channels, dtype)
             return lambda: network(masks, x)[0]
 
         return {"fastkd": chain(DEPTH), "alone": chain(1), **every}
     masks = masks.to(device)
     dense = {f"dense{side.removeprefix('torch')}": conv([(x, weight)] * 2, form) for side, form in FORMATS.items()}
-    return {"fastkd": lambda: masked_conv2d(x, weight, in_mask=masks, out_mask=masks, padding=kernel // 2,
-                                            groups=channels // rows)[0], **every, **dense}
+    return {
+        "fastkd": lambda: masked_conv2d(
+            x, weight, in_mask=masks, out_mask=masks, padding=kernel // 2, groups=channels // rows
+        )[0],
+        **every,
+        **dense,
+    }
 
 
 # --- a population that converges ----------------------------------------------------------------------

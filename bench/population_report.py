@@ -11,8 +11,12 @@ from .report import number, table
 Benchmark = dict[str, Any]  # extra_info
 
 # Okabe and Ito's colours, as in report.py.
-SIDES = {"sequential": ("sequential loop", "#0072B2"), "dense": ("dense batch", "#56B4E9"),
-         "compact": ("compact loop", "#009E73"), "vmap": ("vmap", "#CC79A7")}
+SIDES = {
+    "sequential": ("sequential loop", "#0072B2"),
+    "dense": ("dense batch", "#56B4E9"),
+    "compact": ("compact loop", "#009E73"),
+    "vmap": ("vmap", "#CC79A7"),
+}
 OTHERS = [side for side in SIDES if side != "sequential"]
 
 
@@ -55,9 +59,11 @@ def of_gemm(b: Benchmark, taken: list[float], macs: int) -> float:
 def heading(results: dict[str, Any], info: Benchmark) -> str:
     cores = results["machine_info"].get("cpu", {}).get("count")
     where = info["gpu"] if info["device"] == "cuda" else f"{info['cpu']}, {cores} cores"
-    return (f"# Populations of masked networks on {where}\n\n{info['threads']} threads, instruction set {info['isa']}; "
-            f"fastkd {info['fastkd']} ({info['compiler']}), torch {info['torch']}, Python {info['python']}; "
-            f"{results['datetime'][:10]}.")
+    return (
+        f"# Populations of masked networks on {where}\n\n{info['threads']} threads, instruction set {info['isa']}; "
+        f"fastkd {info['fastkd']} ({info['compiler']}), torch {info['torch']}, Python {info['python']}; "
+        f"{results['datetime'][:10]}."
+    )
 
 
 def networks(rows: list[Benchmark]) -> str:
@@ -71,10 +77,17 @@ def networks(rows: list[Benchmark]) -> str:
     for b in rows:
         asked = ", ".join(f"{value:g}x" for value in b["asked"] if value)
         own, top = b["seconds"]["fastkd"], best(b)
-        body.append([
-            f"{label(b, rows)} (P={b['population']}, N={b['images']})", number(1e3 * statistics.median(own)),
-            *(ratio(b, side) for side in SIDES), "–" if top is None else f"**{number(top, 2)}x**", asked,
-            number(b["macs"] / statistics.median(own) / 1e9), f"{of_gemm(b, own, b['macs']):.0%}"])
+        body.append(
+            [
+                f"{label(b, rows)} (P={b['population']}, N={b['images']})",
+                number(1e3 * statistics.median(own)),
+                *(ratio(b, side) for side in SIDES),
+                "–" if top is None else f"**{number(top, 2)}x**",
+                asked,
+                number(b["macs"] / statistics.median(own) / 1e9),
+                f"{of_gemm(b, own, b['macs']):.0%}",
+            ]
+        )
     rounds = [len(b["seconds"]["fastkd"]) for b in rows]
     gemm = [b["gemm_macs"] / statistics.median(b["seconds"]["gemm"]) / 1e9 for b in rows]
     return (
@@ -83,8 +96,19 @@ def networks(rows: list[Benchmark]) -> str:
         "turn. *Asked*: of the sequential loop, of the best of the others. *GMAC/s* counts the multiplications of the "
         "compact networks; *of GEMM* is that rate over a product of 1024 x 1024 matrices in the same round "
         f"({number(min(gemm))} to {number(max(gemm))}).\n\n"
-        + table(["case", "fastkd, ms", *(title for title, _ in SIDES.values()), "best of the others", "asked", "GMAC/s",
-                 "of GEMM"], body))
+        + table(
+            [
+                "case",
+                "fastkd, ms",
+                *(title for title, _ in SIDES.values()),
+                "best of the others",
+                "asked",
+                "GMAC/s",
+                "of GEMM",
+            ],
+            body,
+        )
+    )
 
 
 def converging(b: Benchmark) -> str:
@@ -99,7 +123,8 @@ def converging(b: Benchmark) -> str:
         "Memo and shared beginnings, against every individual by itself in the same executor: "
         f"**{gain(slice(None))}** (first third of the generations {gain(slice(third))}, last "
         f"{gain(slice(count - third, None))}; asked {b['asked']}x); in multiplications "
-        f"{number(sum(c['macs']) / max(1, sum(c['shared_macs'])))}x.")
+        f"{number(sum(c['macs']) / max(1, sum(c['shared_macs'])))}x."
+    )
 
 
 def layers(rows: list[Benchmark]) -> str:
@@ -108,16 +133,33 @@ def layers(rows: list[Benchmark]) -> str:
         own, torch = per_layer(b), better(b, "torch")
         rate = lambda taken: number(b["macs"] / statistics.median(taken) / 1e9)
         ratio = statistics.median(t / o for t, o in zip(b["seconds"][torch], own, strict=True))
-        body.append([
-            label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, N={b['images']}"), str(b["kept"]), rate(own),
-            f"{number(of_gemm(b, own, b['macs']))}x", f"{b['asked']}x" if b["asked"] else "",
-            rate(b["seconds"]["alone"]) if "alone" in b["seconds"] else "–", rate(b["seconds"][torch]),
-            "channels_last" if torch.endswith("_last") else "contiguous", f"{number(ratio)}x"])
+        body.append(
+            [
+                label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, N={b['images']}"),
+                str(b["kept"]),
+                rate(own),
+                f"{number(of_gemm(b, own, b['macs']))}x",
+                f"{b['asked']}x" if b["asked"] else "",
+                rate(b["seconds"]["alone"]) if "alone" in b["seconds"] else "–",
+                rate(b["seconds"][torch]),
+                "channels_last" if torch.endswith("_last") else "contiguous",
+                f"{number(ratio)}x",
+            ]
+        )
         if "dense" in b["seconds"]:
             dense = better(b, "dense")
             body[-1].append(f"{of_gemm(b, own, b['macs']) / of_gemm(b, b['seconds'][dense], b['dense_macs']):.0%}")
-    head = ["layer", "kept", "fastkd, GMAC/s", "over GEMM", "asked", "with its ends", "torch, GMAC/s", "its format",
-            "torch's time / fastkd's"]
+    head = [
+        "layer",
+        "kept",
+        "fastkd, GMAC/s",
+        "over GEMM",
+        "asked",
+        "with its ends",
+        "torch, GMAC/s",
+        "its format",
+        "torch's time / fastkd's",
+    ]
     if any("dense" in b["seconds"] for b in rows):
         head.append("of torch's rate, dense")
         body = [row + [""] * (len(head) - len(row)) for row in body]
@@ -125,7 +167,8 @@ def layers(rows: list[Benchmark]) -> str:
         "Two individuals that keep half of the channels each, before and after; stride 1, no bias. *fastkd* is a layer "
         "between others like it, where activations stay compact; *with its ends* adds what is paid once per network: "
         "gathering the kept channels from a dense tensor, and writing a dense result. *torch* convolves the compact "
-        "tensors, made beforehand, in the faster format.\n\n" + table(head, body))
+        "tensors, made beforehand, in the faster format.\n\n" + table(head, body)
+    )
 
 
 def label(b: Benchmark, rows: list[Benchmark], name: str | None = None) -> str:
@@ -165,8 +208,15 @@ def draw_networks(panel: Any, results: dict[str, Any]) -> None:
 
     def bar(y: float, value: float | None, text: str, colour: str, title: str | None) -> None:
         panel.barh(y, (value or 1) - 1, height, left=1, color=colour, edgecolor="white", linewidth=0.3, label=title)
-        panel.text(max(value or 1, 1) * 1.04, y, text, va="center", fontsize=7, zorder=3,
-                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        panel.text(
+            max(value or 1, 1) * 1.04,
+            y,
+            text,
+            va="center",
+            fontsize=7,
+            zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
 
     for y, b in enumerate(cases):
         for k, (side, (title, colour)) in enumerate(SIDES.items()):
@@ -180,8 +230,15 @@ def draw_networks(panel: Any, results: dict[str, Any]) -> None:
         bar(y, gain, f"{number(gain, 2)}x", "#999999", "each by itself, in fastkd")
         marks.append((b["asked"], y - height / 2, y + height / 2))
     for k, (x, low, high) in enumerate(mark for mark in marks if mark[0]):
-        panel.plot([x, x], [low, high], color="black", linewidth=2, solid_capstyle="butt", zorder=4,
-                   label=None if k else "asked, at least")
+        panel.plot(
+            [x, x],
+            [low, high],
+            color="black",
+            linewidth=2,
+            solid_capstyle="butt",
+            zorder=4,
+            label=None if k else "asked, at least",
+        )
     panel.axvline(1, color="#D55E00", linewidth=1.6, label="fastkd")
     panel.set_xscale("log")
     low, high = panel.get_xlim()
@@ -201,14 +258,24 @@ def draw_layers(panel: Any, results: dict[str, Any]) -> None:
     for y, b in enumerate(rows):
         own, torch = (of_gemm(b, taken, b["macs"]) for taken in (per_layer(b), b["seconds"][better(b, "torch")]))
         panel.plot([own, torch], [y, y], color="0.7", linewidth=1, zorder=1)
-        panel.plot(torch, y, "o", color="#0072B2", markersize=4,
-                   label=None if y else "torch's convolution, compact tensors")
+        panel.plot(
+            torch, y, "o", color="#0072B2", markersize=4, label=None if y else "torch's convolution, compact tensors"
+        )
         panel.plot(own, y, "o", color="#D55E00", markersize=4, label=None if y else "fastkd")
     for k, (y, b) in enumerate((y, b) for y, b in enumerate(rows) if b["asked"]):
-        panel.plot([b["asked"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2, solid_capstyle="butt",
-                   label=None if k else "asked of fastkd, at least")
-    panel.set_yticks(range(len(rows)), [label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, keeps {b['kept']}")
-                                        for b in rows], fontsize=6)
+        panel.plot(
+            [b["asked"]] * 2,
+            [y - 0.4, y + 0.4],
+            color="black",
+            linewidth=2,
+            solid_capstyle="butt",
+            label=None if k else "asked of fastkd, at least",
+        )
+    panel.set_yticks(
+        range(len(rows)),
+        [label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, keeps {b['kept']}") for b in rows],
+        fontsize=6,
+    )
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_xlim(left=0)
     panel.set_title("A layer: multiplications per second over a square GEMM's", fontsize=10)

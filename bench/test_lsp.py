@@ -69,34 +69,39 @@ def environment(device: torch.device) -> dict[str, Any]:
         model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return {"device": device.type, "cpu": model, "gpu": config["cuda_device"],
-            **{key: config[key]
-               for key in ("fastkd", "torch", "python", "isa", "threads", "compiler")}}
+    return {
+        "device": device.type,
+        "cpu": model,
+        "gpu": config["cuda_device"],
+        **{key: config[key] for key in ("fastkd", "torch", "python", "isa", "threads", "compiler")},
+    }
 
 
 def prepare(case: Case) -> Prepared:
     cold = {"student": gather.bandwidth(case.student), "teacher": gather.bandwidth(case.teacher)}
-    own = {"student": gather.bandwidth(case.student, case.graph.col),
-           "teacher": gather.bandwidth(case.teacher, case.graph.col)}
-    builds = [seconds(lambda: fastkd.Graph.from_edge_index(case.edge_index, case.num_nodes))
-              for _ in range(5)]
+    own = {
+        "student": gather.bandwidth(case.student, case.graph.col),
+        "teacher": gather.bandwidth(case.teacher, case.graph.col),
+    }
+    builds = [seconds(lambda: fastkd.Graph.from_edge_index(case.edge_index, case.num_nodes)) for _ in range(5)]
     info = {
-        "case": case.name, "N": case.num_nodes, "E": case.num_edges,
-        "student_dim": case.student.shape[1], "teacher_dim": case.teacher.shape[1],
+        "case": case.name,
+        "N": case.num_nodes,
+        "E": case.num_edges,
+        "student_dim": case.student.shape[1],
+        "teacher_dim": case.teacher.shape[1],
         "dtype": str(case.student.dtype).removeprefix("torch."),
-        "symmetric": case.graph.is_symmetric, "max_degree": case.graph.max_degree,
+        "symmetric": case.graph.is_symmetric,
+        "max_degree": case.graph.max_degree,
         "gather_GBs": {key: speed / 1e9 for key, speed in cold.items()},
         "gather_own_order_GBs": {key: speed / 1e9 for key, speed in own.items()},
-        "bound_ms": {form: 1e3 * gather.bound(case, cached, *cold.values())
-                     for form, cached in FORMS.items()},
-        "bound_own_order_ms": {form: 1e3 * gather.bound(case, cached, *own.values())
-                               for form, cached in FORMS.items()},
+        "bound_ms": {form: 1e3 * gather.bound(case, cached, *cold.values()) for form, cached in FORMS.items()},
+        "bound_own_order_ms": {form: 1e3 * gather.bound(case, cached, *own.values()) for form, cached in FORMS.items()},
         "build_ms": 1e3 * statistics.median(builds),
         "tolerance": TOLERANCE[case.student.dtype],
         **environment(case.student.device),
     }
-    reasons = {form: {peer: why_not(case, peer, cached) for peer in PEERS}
-               for form, cached in FORMS.items()}
+    reasons = {form: {peer: why_not(case, peer, cached) for peer in PEERS} for form, cached in FORMS.items()}
     absent = {form: {peer: why for peer, why in of.items() if why} for form, of in reasons.items()}
     fused = {form: PEERS["fastkd"](case, cached) for form, cached in FORMS.items()}
     reference = {form: step(loss, case) for form, loss in fused.items()}
@@ -124,8 +129,7 @@ def differences(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> tupl
     return loss, float(gradient / torch.linalg.vector_norm(want[1].float()))
 
 
-def pairwise_ratios(peer: Callable[[], object], fused: Callable[[], object], pairs: int,
-                    repeats: int) -> list[float]:
+def pairwise_ratios(peer: Callable[[], object], fused: Callable[[], object], pairs: int, repeats: int) -> list[float]:
     """Peer's time over fastkd's, taken in turns: a change of the host's speed meets both."""
     return [seconds(peer, repeats) / seconds(fused, repeats) for _ in range(pairs)]
 
@@ -134,8 +138,9 @@ def pairwise_ratios(peer: Callable[[], object], fused: Callable[[], object], pai
 @pytest.mark.parametrize("peer", PEERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("prepared", SPECS, indirect=True)
-def test_step(prepared: Prepared, form: str, peer: str, benchmark, device: torch.device,
-              request: pytest.FixtureRequest) -> None:
+def test_step(
+    prepared: Prepared, form: str, peer: str, benchmark, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     case, absent = prepared.case, prepared.absent[form]
     if peer in absent:
         pytest.skip(f"{peer} on {case.name}: {absent[peer]}")
@@ -160,9 +165,16 @@ def test_step(prepared: Prepared, form: str, peer: str, benchmark, device: torch
     rounds = min(50, max(5, math.ceil(3 / (once * repeats))))
     benchmark.group = f"{case.name}, {form}"
     # `absent` by reference: the file is written at the end, with what the later peers add.
-    benchmark.extra_info.update(prepared.info, kind="step", form=form, peer=peer, repeats=repeats,
-                                variant=getattr(loss, "variant", None), difference=off,
-                                absent=absent)
+    benchmark.extra_info.update(
+        prepared.info,
+        kind="step",
+        form=form,
+        peer=peer,
+        repeats=repeats,
+        variant=getattr(loss, "variant", None),
+        difference=off,
+        absent=absent,
+    )
     if peer != "fastkd":
         pairs = min(25, max(3, math.ceil(3 / ((once + seconds(fused)) * repeats))))
         ratios = pairwise_ratios(one, fused, pairs, repeats)

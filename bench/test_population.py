@@ -78,8 +78,14 @@ def agree(every: Sides, tolerance: float) -> dict[str, float]:
     return once
 
 
-def in_turns(benchmark: Any, every: Sides, rounds: int, device: torch.device, dtype: torch.dtype,
-             calls: dict[str, int] | None = None) -> None:
+def in_turns(
+    benchmark: Any,
+    every: Sides,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: dict[str, int] | None = None,
+) -> None:
     """Every round has all sides: the fixture times fastkd, which comes last, after the square product."""
     a, b = (torch.randn(GEMM, GEMM, device=device, dtype=dtype) for _ in range(2))
     products = 1 if device.type == "cpu" else 100
@@ -93,10 +99,16 @@ def in_turns(benchmark: Any, every: Sides, rounds: int, device: torch.device, dt
                 taken[side].append(seconds(run, calls[side]))
         taken["gemm"].append(min(seconds(lambda: a @ b, products) for _ in range(5)))
 
-    benchmark.extra_info.update(environment(device), dtype=str(dtype).removeprefix("torch."), seconds=taken,
-                                gemm_macs=GEMM**3, calls=calls["fastkd"])
-    benchmark.pedantic(lambda: taken["fastkd"].append(seconds(every["fastkd"], calls["fastkd"])), setup=others,
-                       rounds=rounds)
+    benchmark.extra_info.update(
+        environment(device),
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=taken,
+        gemm_macs=GEMM**3,
+        calls=calls["fastkd"],
+    )
+    benchmark.pedantic(
+        lambda: taken["fastkd"].append(seconds(every["fastkd"], calls["fastkd"])), setup=others, rounds=rounds
+    )
 
 
 def clip(value: float, least: int, most: int) -> int:
@@ -121,10 +133,15 @@ def test_network(name: str, dtype: torch.dtype, benchmark, device: torch.device,
     steps = list(e._program.steps(e._network, masks.numpy()))
     benchmark.group = f"{name}: all logits of a population"
     benchmark.extra_info.update(
-        kind="population", case=name, population=case.population, images=images, absent=absent,
+        kind="population",
+        case=name,
+        population=case.population,
+        images=images,
+        absent=absent,
         asked=case.asked if device.type == "cpu" else (10 if case.shape[1:] == (32, 32) else None, None),
         macs=int(e.space.macs(masks).sum()) * images,
-        shared=sum(int(s.macs[1]) for s in steps) / max(1, sum(int(s.macs[2]) for s in steps)))
+        shared=sum(int(s.macs[1]) for s in steps) / max(1, sum(int(s.macs[2]) for s in steps)),
+    )
     in_turns(benchmark, every, clip(budget / sum(once.values()), *ROUNDS), device, dtype)
 
 
@@ -152,10 +169,21 @@ def test_converging(benchmark, device: torch.device, share: float) -> None:
         return (masks,), {}
 
     benchmark.group = "a population that converges"
-    benchmark.extra_info.update(environment(device), kind="converging", dtype="float32", images=len(x), size=SIZE,
-                                asked=1.5, seconds=taken, counts=counts)
-    benchmark.pedantic(lambda masks: taken["fastkd"].append(seconds(lambda: fast.accuracy(masks, (x, y)))),
-                       setup=before, rounds=GENERATIONS)
+    benchmark.extra_info.update(
+        environment(device),
+        kind="converging",
+        dtype="float32",
+        images=len(x),
+        size=SIZE,
+        asked=1.5,
+        seconds=taken,
+        counts=counts,
+    )
+    benchmark.pedantic(
+        lambda masks: taken["fastkd"].append(seconds(lambda: fast.accuracy(masks, (x, y)))),
+        setup=before,
+        rounds=GENERATIONS,
+    )
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -165,18 +193,26 @@ def test_layer(layer: Layer, dtype: torch.dtype, benchmark, device: torch.device
     tolerance = TOLERANCE[device.type, str(dtype).removeprefix("torch.")]
     whole = "fastkd" if device.type == "cuda" else "alone"
     kept = every[whole]().flatten(2).abs().amax((0, 2)) > 0
-    agree({whole: lambda: every[whole]()[:, kept], **{s: run for s, run in every.items() if s.startswith("torch")}},
-          tolerance)
+    agree(
+        {whole: lambda: every[whole]()[:, kept], **{s: run for s, run in every.items() if s.startswith("torch")}},
+        tolerance,
+    )
     for run in every.values():
         run()
     calls = {side: clip(0.02 / seconds(run) + 1, 1, 1000) for side, run in every.items()}
     round_ = sum(seconds(run, calls[side]) for side, run in every.items())
     benchmark.group = f"layer {layer}"
     benchmark.extra_info.update(
-        kind="layer", layer=layer.kind, kept=layer.kept, size=layer.size, images=images,
+        kind="layer",
+        layer=layer.kind,
+        kept=layer.kept,
+        size=layer.size,
+        images=images,
         asked=layer.asked if device.type == "cpu" else None,
-        macs=layer.macs(images), depth=DEPTH if "alone" in every else 1,
-        dense_macs=layer.macs(images) * (2 if layer.kind == "depthwise" else 4))
+        macs=layer.macs(images),
+        depth=DEPTH if "alone" in every else 1,
+        dense_macs=layer.macs(images) * (2 if layer.kind == "depthwise" else 4),
+    )
     in_turns(benchmark, every, clip(budget * LAYER_SHARE / round_, *LAYER_ROUNDS), device, dtype, calls)
 
 

@@ -87,8 +87,7 @@ def _features(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _csr(rowptr: Tensor, col: Tensor, num_src: int) -> tuple[int, int, int, int, int, bool]:
-    return (rowptr.data_ptr(), col.data_ptr(), rowptr.shape[0] - 1, num_src, col.shape[0],
-            col.dtype == torch.int64)
+    return (rowptr.data_ptr(), col.data_ptr(), rowptr.shape[0] - 1, num_src, col.shape[0], col.dtype == torch.int64)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -154,11 +153,11 @@ def _check_graph(rowptr: Tensor, col: Tensor, reverse: Tensor | None) -> None:
 
 # --- graph construction ---------------------------------------------------------------------------
 
-_lib.define("csr_from_coo(Tensor src, Tensor dst, SymInt num_src, SymInt num_dst, bool wide)"
-            " -> (Tensor, Tensor, Tensor)")
+_lib.define(
+    "csr_from_coo(Tensor src, Tensor dst, SymInt num_src, SymInt num_dst, bool wide) -> (Tensor, Tensor, Tensor)"
+)
 _lib.define("csr_transpose(Tensor rowptr, Tensor col, SymInt num_src) -> (Tensor, Tensor, Tensor)")
-_lib.define("csr_union(Tensor rowptr, Tensor col, Tensor rowptr2, Tensor col2, SymInt num_src)"
-            " -> (Tensor, Tensor)")
+_lib.define("csr_union(Tensor rowptr, Tensor col, Tensor rowptr2, Tensor col2, SymInt num_src) -> (Tensor, Tensor)")
 
 
 def _check_coo(src: Tensor, dst: Tensor) -> None:
@@ -175,8 +174,7 @@ def _out_of_range(src: int, dst: int, edge: int, num_src: int, num_dst: int) -> 
     row, value, size = (0, src, num_src) if not 0 <= src < num_src else (1, dst, num_dst)
     end = "source" if row == 0 else "destination"
     return IndexError(
-        f"edge_index[{row}, {edge}] = {value} ({end} of edge {edge}) is out of range: "
-        f"valid indices are in [0, {size})"
+        f"edge_index[{row}, {edge}] = {value} ({end} of edge {edge}) is out of range: valid indices are in [0, {size})"
     )
 
 
@@ -187,9 +185,19 @@ def _csr_from_coo_cpu(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wide
     edges = src.shape[0]
     rowptr = torch.empty(num_dst + 1, dtype=dtype)
     col, perm = torch.empty(edges, dtype=dtype), torch.empty(edges, dtype=dtype)
-    bad = _C.cpu.csr_from_coo(src.data_ptr(), dst.data_ptr(), src.dtype == torch.int64, edges, num_src,
-                              num_dst, wide, rowptr.data_ptr(), col.data_ptr(), perm.data_ptr(),
-                              torch.get_num_threads())
+    bad = _C.cpu.csr_from_coo(
+        src.data_ptr(),
+        dst.data_ptr(),
+        src.dtype == torch.int64,
+        edges,
+        num_src,
+        num_dst,
+        wide,
+        rowptr.data_ptr(),
+        col.data_ptr(),
+        perm.data_ptr(),
+        torch.get_num_threads(),
+    )
     if bad >= 0:
         raise _out_of_range(int(src[bad]), int(dst[bad]), bad, num_src, num_dst)
     return rowptr, col, perm
@@ -215,16 +223,20 @@ def _csr_from_coo_cuda(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wid
 def _csr_from_coo_fake(src: Tensor, dst: Tensor, num_src: int, num_dst: int, wide: bool):
     _check_coo(src, dst)
     dtype = torch.int64 if wide else torch.int32
-    return (src.new_empty(num_dst + 1, dtype=dtype), src.new_empty(src.shape[0], dtype=dtype),
-            src.new_empty(src.shape[0], dtype=dtype))
+    return (
+        src.new_empty(num_dst + 1, dtype=dtype),
+        src.new_empty(src.shape[0], dtype=dtype),
+        src.new_empty(src.shape[0], dtype=dtype),
+    )
 
 
 def _csr_transpose_cpu(rowptr: Tensor, col: Tensor, num_src: int):
     _check_graph(rowptr, col, None)
     t_rowptr = rowptr.new_empty(num_src + 1)
     t_col, t_perm = torch.empty_like(col), torch.empty_like(col)
-    _C.cpu.csr_transpose(_csr(rowptr, col, num_src), t_rowptr.data_ptr(), t_col.data_ptr(),
-                         t_perm.data_ptr(), torch.get_num_threads())
+    _C.cpu.csr_transpose(
+        _csr(rowptr, col, num_src), t_rowptr.data_ptr(), t_col.data_ptr(), t_perm.data_ptr(), torch.get_num_threads()
+    )
     return t_rowptr, t_col, t_perm
 
 
@@ -311,24 +323,49 @@ def _inverse_norms(launch: _Launch, src: Tensor, dst: Tensor | None, metric: int
         out = x.new_empty(x.shape[0], dtype=acc_dtype(x))
         launch.native.inverse_norm(_features(x), out.data_ptr(), launch.where)
         return out
+
     return of(src), of(dst)
 
 
-def _similarity(launch: _Launch, src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor,
-                reverse: Tensor | None, num_src: int, metric: int) -> tuple[Tensor, Tensor, Tensor]:
+def _similarity(
+    launch: _Launch,
+    src: Tensor,
+    dst: Tensor | None,
+    rowptr: Tensor,
+    col: Tensor,
+    reverse: Tensor | None,
+    num_src: int,
+    metric: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The raw reduction r [E], and the inverse norms that went into it."""
     src_norm, dst_norm = _inverse_norms(launch, src, dst, metric)
     r = _empty(col.shape, acc_dtype(src), src.device)
     ends = src if dst is None else dst
     norm = src_norm if dst is None else dst_norm
-    launch.native.similarity(_csr(rowptr, col, num_src), _features(src), _features(ends),
-                             src_norm.data_ptr(), norm.data_ptr(), metric, _ptr(reverse),
-                             r.data_ptr(), launch.where)
+    launch.native.similarity(
+        _csr(rowptr, col, num_src),
+        _features(src),
+        _features(ends),
+        src_norm.data_ptr(),
+        norm.data_ptr(),
+        metric,
+        _ptr(reverse),
+        r.data_ptr(),
+        launch.where,
+    )
     return r, src_norm, dst_norm
 
 
-def _kernel_values(src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor, reverse: Tensor | None,
-                   num_src: int, kernel: list[int], param: list[float]) -> Tensor:
+def _kernel_values(
+    src: Tensor,
+    dst: Tensor | None,
+    rowptr: Tensor,
+    col: Tensor,
+    reverse: Tensor | None,
+    num_src: int,
+    kernel: list[int],
+    param: list[float],
+) -> Tensor:
     _check_graph(rowptr, col, reverse)
     _check_side("teacher", src, dst, rowptr, num_src)
     src = _rows(src)
@@ -336,8 +373,9 @@ def _kernel_values(src: Tensor, dst: Tensor | None, rowptr: Tensor, col: Tensor,
     with _Launch(src.device) as launch:
         r, _, _ = _similarity(launch, src, dst, rowptr, col, reverse, num_src, kernel[0])
         values = _empty(r.shape, r.dtype, r.device)
-        launch.native.kernel_values(r.shape[0], (*kernel, *param), DTYPES[r.dtype], r.data_ptr(),
-                                    values.data_ptr(), launch.where)
+        launch.native.kernel_values(
+            r.shape[0], (*kernel, *param), DTYPES[r.dtype], r.data_ptr(), values.data_ptr(), launch.where
+        )
     return values
 
 
@@ -347,8 +385,9 @@ def _kernel_values_fake(src, dst, rowptr, col, reverse, num_src, kernel, param):
     return src.new_empty(col.shape[0], dtype=acc_dtype(src))
 
 
-def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
-                   reverse, num_src) -> torch.dtype:
+def _check_forward(
+    student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse, num_src
+) -> torch.dtype:
     """The dtype of all sums: float64 if the student is, else float32."""
     _check_graph(rowptr, col, reverse)
     if reverse is not None and (student_dst is not None or teacher_dst is not None):
@@ -359,8 +398,7 @@ def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, w
         _check_side("teacher", teacher, teacher_dst, rowptr, num_src)
         if acc_dtype(teacher) != acc:
             raise TypeError(
-                f"teacher is {teacher.dtype}, but student is {student.dtype}: float64 goes with "
-                "float64 only"
+                f"teacher is {teacher.dtype}, but student is {student.dtype}: float64 goes with float64 only"
             )
     elif teacher_values is not None:
         _check_edges("teacher structure", teacher_values, col, acc)
@@ -371,23 +409,39 @@ def _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, w
     return acc
 
 
-def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse,
-                 num_src, student_kernel, student_param, teacher_kernel, teacher_param, divergence,
-                 reduction, max_degree, want_coef):
-    acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
-                         reverse, num_src)
+def _lsp_forward(
+    student,
+    student_dst,
+    teacher,
+    teacher_dst,
+    teacher_values,
+    weight,
+    rowptr,
+    col,
+    reverse,
+    num_src,
+    student_kernel,
+    student_param,
+    teacher_kernel,
+    teacher_param,
+    divergence,
+    reduction,
+    max_degree,
+    want_coef,
+):
+    acc = _check_forward(
+        student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse, num_src
+    )
     num_dst, metric = rowptr.shape[0] - 1, student_kernel[0]
     student = _rows(student)
     student_dst = None if student_dst is None else _rows(student_dst)
     weight = None if weight is None else weight.contiguous()
     with _Launch(student.device) as launch:
-        r_s, src_norm, dst_norm = _similarity(launch, student, student_dst, rowptr, col, reverse, num_src,
-                                              metric)
+        r_s, src_norm, dst_norm = _similarity(launch, student, student_dst, rowptr, col, reverse, num_src, metric)
         if teacher is not None:
             teacher = _rows(teacher)
             teacher_dst = None if teacher_dst is None else _rows(teacher_dst)
-            r_t, _, _ = _similarity(launch, teacher, teacher_dst, rowptr, col, reverse, num_src,
-                                    teacher_kernel[0])
+            r_t, _, _ = _similarity(launch, teacher, teacher_dst, rowptr, col, reverse, num_src, teacher_kernel[0])
         else:
             r_t = teacher_values.contiguous()
         coef = r_s if want_coef else r_s.new_empty(0)  # written over what it is made from
@@ -395,21 +449,52 @@ def _lsp_forward(student, student_dst, teacher, teacher_dst, teacher_values, wei
         loss = rows if reduction == _NONE else torch.empty((), dtype=acc, device=student.device)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
         cosine = metric == _COSINE
-        launch.run(launch.native.divergences, _csr(rowptr, col, num_src),
-                   (*student_kernel, *student_param), (*teacher_kernel, *teacher_param), divergence,
-                   reduction, teacher is None, DTYPES[acc], r_s.data_ptr(), r_t.data_ptr(), _ptr(weight),
-                   src_norm.data_ptr() if cosine else 0,
-                   (src_norm if student_dst is None else dst_norm).data_ptr() if cosine else 0,
-                   coef.data_ptr() if want_coef else 0, rows.data_ptr(),
-                   0 if reduction == _NONE else loss.data_ptr(), diagnostics.data_ptr(), max_degree)
+        launch.run(
+            launch.native.divergences,
+            _csr(rowptr, col, num_src),
+            (*student_kernel, *student_param),
+            (*teacher_kernel, *teacher_param),
+            divergence,
+            reduction,
+            teacher is None,
+            DTYPES[acc],
+            r_s.data_ptr(),
+            r_t.data_ptr(),
+            _ptr(weight),
+            src_norm.data_ptr() if cosine else 0,
+            (src_norm if student_dst is None else dst_norm).data_ptr() if cosine else 0,
+            coef.data_ptr() if want_coef else 0,
+            rows.data_ptr(),
+            0 if reduction == _NONE else loss.data_ptr(),
+            diagnostics.data_ptr(),
+            max_degree,
+        )
     return loss, coef, src_norm, dst_norm, diagnostics
 
 
-def _lsp_forward_fake(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
-                      reverse, num_src, student_kernel, student_param, teacher_kernel, teacher_param,
-                      divergence, reduction, max_degree, want_coef):
-    acc = _check_forward(student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col,
-                         reverse, num_src)
+def _lsp_forward_fake(
+    student,
+    student_dst,
+    teacher,
+    teacher_dst,
+    teacher_values,
+    weight,
+    rowptr,
+    col,
+    reverse,
+    num_src,
+    student_kernel,
+    student_param,
+    teacher_kernel,
+    teacher_param,
+    divergence,
+    reduction,
+    max_degree,
+    want_coef,
+):
+    acc = _check_forward(
+        student, student_dst, teacher, teacher_dst, teacher_values, weight, rowptr, col, reverse, num_src
+    )
     num_dst = rowptr.shape[0] - 1
     cosine = student_kernel[0] == _COSINE
     return (
@@ -429,8 +514,23 @@ def _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, 
         raise ValueError("lsp_backward needs reverse or the transposed graph")
 
 
-def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
-                  t_rowptr, t_col, t_perm, num_src, metric, max_degree):
+def _lsp_backward(
+    grad,
+    student,
+    student_dst,
+    coef,
+    src_inv_norm,
+    dst_inv_norm,
+    rowptr,
+    col,
+    reverse,
+    t_rowptr,
+    t_col,
+    t_perm,
+    num_src,
+    metric,
+    max_degree,
+):
     _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src)
     student = _rows(student)
     student_dst = None if student_dst is None else _rows(student_dst)
@@ -444,8 +544,18 @@ def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, 
 
     def product(launch: _Launch, like: Tensor, ends: tuple, inv_norm: Tensor, *lists: tuple) -> Tensor:
         out = _empty(like.shape, like.dtype, like.device)
-        launch.run(launch.native.gradient, ends, lists, metric, coef.data_ptr(), grad.data_ptr(), per_row,
-                   inv_norm.data_ptr(), out.data_ptr(), max_degree)
+        launch.run(
+            launch.native.gradient,
+            ends,
+            lists,
+            metric,
+            coef.data_ptr(),
+            grad.data_ptr(),
+            per_row,
+            inv_norm.data_ptr(),
+            out.data_ptr(),
+            max_degree,
+        )
         return out
 
     with _Launch(student.device) as launch:
@@ -456,15 +566,34 @@ def _lsp_backward(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, 
         incoming = (arriving, 0, False, x)
         if student_dst is None:
             return product(launch, student, x, src_inv_norm, incoming, outgoing), student.new_empty(0)
-        return (product(launch, student, x, src_inv_norm, outgoing),
-                product(launch, student_dst, y, dst_inv_norm, incoming))
+        return (
+            product(launch, student, x, src_inv_norm, outgoing),
+            product(launch, student_dst, y, dst_inv_norm, incoming),
+        )
 
 
-def _lsp_backward_fake(grad, student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
-                       t_rowptr, t_col, t_perm, num_src, metric, max_degree):
+def _lsp_backward_fake(
+    grad,
+    student,
+    student_dst,
+    coef,
+    src_inv_norm,
+    dst_inv_norm,
+    rowptr,
+    col,
+    reverse,
+    t_rowptr,
+    t_col,
+    t_perm,
+    num_src,
+    metric,
+    max_degree,
+):
     _check_backward(student, student_dst, coef, rowptr, col, reverse, t_rowptr, num_src)
-    return (student.new_empty(student.shape),
-            student.new_empty(0) if student_dst is None else student_dst.new_empty(student_dst.shape))
+    return (
+        student.new_empty(student.shape),
+        student.new_empty(0) if student_dst is None else student_dst.new_empty(student_dst.shape),
+    )
 
 
 _lib.impl("csr_from_coo", _csr_from_coo_cpu, "CPU")
@@ -499,8 +628,19 @@ lsp_backward = torch.ops.fastkd.lsp_backward.default
 # --- masked networks ------------------------------------------------------------------------------
 
 _OPERATIONS = ("conv", "norm", "activation", "max_pool", "avg_pool", "add", "multiply", "select", "flatten")
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardsigmoid", "hardswish", "tanh", "gelu",
-               "gelu_tanh")
+ACTIVATIONS = (
+    "none",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "sigmoid",
+    "silu",
+    "hardsigmoid",
+    "hardswish",
+    "tanh",
+    "gelu",
+    "gelu_tanh",
+)
 ALWAYS, NEVER = -1, -2  # genes of a channel that always, that never exists
 
 
@@ -518,8 +658,7 @@ class _Memory:
     def put(self, data: memoryview) -> int:
         x = torch.frombuffer(data, dtype=torch.uint8)
         # Pinned, the copy waits for nothing, and torch keeps the memory until it is done.
-        return self._hold(x.clone() if self.device.type == "cpu" else
-                          x.pin_memory().to(self.device, non_blocking=True))
+        return self._hold(x.clone() if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True))
 
     def give(self, address: int) -> None:
         self._now -= self.held.pop(address).numel()
@@ -564,8 +703,15 @@ class Network:
     are float32, or float64 for float64. The CPU takes float32 and float64 only.
     """
 
-    def __init__(self, values: Any, nodes: Any, num_genes: int, dtype: torch.dtype, output: int | None = None,
-                 device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        values: Any,
+        nodes: Any,
+        num_genes: int,
+        dtype: torch.dtype,
+        output: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.dtype, self.num_genes, self.device = dtype, num_genes, device or torch.device("cpu")
         self.acc = torch.float64 if dtype == torch.float64 else torch.float32
         self._taken = 0
@@ -575,9 +721,12 @@ class Network:
         self._tensors: list[Tensor] = []  # what the native network points to
         genes = [torch.tensor(v[3], dtype=torch.int32) for v in values]
         self._native = _backend(self.device).Network(
-            DTYPES[dtype], num_genes,
+            DTYPES[dtype],
+            num_genes,
             tuple((*shape, g.data_ptr()) for shape, g in zip(self.shapes, genes, strict=True)),
-            tuple(self._node(n) for n in nodes), self.output)
+            tuple(self._node(n) for n in nodes),
+            self.output,
+        )
 
     def _keep(self, x: Tensor | None, dtype: torch.dtype | None = None, device: str | None = None) -> int:
         if x is None:
@@ -594,12 +743,28 @@ class Network:
         if n["op"] == "select":
             pairs = [(-1, 0) if s is None else s for s in n["source"]]
             select = self._keep(torch.tensor(pairs, dtype=torch.int32).reshape(-1, 2), torch.int32, "cpu")
-        geometry = (*kernel, *n.get("stride", (1, 1)), *n.get("padding", (0, 0)), *n.get("dilation", (1, 1)),
-                    n.get("groups", 1), n.get("count_include_pad", True), "eps" in n)
-        return (_OPERATIONS.index(n["op"]), tuple(n["inputs"]), n["output"], geometry,
-                ACTIVATIONS.index(n.get("name", "none")), float(n.get("eps", n.get("param", 0.0))),
-                self._keep(n.get("weight"), self.dtype if n["op"] == "conv" else None), self._keep(n.get("bias")),
-                self._keep(n.get("scale")), self._keep(n.get("shift")), select)
+        geometry = (
+            *kernel,
+            *n.get("stride", (1, 1)),
+            *n.get("padding", (0, 0)),
+            *n.get("dilation", (1, 1)),
+            n.get("groups", 1),
+            n.get("count_include_pad", True),
+            "eps" in n,
+        )
+        return (
+            _OPERATIONS.index(n["op"]),
+            tuple(n["inputs"]),
+            n["output"],
+            geometry,
+            ACTIVATIONS.index(n.get("name", "none")),
+            float(n.get("eps", n.get("param", 0.0))),
+            self._keep(n.get("weight"), self.dtype if n["op"] == "conv" else None),
+            self._keep(n.get("bias")),
+            self._keep(n.get("scale")),
+            self._keep(n.get("shift")),
+            select,
+        )
 
     def bytes(self, images: int, recalibrate: bool = False, individuals: int = 1) -> int:
         """At most what a run takes beyond its arguments."""
@@ -624,14 +789,31 @@ class Network:
             if launch.native.uses_workspace:
                 memory = _Memory(self.device)
                 where = (_tf32(), memory.take, memory.put, memory.give, launch.where)
-            self._native.run(masks.data_ptr(), masks.shape[0], x.data_ptr(), DTYPES[x.dtype],
-                             0 if shared else x.numel() // max(x.shape[0], 1), images, _ptr(out),
-                             DTYPES[self.dtype if out is None else out.dtype], affines, agree, moments, *where)
+            self._native.run(
+                masks.data_ptr(),
+                masks.shape[0],
+                x.data_ptr(),
+                DTYPES[x.dtype],
+                0 if shared else x.numel() // max(x.shape[0], 1),
+                images,
+                _ptr(out),
+                DTYPES[self.dtype if out is None else out.dtype],
+                affines,
+                agree,
+                moments,
+                *where,
+            )
             if launch.native.uses_workspace:
                 self._taken = memory.most
 
-    def __call__(self, masks: Tensor, x: Tensor, affines: list[tuple[Tensor, Tensor] | None] | None = None,
-                 out_dtype: torch.dtype | None = None, agree: bool = False) -> Tensor:
+    def __call__(
+        self,
+        masks: Tensor,
+        x: Tensor,
+        affines: list[tuple[Tensor, Tensor] | None] | None = None,
+        out_dtype: torch.dtype | None = None,
+        agree: bool = False,
+    ) -> Tensor:
         """masks bool [P, genes], x [N, C, H, W] or [P, N, C, H, W] -> [P, N, C', H', W'].
 
         ``affines`` gives for every norm its (scale, shift), each [channels] or [P, channels], or None for
@@ -659,16 +841,21 @@ class Network:
         pairs = []
         for v in self.norms:
             shape = (masks.shape[0], self.shapes[v][0])
-            pairs.append((torch.zeros(shape, dtype=torch.float64, device=self.device),
-                          torch.ones(shape, dtype=torch.float64, device=self.device)))
+            pairs.append(
+                (
+                    torch.zeros(shape, dtype=torch.float64, device=self.device),
+                    torch.ones(shape, dtype=torch.float64, device=self.device),
+                )
+            )
         self._run(masks, x, None, (), False, tuple((m.data_ptr(), v.data_ptr()) for m, v in pairs))
         return pairs
 
 
 _CONV = "Tensor? in_mask, Tensor? out_mask, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
 _lib.define(f"masked_conv2d(Tensor x, Tensor weight, Tensor? bias, {_CONV}) -> Tensor")
-_lib.define(f"masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] wanted)"
-            " -> (Tensor, Tensor, Tensor)")
+_lib.define(
+    f"masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_CONV}, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dilation, groups) -> tuple:
@@ -690,11 +877,15 @@ def _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dila
         if len(pair) != 2 or pair[0] < least or pair[1] < least:
             raise ValueError(f"{name} must be two integers in [{least}, inf), got {tuple(pair)}")
     if groups < 1 or channels % groups or outputs % groups:
-        raise ValueError(f"groups = {groups} must be in [1, inf) and divide the channels of x ({channels}) and of "
-                         f"the result ({outputs})")
+        raise ValueError(
+            f"groups = {groups} must be in [1, inf) and divide the channels of x ({channels}) and of "
+            f"the result ({outputs})"
+        )
     if weight.shape[1] * groups != channels:
-        raise ValueError(f"weight takes {weight.shape[1] * groups} channels ({weight.shape[1]} x {groups} groups), "
-                         f"but x has {channels}")
+        raise ValueError(
+            f"weight takes {weight.shape[1] * groups} channels ({weight.shape[1]} x {groups} groups), "
+            f"but x has {channels}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{outputs}], got {tuple(bias.shape)}")
     individuals, source = (x.shape[0], "x") if x.dim() == 5 else (None, "")
@@ -709,14 +900,15 @@ def _check_masked_conv(x, weight, bias, in_mask, out_mask, stride, padding, dila
             raise ValueError(f"{name} has P = {mask.shape[0]} rows, but {source} has P = {individuals}")
         individuals, source = mask.shape[0], name
     if individuals is None:
-        raise ValueError("the number of individuals is not known: pass in_mask, out_mask or x of shape "
-                         "[P, N, C, H, W]")
+        raise ValueError("the number of individuals is not known: pass in_mask, out_mask or x of shape [P, N, C, H, W]")
     out = []
     for axis, s in enumerate(x.shape[-2:]):
         extent = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
         if weight.shape[2 + axis] < 1 or s + 2 * padding[axis] < extent:
-            raise ValueError(f"the kernel spans {extent} pixels, but x with its padding has "
-                             f"{s + 2 * padding[axis]} on axis {'HW'[axis]}")
+            raise ValueError(
+                f"the kernel spans {extent} pixels, but x with its padding has "
+                f"{s + 2 * padding[axis]} on axis {'HW'[axis]}"
+            )
         out.append((s + 2 * padding[axis] - extent) // stride[axis] + 1)
     return individuals, x.shape[-4], outputs, *out
 
@@ -728,8 +920,17 @@ def _masked_conv2d(x, weight, bias, in_mask, out_mask, stride, padding, dilation
     genes_in = [ALWAYS] * channels if in_mask is None else range(channels)
     first = 0 if in_mask is None else channels
     genes_out = [ALWAYS] * outputs if out_mask is None else range(first, first + outputs)
-    node = {"op": "conv", "inputs": (0,), "output": 1, "weight": weight, "bias": bias, "stride": stride,
-            "padding": padding, "dilation": dilation, "groups": groups}
+    node = {
+        "op": "conv",
+        "inputs": (0,),
+        "output": 1,
+        "weight": weight,
+        "bias": bias,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
     values = ((*x.shape[-3:], list(genes_in)), (*shape[2:], list(genes_out)))
     dtype = x.dtype if _backend(x.device).uses_workspace else acc_dtype(x)
     network = Network(values, [node], sum(m.shape[1] for m in masks), dtype, device=x.device)
@@ -769,10 +970,19 @@ def _masked_conv2d_backward_cpu(grad, x, weight, in_mask, out_mask, stride, padd
     in_mask, out_mask = (None if m is None else m.contiguous() for m in (in_mask, out_mask))
     if shape[0] and shape[1]:
         _C.cpu.conv_backward(
-            DTYPES[acc], DTYPES[x.dtype], (*shape[:2], x.shape[-3], shape[2], groups),
-            (*x.shape[-2:], *shape[3:], *weight.shape[2:], *stride, *padding, *dilation), _ptr(in_mask),
-            _ptr(out_mask), _ptr(grad), _ptr(x), shared, _ptr(weight),
-            *(_ptr(g) if w else 0 for g, w in zip((gx, gw, gb), wanted, strict=True)), torch.get_num_threads())
+            DTYPES[acc],
+            DTYPES[x.dtype],
+            (*shape[:2], x.shape[-3], shape[2], groups),
+            (*x.shape[-2:], *shape[3:], *weight.shape[2:], *stride, *padding, *dilation),
+            _ptr(in_mask),
+            _ptr(out_mask),
+            _ptr(grad),
+            _ptr(x),
+            shared,
+            _ptr(weight),
+            *(_ptr(g) if w else 0 for g, w in zip((gx, gw, gb), wanted, strict=True)),
+            torch.get_num_threads(),
+        )
     return gx.to(x.dtype), gw.to(x.dtype), gb.to(x.dtype)
 
 
@@ -795,7 +1005,8 @@ def _masked_conv2d_backward_torch(grad, x, weight, in_mask, out_mask, stride, pa
         if not own.numel() or not g.numel() or not any(wanted[:2]):
             continue
         dx, dw, _ = torch.ops.aten.convolution_backward(
-            g, own, weight[o][:, i], None, stride, padding, dilation, False, [0, 0], groups, [*wanted[:2], False])
+            g, own, weight[o][:, i], None, stride, padding, dilation, False, [0, 0], groups, [*wanted[:2], False]
+        )
         if wanted[0]:
             (gx if shared else gx[p])[:, i] += dx if groups == 1 else _clear(dx, in_mask, p)
         if wanted[1]:
@@ -807,9 +1018,11 @@ def _masked_conv2d_backward_torch(grad, x, weight, in_mask, out_mask, stride, pa
 
 def _masked_conv2d_backward_fake(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups, wanted):
     shape = _check_masked_conv_backward(grad, x, weight, in_mask, out_mask, stride, padding, dilation, groups)
-    return (torch.empty_like(x) if wanted[0] else x.new_empty(0),
-            torch.empty_like(weight) if wanted[1] else x.new_empty(0),
-            x.new_empty(shape[2] if wanted[2] else 0))
+    return (
+        torch.empty_like(x) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else x.new_empty(0),
+        x.new_empty(shape[2] if wanted[2] else 0),
+    )
 
 
 for _device in ("CPU", "CUDA"):
@@ -833,5 +1046,7 @@ class NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise NotImplementedError(f"{ctx.name} has no second derivative: use fastkd.reference.{ctx.name}, which has, "
-                                  "or leave it out of what is differentiated twice")
+        raise NotImplementedError(
+            f"{ctx.name} has no second derivative: use fastkd.reference.{ctx.name}, which has, "
+            "or leave it out of what is differentiated twice"
+        )

@@ -52,8 +52,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"{folder}: another process is at work there. Wait for it, end it, or take another "
-                       "directory") from None
+            raise Busy(
+                f"{folder}: another process is at work there. Wait for it, end it, or take another directory"
+            ) from None
         except OSError:
             pass  # some network file systems have no locks
         _held.add(folder)
@@ -73,8 +74,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         atomic.replace(path, write)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error}); {kept}. When that is put right, the same "
-                              "command goes on from the last checkpoint") from error
+        raise CheckpointError(
+            f"{path} could not be written ({error}); {kept}. When that is put right, the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -93,8 +96,9 @@ def result(path: Path, config: dict[str, Any], seed: int) -> dict[str, Any] | No
         return None
     record = json.loads(path.read_text())
     if found := differences({**record["config"], "seed": record["seed"]}, {**config, "seed": seed}):
-        raise CheckpointError(f"{path} holds the result of another configuration: " + "; ".join(found)
-                              + ". Take another directory")
+        raise CheckpointError(
+            f"{path} holds the result of another configuration: " + "; ".join(found) + ". Take another directory"
+        )
     return record
 
 
@@ -132,14 +136,18 @@ def load(path: Path) -> tuple[dict[str, Tensor], Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error}): it is left as it is; delete it "
-                              "to start anew, or put a copy in its place") from None
+        raise CheckpointError(
+            f"{path} is no whole safetensors file ({error}): it is left as it is; delete it "
+            "to start anew, or put a copy in its place"
+        ) from None
     if "fastkd" not in metadata:
         raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
     text = metadata["fastkd"]
     if metadata.get("crc32", "") not in ("", _checksum(text, tensors)):  # older files have none
-        raise CheckpointError(f"{path} is damaged (its checksum differs): it is left as it is; delete it to start "
-                              "anew, or put a copy in its place")
+        raise CheckpointError(
+            f"{path} is damaged (its checksum differs): it is left as it is; delete it to start "
+            "anew, or put a copy in its place"
+        )
     return tensors, json.loads(text)
 
 

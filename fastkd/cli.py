@@ -15,8 +15,12 @@ from rich.table import Table
 
 from .config import show_config
 
-app = typer.Typer(help="Fast, exact knowledge distillation for PyTorch.", no_args_is_help=False,
-                  add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Fast, exact knowledge distillation for PyTorch.",
+    no_args_is_help=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 console = Console()
 
 
@@ -42,8 +46,14 @@ class _Bars:
     """One bar per network that is trained, with its latest validation score, and per search, with the best so far."""
 
     def __init__(self) -> None:
-        self.progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                 TimeRemainingColumn(), TextColumn("{task.fields[shown]}"), console=console)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+        )
         self.tasks: dict[str, Any] = {}
         self.shown = 0.0
 
@@ -66,8 +76,11 @@ def _begin(file: Path, config: Any) -> None:
     own, folder = config.model_dump(mode="json"), file.parent
     seeds = [*folder.glob("seed*/result.json"), *folder.glob("seed*/*.safetensors")]
     if file.exists() and seeds and (found := differences(json.loads(file.read_text()), own)):
-        raise CheckpointError(f"{folder} holds a run of another configuration: " + "; ".join(found)
-                              + f". Take another --out, or go on with that one: --resume {folder}")
+        raise CheckpointError(
+            f"{folder} holds a run of another configuration: "
+            + "; ".join(found)
+            + f". Take another --out, or go on with that one: --resume {folder}"
+        )
     write_json(file, own)
 
 
@@ -125,12 +138,24 @@ def distill(
                 _, record = runs.teacher_of(config, task, directory, progress, world.device, world)
             else:
                 for seed in range(seeds):
-                    records.append(runs.distil(config, seed, directory / f"seed{seed}", task=task, progress=progress,
-                                               device=world.device, teachers=directory, world=world))
+                    records.append(
+                        runs.distil(
+                            config,
+                            seed,
+                            directory / f"seed{seed}",
+                            task=task,
+                            progress=progress,
+                            device=world.device,
+                            teachers=directory,
+                            world=world,
+                        )
+                    )
                 record = records[0]["teacher"]
         console.print(_table(record, records, config))
-        console.print(f"[bold]{directory}[/]: config.json, the teacher, and per seed result.json and "
-                      f"weights.safetensors. `fastkd report {directory}` makes pictures of it.")
+        console.print(
+            f"[bold]{directory}[/]: config.json, the teacher, and per seed result.json and "
+            f"weights.safetensors. `fastkd report {directory}` makes pictures of it."
+        )
         world.close()
     except Stopped as stop:
         console.print(f"{stop}: fastkd distill {recipe} --resume {directory} --seeds {seeds}")
@@ -151,9 +176,14 @@ def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) 
         rows.append((f"student ({label})", [r["student"] for r in records]))
     for name, found in rows:
         peaks = [f["peak_memory_mb"] for f in found if f["peak_memory_mb"] is not None]
-        table.add_row(name, mean_interval([f["test"] for f in found]), mean_interval([f["val"] for f in found]),
-                      f"{found[0]['parameters']:,}", f"{sum(f['seconds'] for f in found) / len(found):.1f}",
-                      f"{max(peaks):.0f}" if peaks else "-")
+        table.add_row(
+            name,
+            mean_interval([f["test"] for f in found]),
+            mean_interval([f["val"] for f in found]),
+            f"{found[0]['parameters']:,}",
+            f"{sum(f['seconds'] for f in found) / len(found):.1f}",
+            f"{max(peaks):.0f}" if peaks else "-",
+        )
     return table
 
 
@@ -161,8 +191,9 @@ def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) 
 def compress(
     recipe: str = typer.Argument(..., help="Name of a recipe (see `fastkd recipes`) or path to a YAML file."),
     settings: list[str] = typer.Option([], "--set", help="KEY=VALUE laid over it, e.g. fitness.images=500."),
-    budget: list[str] = typer.Option([], help="COST=FRACTION that may be left, in place of the recipe's: macs=0.4; "
-                                              "macs, parameters or filters."),
+    budget: list[str] = typer.Option(
+        [], help="COST=FRACTION that may be left, in place of the recipe's: macs=0.4; macs, parameters or filters."
+    ),
     weights: str = typer.Option(None, help="The full network's: an .npz or .safetensors file."),
     algorithm: str = typer.Option(None, help="ecs, ga, ga-widths, nsga2, ...; or a control: l1, torch-pruning."),
     seeds: int = typer.Option(1, min=1, help="Networks, with the seeds 0, 1, ..."),
@@ -183,16 +214,21 @@ def compress(
         _fail(error)
     directory = resume or out or Path("runs") / Path(recipe).stem
     begun = directory / "config.json"
-    changes = [*settings, *([f"weights={json.dumps(weights)}"] if weights else []),
-               *([f"algorithm.name={algorithm}"] if algorithm else []), *(["budget={}"] if budget else []),
-               *(f"budget.{b}" for b in budget)]
+    changes = [
+        *settings,
+        *([f"weights={json.dumps(weights)}"] if weights else []),
+        *([f"algorithm.name={algorithm}"] if algorithm else []),
+        *(["budget={}"] if budget else []),
+        *(f"budget.{b}" for b in budget),
+    ]
 
     def load() -> Any:
         if resume is None:
             return engine.load_config(recipe, changes)
         if not begun.exists():
-            raise engine.ConfigError(f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd "
-                                     "compress")
+            raise engine.ConfigError(
+                f"--resume {resume}: there is no {begun}: the folder holds no run of fastkd compress"
+            )
         return engine.load_config(json.loads(begun.read_text()), changes)
 
     try:
@@ -214,20 +250,38 @@ def compress(
         with bars.progress:
             for seed in range(seeds):
                 folder = directory / f"seed{seed}"
-                records.append(engine.compress(
-                    config, seed, folder, shared=directory, device=world.device, world=world,
-                    progress=lambda *latest, seed=seed: progress(seed, *latest),
-                    callback=TensorBoard(folder / "tensorboard") if tensorboard and world.rank == 0 else None))
+                records.append(
+                    engine.compress(
+                        config,
+                        seed,
+                        folder,
+                        shared=directory,
+                        device=world.device,
+                        world=world,
+                        progress=lambda *latest, seed=seed: progress(seed, *latest),
+                        callback=TensorBoard(folder / "tensorboard") if tensorboard and world.rank == 0 else None,
+                    )
+                )
         console.print(_before_and_after(records))
-        console.print(f"[bold]{directory}[/]: config.json, and per seed result.json, weights.safetensors (read by "
-                      "fastkd.population.load), model.onnx and model-int8.onnx. "
-                      f"`fastkd report {directory}` draws the search.")
+        console.print(
+            f"[bold]{directory}[/]: config.json, and per seed result.json, weights.safetensors (read by "
+            "fastkd.population.load), model.onnx and model-int8.onnx. "
+            f"`fastkd report {directory}` draws the search."
+        )
         world.close()
     except engine.Stopped as stop:
         console.print(f"{stop}: fastkd compress {recipe} --resume {directory} --seeds {seeds}")
         raise typer.Exit(130) from None
-    except (engine.ConfigError, engine.CheckpointError, engine.RankLost, ValueError, TypeError, OSError, ImportError,
-            ArithmeticError) as error:
+    except (
+        engine.ConfigError,
+        engine.CheckpointError,
+        engine.RankLost,
+        ValueError,
+        TypeError,
+        OSError,
+        ImportError,
+        ArithmeticError,
+    ) as error:
         _fail(error)
 
 
@@ -239,10 +293,15 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
     config = first["config"]
     left = ", ".join(f"{share:.1%} of the {name}" for name, share in config["budget"].items()) or "no budget"
     threads = first["environment"]["threads"]
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold",  # 80 columns are enough
-                  title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
-                  caption=f"Latency, with {threads} thread{'s' if threads > 1 else ''}, and peak memory at a batch of "
-                          "1 / 64." + (" Agreement is with the full network." if agreement else ""))
+    table = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 1),
+        header_style="bold",  # 80 columns are enough
+        title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
+        caption=f"Latency, with {threads} thread{'s' if threads > 1 else ''}, and peak memory at a batch of "
+        "1 / 64." + (" Agreement is with the full network." if agreement else ""),
+    )
     score = "agreement, %" if agreement else "test, %"
     for heading in ("network", score, "parameters", "MACs, M", "file, kB", "latency, ms", "memory, MB"):
         table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=heading == "network")
@@ -253,16 +312,27 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
     def row(name: str, of: Any, costs: Any, measured: bool = True) -> None:
         tests = mean_interval([of(r)["test"] for r in records])
         c = costs(first)
-        table.add_row(name, tests, *((f"{c['parameters']:,}", f"{c['macs'] / 1e6:.2f}") if "macs" in c else ("", "")),
-                      *((f"{c['bytes'] / 1000:,.0f}", both(c["latency_ms"], 2), both(c.get("peak_memory_mb"), 2))
-                        if measured else ("", "", "")))
+        table.add_row(
+            name,
+            tests,
+            *((f"{c['parameters']:,}", f"{c['macs'] / 1e6:.2f}") if "macs" in c else ("", "")),
+            *(
+                (f"{c['bytes'] / 1000:,.0f}", both(c["latency_ms"], 2), both(c.get("peak_memory_mb"), 2))
+                if measured
+                else ("", "", "")
+            ),
+        )
 
     row("full", lambda r: r["dense"], lambda r: r["dense"])
     names = {"masked": "smaller", "recalibrated": "recalibrated", "finetuned": "fine-tuned"}
     stages = list(first["compact"]["stages"])
     for stage in stages:
-        row(names[stage], lambda r, stage=stage: r["compact"]["stages"][stage], lambda r: r["compact"],
-            stage == stages[-1])
+        row(
+            names[stage],
+            lambda r, stage=stage: r["compact"]["stages"][stage],
+            lambda r: r["compact"],
+            stage == stages[-1],
+        )
     if first["int8"] is not None:
         row("int8", lambda r: r["int8"], lambda r: r["int8"])
     return table
@@ -298,9 +368,13 @@ def grid(
     limit: int = typer.Option(None, min=1, help="Run so many cells at most."),
     work: Path = typer.Option(Path("runs/grid"), help="Folder for checkpoints and teachers."),
     table: bool = typer.Option(False, "--table", help="Only write the table anew."),
-    measure: bool = typer.Option(False, "--measure", help="Run no cell; measure latency and memory of the networks of "
-                                                          "finished ones anew, all on this machine. Let nothing else "
-                                                          "run."),
+    measure: bool = typer.Option(
+        False,
+        "--measure",
+        help="Run no cell; measure latency and memory of the networks of "
+        "finished ones anew, all on this machine. Let nothing else "
+        "run.",
+    ),
     device: str = typer.Option("cpu", help="cpu, cuda or cuda:N."),
 ) -> None:
     """Run the missing cells of a table of experiments; of finished ones, --measure alone changes the timings.
@@ -319,8 +393,9 @@ def grid(
         if measure:
             with Progress(console=console) as bars:
                 task = bars.add_task("measured", total=None)
-                count = engine.measure(content, lambda done, total: bars.update(task, completed=done, total=total),
-                                       only, device)
+                count = engine.measure(
+                    content, lambda done, total: bars.update(task, completed=done, total=total), only, device
+                )
             console.print(f"{count} cells measured; {content.path.parent / 'RESULTS.md'}", highlight=False)
             return
         count = _run(content, work, only, limit, device)
@@ -360,8 +435,10 @@ def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = Non
 
 
 @app.command()
-def report(directory: Path = typer.Argument(..., help="A folder of runs, or of results with cells/."),
-           out: Path = typer.Option(None, help="Folder to write to; default the same.")) -> None:
+def report(
+    directory: Path = typer.Argument(..., help="A folder of runs, or of results with cells/."),
+    out: Path = typer.Option(None, help="Folder to write to; default the same."),
+) -> None:
     """Make report.html and pictures from saved results."""
     from . import report as reports
 

@@ -20,8 +20,9 @@ class Curves:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(f"curves for TensorBoard need the package tensorboard: pip install tensorboard "
-                              f"({error})") from None
+            raise ImportError(
+                f"curves for TensorBoard need the package tensorboard: pip install tensorboard ({error})"
+            ) from None
         self.folder = Path(folder)
         self._open = SummaryWriter
         self._writers: dict[str, Any] = {}

@@ -42,8 +42,15 @@ class Graph:
     num_src: int
     num_dst: int
 
-    def __init__(self, rowptr: Tensor, col: Tensor, num_src: int, perm: Tensor | None, *,
-                 transpose: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        rowptr: Tensor,
+        col: Tensor,
+        num_src: int,
+        perm: Tensor | None,
+        *,
+        transpose: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
         # Trusts its arguments: the class methods check.
         self.rowptr = rowptr
         self.col = col
@@ -73,9 +80,14 @@ class Graph:
     # --- construction ---------------------------------------------------------------------------
 
     @classmethod
-    def from_edge_index(cls, edge_index: Tensor, num_nodes: int | tuple[int, int] | None = None,
-                        flow: Literal["source_to_target", "target_to_source"] = "source_to_target", *,
-                        index_dtype: torch.dtype | None = None) -> Graph:
+    def from_edge_index(
+        cls,
+        edge_index: Tensor,
+        num_nodes: int | tuple[int, int] | None = None,
+        flow: Literal["source_to_target", "target_to_source"] = "source_to_target",
+        *,
+        index_dtype: torch.dtype | None = None,
+    ) -> Graph:
         """A graph from unsorted edges.
 
         Args:
@@ -134,8 +146,10 @@ class Graph:
         degree = rowptr[1:] - rowptr[:-1]
         if degree.numel() and int(degree.min()) < 0:
             i = int((degree < 0).nonzero()[0])
-            raise ValueError(f"rowptr must not decrease, got rowptr[{i}] = {int(rowptr[i])} and "
-                             f"rowptr[{i + 1}] = {int(rowptr[i + 1])}")
+            raise ValueError(
+                f"rowptr must not decrease, got rowptr[{i}] = {int(rowptr[i])} and "
+                f"rowptr[{i + 1}] = {int(rowptr[i + 1])}"
+            )
         num_dst = rowptr.shape[0] - 1
         if num_src is None:
             num_src = max(num_dst, int(col.max()) + 1 if edges else 0)
@@ -254,10 +268,12 @@ class Graph:
         return self._fingerprint
 
     def __repr__(self) -> str:
-        nodes = (f"num_nodes={self.num_dst}" if self.num_src == self.num_dst
-                 else f"num_src={self.num_src}, num_dst={self.num_dst}")
-        return (f"Graph({nodes}, num_edges={self.num_edges}, symmetric={self.is_symmetric}, "
-                f"device={str(self.device)!r})")
+        nodes = (
+            f"num_nodes={self.num_dst}"
+            if self.num_src == self.num_dst
+            else f"num_src={self.num_src}, num_dst={self.num_dst}"
+        )
+        return f"Graph({nodes}, num_edges={self.num_edges}, symmetric={self.is_symmetric}, device={str(self.device)!r})"
 
     # --- what can be made of it -----------------------------------------------------------------
 
@@ -265,10 +281,8 @@ class Graph:
         """Every edge turned round; per-edge arguments keep their order."""
         perm = self.t_perm if self.perm is None else self.perm[self.t_perm.long()]
         inverse = torch.empty_like(self.t_perm)
-        inverse[self.t_perm.long()] = torch.arange(
-            self.num_edges, dtype=inverse.dtype, device=inverse.device)
-        return Graph(self.t_rowptr, self.t_col, self.num_dst, perm,
-                     transpose=(self.rowptr, self.col, inverse))
+        inverse[self.t_perm.long()] = torch.arange(self.num_edges, dtype=inverse.dtype, device=inverse.device)
+        return Graph(self.t_rowptr, self.t_col, self.num_dst, perm, transpose=(self.rowptr, self.col, inverse))
 
     def union(self, other: Graph) -> Graph:
         """The edges of either graph, each once."""
@@ -277,15 +291,16 @@ class Graph:
         if (self.num_src, self.num_dst) != (other.num_src, other.num_dst):
             raise ValueError(
                 f"a union needs graphs of one size, got (num_src, num_dst) = "
-                f"({self.num_src}, {self.num_dst}) and ({other.num_src}, {other.num_dst})")
+                f"({self.num_src}, {self.num_dst}) and ({other.num_src}, {other.num_dst})"
+            )
         if self.device != other.device:
             raise ValueError(f"a union needs graphs on one device, got {self.device} and {other.device}")
         a, b = self, other
-        wide = (a.col.dtype == torch.int64 or b.col.dtype == torch.int64
-                or a.num_edges + b.num_edges > _INT32_MAX)
+        wide = a.col.dtype == torch.int64 or b.col.dtype == torch.int64 or a.num_edges + b.num_edges > _INT32_MAX
         dtype = torch.int64 if wide else torch.int32
-        rowptr, col = _ops.csr_union(a.rowptr.to(dtype), a.col.to(dtype), b.rowptr.to(dtype),
-                                     b.col.to(dtype), self.num_src)
+        rowptr, col = _ops.csr_union(
+            a.rowptr.to(dtype), a.col.to(dtype), b.rowptr.to(dtype), b.col.to(dtype), self.num_src
+        )
         return Graph(rowptr, col, self.num_src, None)
 
     def coalesce(self) -> Graph:
@@ -308,10 +323,9 @@ class Graph:
         if torch.empty(0, device=device).device == self.device:
             return self
         out = Graph.__new__(Graph)
-        out.__dict__.update({
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in self.__dict__.items()
-        })
+        out.__dict__.update(
+            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
+        )
         return out
 
 
@@ -339,21 +353,27 @@ def as_graph(graph: Any, num_src: int, num_dst: int) -> Graph:
         if graph.layout == torch.sparse_coo:
             indices = graph._indices()
             return Graph.from_edge_index(indices.flip(0), (num_src, num_dst))
-        raise TypeError(f"graph has layout {graph.layout}; supported are strided (edge_index), "
-                        "sparse_coo, sparse_csr and sparse_csc")
+        raise TypeError(
+            f"graph has layout {graph.layout}; supported are strided (edge_index), "
+            "sparse_coo, sparse_csr and sparse_csc"
+        )
     if hasattr(graph, "csr") and hasattr(graph, "sparse_sizes"):
         rowptr, col, _ = graph.csr()
         sizes = tuple(int(n) for n in graph.sparse_sizes())
         _check_matrix_size(sizes, num_src, num_dst)
         return Graph.from_csr(rowptr, col, sizes[1])
-    raise TypeError("graph must be a fastkd.Graph, an edge_index tensor [2, E], a sparse tensor or a "
-                    f"PyG SparseTensor, got {type(graph).__name__}")
+    raise TypeError(
+        "graph must be a fastkd.Graph, an edge_index tensor [2, E], a sparse tensor or a "
+        f"PyG SparseTensor, got {type(graph).__name__}"
+    )
 
 
 def _check_matrix_size(shape: tuple[int, ...], num_src: int, num_dst: int) -> None:
     if shape != (num_dst, num_src):
-        raise ValueError(f"the sparse graph has shape {shape}, but the features have "
-                         f"(num_dst, num_src) = ({num_dst}, {num_src}) rows")
+        raise ValueError(
+            f"the sparse graph has shape {shape}, but the features have "
+            f"(num_dst, num_src) = ({num_dst}, {num_src}) rows"
+        )
 
 
 def _sizes(num_nodes: Any) -> tuple[int, int]:

@@ -108,8 +108,10 @@ class Plan:
                 raise ConfigError(f"an experiment must be a mapping, got {type(content).__name__}")
             own = settings.load(_Content, self.path.parent, content)
             if (own.recipe is None) == (own.compress is None):
-                raise ConfigError("one of recipe (of fastkd distill) and compress (of fastkd compress) is needed, got "
-                                  + ("neither" if own.recipe is None else "both"))
+                raise ConfigError(
+                    "one of recipe (of fastkd distill) and compress (of fastkd compress) is needed, got "
+                    + ("neither" if own.recipe is None else "both")
+                )
             kind: Kind = "compress" if own.recipe is None else "recipe"
             config = _config(kind)
             recipe = str(own.compress if own.recipe is None else own.recipe)
@@ -122,8 +124,10 @@ class Plan:
         for row, changes in own.rows.items():
             other = folders.setdefault(_slug(row), row)
             if other != row:  # one would be shown with the records of the other
-                raise ConfigError(f"{where}, row {row!r}: its cells lie in the folder {_slug(row)!r}, and so do those "
-                                  f"of row {other!r}: names must differ in more than case and punctuation")
+                raise ConfigError(
+                    f"{where}, row {row!r}: its cells lie in the folder {_slug(row)!r}, and so do those "
+                    f"of row {other!r}: names must differ in more than case and punctuation"
+                )
             try:
                 rows[row] = config.load_config(merged(base, changes or {}))
             except ConfigError as error:
@@ -172,8 +176,14 @@ def _slug(row: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
 
 
-def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[str, Any]], None] | None = None,
-        only: str | None = None, limit: int | None = None, device: torch.device | str = "cpu") -> int:
+def run(
+    plan: Plan,
+    work: Path,
+    progress: Callable[[Cell, str, int, int, dict[str, Any]], None] | None = None,
+    only: str | None = None,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
     """Runs the missing cells; returns how many. Can be stopped and called again at any moment.
 
     Several processes may run one plan at a time, with the same `work`: each takes cells that no other one is at work
@@ -208,16 +218,24 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
                 if cell.experiment.kind == "compress":
                     from .compress import compress
 
-                    record = compress(cell.config, cell.seed, directory, shared=work / "compress", progress=told,
-                                      device=device)
+                    record = compress(
+                        cell.config, cell.seed, directory, shared=work / "compress", progress=told, device=device
+                    )
                 else:
                     from .data import load
                     from .distill import runs
 
                     if cell.config.data not in tasks:
                         tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
-                    record = runs.distil(cell.config, cell.seed, directory, task=tasks[cell.config.data],
-                                         progress=told, device=device, teachers=work / "teachers")
+                    record = runs.distil(
+                        cell.config,
+                        cell.seed,
+                        directory,
+                        task=tasks[cell.config.data],
+                        progress=told,
+                        device=device,
+                        teachers=work / "teachers",
+                    )
                 checkpoint.write_json(cell.file, record)
         except checkpoint.Busy:
             busy.append(cell)
@@ -225,16 +243,21 @@ def run(plan: Plan, work: Path, progress: Callable[[Cell, str, int, int, dict[st
                 told(WAITS, 0, 1, {})
             continue
         except (ValueError, TypeError, ArithmeticError, FileNotFoundError) as error:
-            raise ConfigError(f"{plan.path}: {cell.experiment.name}, row {cell.row!r}, seed {cell.seed}: "
-                              f"{error}") from error
+            raise ConfigError(
+                f"{plan.path}: {cell.experiment.name}, row {cell.row!r}, seed {cell.seed}: {error}"
+            ) from error
         write_table(plan)
         count += 1
         left, busy, pause = busy + left, [], PAUSE
     return count
 
 
-def measure(plan: Plan, progress: Callable[[int, int], None] | None = None, only: str | None = None,
-            device: torch.device | str = "cpu") -> int:
+def measure(
+    plan: Plan,
+    progress: Callable[[int, int], None] | None = None,
+    only: str | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
     """Measures the networks of finished cells of compression anew, all on one device of this machine; returns how many.
 
     For when nothing else runs: what was measured beside other work, or on several machines, is not comparable. All
@@ -248,8 +271,13 @@ def measure(plan: Plan, progress: Callable[[int, int], None] | None = None, only
 
     device = usable(device)
     _known(plan, only)
-    cells = [c for e in plan.experiments if e.kind == "compress" and only in (None, e.name)
-             for row in e.rows for c in plan.of(e, row)]
+    cells = [
+        c
+        for e in plan.experiments
+        if e.kind == "compress" and only in (None, e.name)
+        for row in e.rows
+        for c in plan.of(e, row)
+    ]
     for k, cell in enumerate(cells):
         checkpoint.write_json(cell.file, measure_again(cell.record(), device))
         if progress is not None:
@@ -283,21 +311,27 @@ def write_table(plan: Plan) -> Path:
     kinds = {e.kind for e in plan.experiments}
     lines = ["# Results", ""]
     if "recipe" in kinds:
-        lines += ["Made by `fastkd grid` from the records in `cells/`. Scores are in percent on the test "
-                  "part, mean ± half the 95 % interval (Student's t) over seeds; the epoch is chosen on the validation "
-                  "part, and so was everything that was tuned. A cell that has not been run is shown as such.", ""]
+        lines += [
+            "Made by `fastkd grid` from the records in `cells/`. Scores are in percent on the test "
+            "part, mean ± half the 95 % interval (Student's t) over seeds; the epoch is chosen on the validation "
+            "part, and so was everything that was tuned. A cell that has not been run is shown as such.",
+            "",
+        ]
     if "compress" in kinds:
-        lines += ["Compressed networks, made by `fastkd grid` from the records in `cells/`: accuracy (or agreement "
-                  "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
-                  "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
-                  "weights and batch-norm statistics of its own, *fine-tuned* is after training. *Fitness* is what the "
-                  "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. "
-                  "What is left of MACs and parameters is in percent of the full network's. *Faster* is its measured "
-                  "latency over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search "
-                  "looked at, on images apart from those of validation and test. *Hypervolume*, where a front was "
-                  "searched for: how much of the rectangle of score and MACs the front's networks dominate on test "
-                  "images, in percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as "
-                  "such.", ""]
+        lines += [
+            "Compressed networks, made by `fastkd grid` from the records in `cells/`: accuracy (or agreement "
+            "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
+            "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
+            "weights and batch-norm statistics of its own, *fine-tuned* is after training. *Fitness* is what the "
+            "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. "
+            "What is left of MACs and parameters is in percent of the full network's. *Faster* is its measured "
+            "latency over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search "
+            "looked at, on images apart from those of validation and test. *Hypervolume*, where a front was "
+            "searched for: how much of the rectangle of score and MACs the front's networks dominate on test "
+            "images, in percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as "
+            "such.",
+            "",
+        ]
     for experiment in sorted(plan.experiments, key=lambda e: e.priority):
         lines += [f"## {experiment.title}", ""]
         if experiment.note:
@@ -319,16 +353,20 @@ def _students(experiment: Experiment, cells: Records) -> Iterator[str]:
     yield "| | test, % | validation, % | seeds | parameters | seconds |"
     yield "|---|---:|---:|---:|---:|---:|"
     if teacher is not None:
-        yield (f"| teacher | {teacher['test']:.2f} | {teacher['val']:.2f} | 1 | {teacher['parameters']:,} | "
-               f"{teacher['seconds']:.0f} |")
+        yield (
+            f"| teacher | {teacher['test']:.2f} | {teacher['val']:.2f} | 1 | {teacher['parameters']:,} | "
+            f"{teacher['seconds']:.0f} |"
+        )
     for row, found in cells.items():
         if not found:
             yield f"| {row} | not yet run | | 0 of {experiment.seeds} | | |"
             continue
         students = [r["student"] for r in found]
         test, val = (mean_interval([s[key] for s in students]) for key in ("test", "val"))
-        yield (f"| {row} | {test} | {val} | {len(students)} of {max(experiment.seeds, len(students))} | "
-               f"{students[0]['parameters']:,} | {statistics.mean(s['seconds'] for s in students):.0f} |")
+        yield (
+            f"| {row} | {test} | {val} | {len(students)} of {max(experiment.seeds, len(students))} | "
+            f"{students[0]['parameters']:,} | {statistics.mean(s['seconds'] for s in students):.0f} |"
+        )
 
 
 def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
@@ -336,18 +374,43 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
     tuned = any("finetuned" in r["compact"]["stages"] for r in records)
     fronts = any(r["search"]["algorithm"].startswith("nsga2") for r in records)
     score = "agreement" if any(r["score"] == "agreement" for r in records) else "test"
-    headings = ["", *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
-                "fitness", "validation, %", "seeds", "MACs, %", "parameters, %", "faster", "evaluations", "search, s",
-                *(["hypervolume"] if fronts else [])]
+    headings = [
+        "",
+        *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
+        "fitness",
+        "validation, %",
+        "seeds",
+        "MACs, %",
+        "parameters, %",
+        "faster",
+        "evaluations",
+        "search, s",
+        *(["hypervolume"] if fronts else []),
+    ]
     yield "| " + " | ".join(headings) + " |"
     yield "|---|" + "---:|" * (len(headings) - 1)
     if records:
         dense = {r["seed"]: r["dense"] for r in records}.values()
         tests = mean_interval([d["test"] for d in dense])
-        yield "| " + " | ".join(["full network", *([tests, tests] if tuned else [tests]), "",
-                                 mean_interval([d["val"] for d in dense]), str(len(dense)),
-                                 f"{records[0]['dense']['macs'] / 1e6:.2f} M",
-                                 f"{records[0]['dense']['parameters']:,}", "", "", "", *[""] * fronts]) + " |"
+        yield (
+            "| "
+            + " | ".join(
+                [
+                    "full network",
+                    *([tests, tests] if tuned else [tests]),
+                    "",
+                    mean_interval([d["val"] for d in dense]),
+                    str(len(dense)),
+                    f"{records[0]['dense']['macs'] / 1e6:.2f} M",
+                    f"{records[0]['dense']['parameters']:,}",
+                    "",
+                    "",
+                    "",
+                    *[""] * fronts,
+                ]
+            )
+            + " |"
+        )
     for row, found in cells.items():
         if not found:
             left = " |" * (1 + tuned), f" | 0 of {experiment.seeds} |", " |" * (5 + fronts)
@@ -356,18 +419,33 @@ def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
         small = [r["compact"] for r in found]
         # What the search found, before any training.
         before = [next(c["stages"][k]["test"] for k in ("recalibrated", "masked") if k in c["stages"]) for c in small]
-        share = {k: statistics.mean(100 * r["compact"][k] / r["dense"][k] for r in found)
-                 for k in ("macs", "parameters")}
-        faster = [statistics.mean(r["dense"]["latency_ms"][b] / r["compact"]["latency_ms"][b] for r in found)
-                  for b in ("1", "64")]
-        yield "| " + " | ".join([
-            row, mean_interval(before), *([mean_interval([c["test"] for c in small])] if tuned else []),
-            mean_interval([_chosen_by(r["search"]) for r in found]),
-            mean_interval([c["val"] for c in small]), f"{len(found)} of {max(experiment.seeds, len(found))}",
-            f"{share['macs']:.1f}", f"{share['parameters']:.1f}", f"{faster[0]:.2f}x / {faster[1]:.2f}x",
-            f"{statistics.mean(r['search']['evaluations'] for r in found):,.0f}",
-            f"{statistics.mean(r['search']['seconds'] for r in found):.0f}",
-            *([mean_interval([_volume(r["search"]) for r in found])] if fronts else [])]) + " |"
+        share = {
+            k: statistics.mean(100 * r["compact"][k] / r["dense"][k] for r in found) for k in ("macs", "parameters")
+        }
+        faster = [
+            statistics.mean(r["dense"]["latency_ms"][b] / r["compact"]["latency_ms"][b] for r in found)
+            for b in ("1", "64")
+        ]
+        yield (
+            "| "
+            + " | ".join(
+                [
+                    row,
+                    mean_interval(before),
+                    *([mean_interval([c["test"] for c in small])] if tuned else []),
+                    mean_interval([_chosen_by(r["search"]) for r in found]),
+                    mean_interval([c["val"] for c in small]),
+                    f"{len(found)} of {max(experiment.seeds, len(found))}",
+                    f"{share['macs']:.1f}",
+                    f"{share['parameters']:.1f}",
+                    f"{faster[0]:.2f}x / {faster[1]:.2f}x",
+                    f"{statistics.mean(r['search']['evaluations'] for r in found):,.0f}",
+                    f"{statistics.mean(r['search']['seconds'] for r in found):.0f}",
+                    *([mean_interval([_volume(r["search"]) for r in found])] if fronts else []),
+                ]
+            )
+            + " |"
+        )
 
 
 def _chosen_by(search: dict[str, Any]) -> float:
@@ -383,6 +461,7 @@ def _volume(search: dict[str, Any]) -> float:
     front, full = search["front"], search["full_cost"]
     points = list(zip(front["test"], front["cost"], strict=True))
     if search["algorithm"] == "l1":
-        points += [(q, c) for q, c in zip(search["l1"]["test"], search["l1"]["cost"], strict=True)
-                   if c <= max(front["cost"])]
+        points += [
+            (q, c) for q, c in zip(search["l1"]["test"], search["l1"]["cost"], strict=True) if c <= max(front["cost"])
+        ]
     return 100 * hypervolume(torch.tensor([(-q, c / full) for q, c in points], dtype=torch.float64), (0.0, 1.0))

@@ -163,9 +163,7 @@ def resolve(kernel: str | Kernel, argument: str = "kernel") -> Kernel:
     if isinstance(kernel, Kernel):
         return kernel
     if not isinstance(kernel, str):
-        raise TypeError(
-            f"{argument} must be a name or a fastkd.kernels.Kernel, got {type(kernel).__name__}"
-        )
+        raise TypeError(f"{argument} must be a name or a fastkd.kernels.Kernel, got {type(kernel).__name__}")
     if kernel not in _BY_NAME:
         raise ValueError(f"{argument} must be one of {', '.join(_BY_NAME)}, got {kernel!r}")
     return _BY_NAME[kernel]

@@ -76,8 +76,15 @@ def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf
     graph = as_graph(graph, *_sizes(src, dst))
     with torch.no_grad():
         reverse = graph.reverse if dst is None else None
-        values = _ops.kernel_values(src.detach(), None if dst is None else dst.detach(), graph.rowptr,
-                                    graph.col, reverse, graph.num_src, *kernel.spec(src.shape[1]))
+        values = _ops.kernel_values(
+            src.detach(),
+            None if dst is None else dst.detach(),
+            graph.rowptr,
+            graph.col,
+            reverse,
+            graph.num_src,
+            *kernel.spec(src.shape[1]),
+        )
     return TeacherStructure(values, graph, kernel)
 
 
@@ -157,11 +164,9 @@ def lsp_loss(
     teacher_src = teacher_dst = values = None
     if structure is not None:
         if structure.graph is not graph and (
-            structure.graph.num_edges != graph.num_edges
-            or structure.graph.fingerprint != graph.fingerprint
+            structure.graph.num_edges != graph.num_edges or structure.graph.fingerprint != graph.fingerprint
         ):
-            raise ValueError(f"teacher is a TeacherStructure of another graph: {structure.graph}, but "
-                             f"graph is {graph}")
+            raise ValueError(f"teacher is a TeacherStructure of another graph: {structure.graph}, but graph is {graph}")
         values, teacher_kernel = structure.values, structure.kernel
         teacher_dim = 1
     else:
@@ -181,27 +186,43 @@ def lsp_loss(
 
     weight = None if edge_weight is None else _weights(edge_weight, graph, _ops.acc_dtype(student_src))
     if check_finite:
-        for name, x in (("student", student_src), ("student", student_dst), ("teacher", teacher_src),
-                        ("teacher", teacher_dst)):
+        for name, x in (
+            ("student", student_src),
+            ("student", student_dst),
+            ("teacher", teacher_src),
+            ("teacher", teacher_dst),
+        ):
             if x is not None and not bool(torch.isfinite(x).all()):
                 i, d = (int(v) for v in (~torch.isfinite(x)).nonzero()[0])
                 raise ValueError(f"{name}[{i}, {d}] = {float(x[i, d])}: features must be finite")
 
     needs_grad = torch.is_grad_enabled() and (
-        student_src.requires_grad or (student_dst is not None and student_dst.requires_grad))
+        student_src.requires_grad or (student_dst is not None and student_dst.requires_grad)
+    )
     # SIM(i, j) = SIM(j, i) saves half the work, but not where the two ends have features of their own.
     reverse = graph.reverse if student_dst is None and teacher_dst is None else None
-    rest = (teacher_src, teacher_dst, values, weight, graph.rowptr, graph.col, reverse, graph.num_src,
-            *kernel.spec(student_src.shape[1]), *teacher_kernel.spec(teacher_dim), divergence_code,
-            reduction_code, graph.max_degree)
+    rest = (
+        teacher_src,
+        teacher_dst,
+        values,
+        weight,
+        graph.rowptr,
+        graph.col,
+        reverse,
+        graph.num_src,
+        *kernel.spec(student_src.shape[1]),
+        *teacher_kernel.spec(teacher_dim),
+        divergence_code,
+        reduction_code,
+        graph.max_degree,
+    )
     if needs_grad:
         transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if reverse is None else (None,) * 3
         # One tuple for all that gets no gradient: autograd.Function looks at each of its arguments.
         loss, diagnostics = _LSP.apply(student_src, student_dst, (*transpose, graph.max_incident), rest)
     else:
         loss, _, _, _, diagnostics = _ops.lsp_forward(student_src, student_dst, *rest, False)
-    if (not torch.compiler.is_compiling() and len(_warned) < 2
-            and (diagnostics.device.type == "cpu" or check_finite)):
+    if not torch.compiler.is_compiling() and len(_warned) < 2 and (diagnostics.device.type == "cpu" or check_finite):
         _warn_if_saturated(diagnostics, kernel, teacher_kernel)
     return loss
 
@@ -212,8 +233,7 @@ class _LSP(torch.autograd.Function):
         loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(student, student_dst, *rest, True)
         _, _, _, _, rowptr, col, reverse, num_src, (metric, *_), *_ = rest
         *transpose, max_incident = transpose
-        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse,
-                              *transpose)
+        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse, *transpose)
         ctx.rest = (num_src, metric, max_incident)
         ctx.mark_non_differentiable(diagnostics)
         return loss, diagnostics
@@ -235,13 +255,21 @@ class LSPLoss(nn.Module):
     >>> loss = criterion(student_features, teacher_features, graph)
     """
 
-    def __init__(self, kernel: str | Kernel = "rbf", *, teacher_kernel: str | Kernel | None = None,
-                 divergence: Divergence = "student||teacher", reduction: Reduction = "mean",
-                 norm_by: Literal["dst", "src"] = "dst", check_finite: bool = False) -> None:
+    def __init__(
+        self,
+        kernel: str | Kernel = "rbf",
+        *,
+        teacher_kernel: str | Kernel | None = None,
+        divergence: Divergence = "student||teacher",
+        reduction: Reduction = "mean",
+        norm_by: Literal["dst", "src"] = "dst",
+        check_finite: bool = False,
+    ) -> None:
         super().__init__()
         self.kernel = kernels.resolve(kernel)
-        self.teacher_kernel = self.kernel if teacher_kernel is None else kernels.resolve(
-            teacher_kernel, "teacher_kernel")
+        self.teacher_kernel = (
+            self.kernel if teacher_kernel is None else kernels.resolve(teacher_kernel, "teacher_kernel")
+        )
         _choice("divergence", divergence, _DIVERGENCES)
         _choice("reduction", reduction, _REDUCTIONS)
         self.divergence: Divergence = divergence
@@ -250,8 +278,7 @@ class LSPLoss(nn.Module):
         self.check_finite = check_finite
 
     @classmethod
-    def preset(cls, name: Literal["paper", "distillgcn", "efficient_gnns"],
-               kernel: str | None = None) -> LSPLoss:
+    def preset(cls, name: Literal["paper", "distillgcn", "efficient_gnns"], kernel: str | None = None) -> LSPLoss:
         """The three published variants.
 
         * ``"paper"``: arXiv:2003.10477. RBF (sigma 100), KL(student||teacher), mean over nodes.
@@ -277,20 +304,37 @@ class LSPLoss(nn.Module):
             }
             chosen = kernel or "cosine"
             if chosen not in theirs:
-                raise ValueError(f"kernel must be one of {', '.join(theirs)} for preset "
-                                 f"'efficient_gnns', got {kernel!r}")
+                raise ValueError(
+                    f"kernel must be one of {', '.join(theirs)} for preset 'efficient_gnns', got {kernel!r}"
+                )
             return cls(theirs[chosen], divergence="teacher||student", reduction="mean_edges")
         raise ValueError(f"preset must be 'paper', 'distillgcn' or 'efficient_gnns', got {name!r}")
 
-    def forward(self, student: Features, teacher: Features | TeacherStructure, graph: Any,
-                edge_weight: Tensor | None = None, teacher_graph: Any = None) -> Tensor:
-        return lsp_loss(student, teacher, graph, kernel=self.kernel, teacher_kernel=self.teacher_kernel,
-                        divergence=self.divergence, reduction=self.reduction, edge_weight=edge_weight,
-                        teacher_graph=teacher_graph, norm_by=self.norm_by, check_finite=self.check_finite)
+    def forward(
+        self,
+        student: Features,
+        teacher: Features | TeacherStructure,
+        graph: Any,
+        edge_weight: Tensor | None = None,
+        teacher_graph: Any = None,
+    ) -> Tensor:
+        return lsp_loss(
+            student,
+            teacher,
+            graph,
+            kernel=self.kernel,
+            teacher_kernel=self.teacher_kernel,
+            divergence=self.divergence,
+            reduction=self.reduction,
+            edge_weight=edge_weight,
+            teacher_graph=teacher_graph,
+            norm_by=self.norm_by,
+            check_finite=self.check_finite,
+        )
 
     def extra_repr(self) -> str:
         teacher = "" if self.teacher_kernel == self.kernel else f"teacher_kernel={self.teacher_kernel}, "
-        return (f"{self.kernel}, {teacher}divergence={self.divergence!r}, reduction={self.reduction!r}")
+        return f"{self.kernel}, {teacher}divergence={self.divergence!r}, reduction={self.reduction!r}"
 
 
 def _choice(argument: str, value: Any, choices: dict[str, int]) -> int:
@@ -326,13 +370,13 @@ def _weights(weight: Any, graph: Graph, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"edge_weight must be a tensor, got {type(weight).__name__}")
     if weight.shape != (graph.num_edges,):
-        raise ValueError(f"edge_weight must have shape [{graph.num_edges}] (one per edge), got "
-                         f"{tuple(weight.shape)}")
+        raise ValueError(f"edge_weight must have shape [{graph.num_edges}] (one per edge), got {tuple(weight.shape)}")
     if weight.device != graph.device:
         raise ValueError(f"edge_weight is on {weight.device}, but the graph is on {graph.device}")
     if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("edge_weight must not require grad: the loss has no gradient for it; "
-                         "pass edge_weight.detach()")
+        raise ValueError(
+            "edge_weight must not require grad: the loss has no gradient for it; pass edge_weight.detach()"
+        )
     if weight.is_complex():
         raise TypeError(f"edge_weight must be real, got {weight.dtype}")
     # On a device this would wait for it; there a negative weight counts as 0, like log of it as -inf.
@@ -340,8 +384,7 @@ def _weights(weight: Any, graph: Graph, dtype: torch.dtype) -> Tensor:
         bad = ~(weight >= 0) | ~torch.isfinite(weight)
         if bool(bad.any()):
             edge = int(bad.nonzero()[0])
-            raise ValueError(f"edge_weight[{edge}] = {float(weight[edge])}: weights must be finite "
-                             "and in [0, inf)")
+            raise ValueError(f"edge_weight[{edge}] = {float(weight[edge])}: weights must be finite and in [0, inf)")
     weight = weight.detach().to(dtype)
     return weight if graph.perm is None else weight[graph.perm.long()]
 

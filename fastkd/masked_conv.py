@@ -13,9 +13,16 @@ __all__ = ["masked_conv2d"]
 
 
 def masked_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
-    out_mask: Tensor | None = None, stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1, groups: int = 1,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
 ) -> Tensor:
     """``conv2d`` for P individuals that share their weights and each keep some of the channels.
 
@@ -37,8 +44,13 @@ def masked_conv2d(
         gradients depend on the number of threads. Images fill the vector registers of the CPU: with fewer
         than 8 of float32 (4 of float64) most of a register is idle, and a loop over individuals may be faster.
     """
-    for name, t, optional in (("x", x, False), ("weight", weight, False), ("bias", bias, True),
-                              ("in_mask", in_mask, True), ("out_mask", out_mask, True)):
+    for name, t, optional in (
+        ("x", x, False),
+        ("weight", weight, False),
+        ("bias", bias, True),
+        ("in_mask", in_mask, True),
+        ("out_mask", out_mask, True),
+    ):
         if not (isinstance(t, Tensor) or (optional and t is None)):
             raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
     geometry = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)

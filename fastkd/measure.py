@@ -124,9 +124,13 @@ def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[s
         parameters; mmacs: millions of multiply-adds (see :func:`multiply_adds`); latency_ms: median of
         `repeats`; peak_memory_mb (see :func:`peak_memory`); threads.
     """
-    return {"parameters": sum(p.numel() for p in model.parameters()), "mmacs": multiply_adds(model, inputs) / 1e6,
-            "latency_ms": latency_ms(model, inputs, repeats), "peak_memory_mb": peak_memory(model, inputs),
-            "threads": torch.get_num_threads()}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "mmacs": multiply_adds(model, inputs) / 1e6,
+        "latency_ms": latency_ms(model, inputs, repeats),
+        "peak_memory_mb": peak_memory(model, inputs),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def latency_ms(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> float:

@@ -66,10 +66,18 @@ def edge_softmax(logits: Tensor, dst: Tensor, num_dst: int) -> Tensor:
 
 
 def lsp_loss(
-    student: Any, teacher: Any, graph: Any, *, kernel: str | Kernel = "rbf",
-    teacher_kernel: str | Kernel | None = None, divergence: str = "student||teacher",
-    reduction: str = "mean", edge_weight: Tensor | None = None, teacher_graph: Any = None,
-    norm_by: str = "dst", check_finite: bool = False,
+    student: Any,
+    teacher: Any,
+    graph: Any,
+    *,
+    kernel: str | Kernel = "rbf",
+    teacher_kernel: str | Kernel | None = None,
+    divergence: str = "student||teacher",
+    reduction: str = "mean",
+    edge_weight: Tensor | None = None,
+    teacher_graph: Any = None,
+    norm_by: str = "dst",
+    check_finite: bool = False,
 ) -> Tensor:
     """Same arguments and result as :func:`fastkd.lsp_loss`, computed in the features' own dtype."""
     kernel = kernels.resolve(kernel)
@@ -109,12 +117,7 @@ def lsp_loss(
     rows = terms.new_zeros(num_rows).index_add(0, row, terms)
     if reduction == "none":
         return rows
-    count = {
-        "sum": 1,
-        "mean": num_rows,
-        "mean_active": int(row.unique().numel()),
-        "mean_edges": row.numel(),
-    }[reduction]
+    count = {"sum": 1, "mean": num_rows, "mean_active": int(row.unique().numel()), "mean_edges": row.numel()}[reduction]
     return rows.sum() / count if count else rows.sum() * 0
 
 
@@ -145,8 +148,16 @@ def masked_forward(space: GeneSpace, mask: Tensor, x: Tensor) -> Tensor:
 
 
 def masked_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, in_mask: Tensor | None = None,
-    out_mask: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_mask: Tensor | None = None,
+    out_mask: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Tensor:
     """Same arguments and result as :func:`fastkd.masked_conv2d`: one whole convolution per individual."""
     individuals = next(t.shape[0] for t in (in_mask, out_mask, x) if t is not None)

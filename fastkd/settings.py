@@ -32,8 +32,9 @@ def recipes(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load(model: type[Model], folder: Path, source: str | Path | dict,
-         overrides: list[str] | tuple[str, ...] = ()) -> Model:
+def load(
+    model: type[Model], folder: Path, source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()
+) -> Model:
     """A run's configuration.
 
     Args:
@@ -63,8 +64,10 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
     if not path.exists():
         path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes(folder))}"
-                          + suggestion(str(source), recipes(folder)))
+        raise ConfigError(
+            f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes(folder))}"
+            + suggestion(str(source), recipes(folder))
+        )
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -112,8 +115,10 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         valid = _keys(model, loc[:-1])
-        return (f"unknown key {key!r}{suggestion(loc[-1], valid)}: valid keys"
-                f"{' of ' + '.'.join(loc[:-1]) if loc[:-1] else ''} are {', '.join(valid)}")
+        return (
+            f"unknown key {key!r}{suggestion(loc[-1], valid)}: valid keys"
+            f"{' of ' + '.'.join(loc[:-1]) if loc[:-1] else ''} are {', '.join(valid)}"
+        )
     if error["type"] == "missing":
         return f"missing key {key!r}"
     return f"{key} = {error['input']!r}: {error['msg']}"

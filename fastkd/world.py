@@ -43,8 +43,10 @@ def usable(device: torch.device | str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (out.index or 0) >= count:
             there = f"has {count}, numbered from 0" if count else "has none that torch can use"
-            raise ValueError(f"device = {str(device)!r}: this machine {there}; device can be cpu"
-                             + (f", cuda, or cuda:0 to cuda:{count - 1}" if count else ""))
+            raise ValueError(
+                f"device = {str(device)!r}: this machine {there}; device can be cpu"
+                + (f", cuda, or cuda:0 to cuda:{count - 1}" if count else "")
+            )
     return out
 
 
@@ -77,8 +79,9 @@ class World:
         if not dist.is_available():
             raise ImportError(f"WORLD_SIZE is {size}, but this build of torch has no torch.distributed")
         if str(device).startswith("cuda:"):
-            raise ValueError(f"device must be 'cuda' or 'cpu' for {size} processes, which take one device each, "
-                             f"got {str(device)!r}")
+            raise ValueError(
+                f"device must be 'cuda' or 'cpu' for {size} processes, which take one device each, got {str(device)!r}"
+            )
         device = usable(device)
         if device.type == "cuda":
             device = usable(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
@@ -93,8 +96,9 @@ class World:
             # Python ends aborts the process.
             import_module("torch.distributed.nn.functional")
 
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                    timeout=timedelta(seconds=int(seconds)))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=int(seconds))
+            )
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def close(self) -> None:
@@ -110,8 +114,9 @@ class World:
             yield
         except RuntimeError as error:
             told = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise RankLost(f"rank {self.rank} of {self.size}: another rank is gone or does not answer "
-                           f"({told})") from None
+            raise RankLost(
+                f"rank {self.rank} of {self.size}: another rank is gone or does not answer ({told})"
+            ) from None
 
     def sum_gradients(self, parameters: list[nn.Parameter], values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients become their sums over all ranks; returns the sums of the values. One flat buffer.
@@ -127,11 +132,11 @@ class World:
         flat = torch.cat([x.reshape(-1).to(dtype) for x in pieces])
         with self._talking():
             dist.all_reduce(flat)
-        *gradients, has = flat[:len(flat) - len(values)].split([p.numel() for p in parameters] + [len(parameters)])
+        *gradients, has = flat[: len(flat) - len(values)].split([p.numel() for p in parameters] + [len(parameters)])
         for p, gradient, given in zip(parameters, gradients, has, strict=True):
             if p.grad is not None or given > 0:
                 p.grad = gradient.view_as(p).to(p.dtype)
-        return dict(zip(values, flat[len(flat) - len(values):], strict=True))
+        return dict(zip(values, flat[len(flat) - len(values) :], strict=True))
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Floating-point tensors become those of rank 0."""
@@ -217,8 +222,10 @@ class World:
             dist.all_gather_object(every, own)
         for rank, theirs in enumerate(every):
             if theirs != every[0]:
-                raise ValueError(f"all ranks must have the same {what}, but rank {rank} differs from rank 0: "
-                                 + "; ".join(differences(every[0], theirs, there="on rank 0", here=f"on rank {rank}")))
+                raise ValueError(
+                    f"all ranks must have the same {what}, but rank {rank} differs from rank 0: "
+                    + "; ".join(differences(every[0], theirs, there="on rank 0", here=f"on rank {rank}"))
+                )
 
     # --- what one rank computes -----------------------------------------------------------------
 

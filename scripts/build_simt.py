@@ -1,6 +1,6 @@
 """Builds the module `_simt` for the tests: both back ends, with the CUDA sources compiled for the host.
 
-    python scripts/build_simt.py FOLDER [--sanitize address,undefined]
+python scripts/build_simt.py FOLDER [--sanitize address,undefined]
 """
 
 import argparse
@@ -25,10 +25,21 @@ def main() -> None:
     cmake = shutil.which("cmake", path=path) or "cmake"
     ninja = shutil.which("ninja", path=path) or "ninja"
     subprocess.run(
-        [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, "-DFASTKD_SIMT=ON",
-         f"-DFASTKD_SANITIZE={args.sanitize}", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-         f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}",
-         "--log-level=WARNING"],
+        [
+            cmake,
+            "-G",
+            "Ninja",
+            "-S",
+            ROOT,
+            "-B",
+            folder,
+            "-DFASTKD_SIMT=ON",
+            f"-DFASTKD_SANITIZE={args.sanitize}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_PREFIX_PATH={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "--log-level=WARNING",
+        ],
         check=True,
     )
     subprocess.run([ninja, "-C", folder, "--quiet"], check=True)

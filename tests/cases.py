@@ -72,8 +72,12 @@ def _samples():
     yield Sample("hub_symmetric", _both(_hub(300, 2600, 3)), 300, 300)
     yield Sample("two_hubs", torch.cat((_hub(100, 1500, 4), _hub(99, 1300, 5)), 1), 100, 100)
     yield Sample("bipartite", _random(30, 50, 200, 6), 30, 50)
-    yield Sample("bipartite_hub", torch.cat((_random(30, 5, 20, 7), torch.stack(
-        (torch.arange(1200) % 30, torch.full((1200,), 3)))), 1), 30, 5)
+    yield Sample(
+        "bipartite_hub",
+        torch.cat((_random(30, 5, 20, 7), torch.stack((torch.arange(1200) % 30, torch.full((1200,), 3)))), 1),
+        30,
+        5,
+    )
     yield Sample("no_sources", none, 0, 4)
 
 

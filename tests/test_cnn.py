@@ -22,13 +22,27 @@ def file(name):
     return pathlib.Path(HERE) / name
 
 
-@pytest.mark.parametrize("name, parameters", [
-    ("lenet", 431_080), ("alexnet", 61_100_840), ("vgg16", 138_357_544), ("vgg16_cifar", 14_728_266),
-    ("resnet20", 269_722), ("resnet56", 853_018), ("resnet50", 25_557_032), ("mobilenet_v1", 4_231_976)])
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("lenet", 431_080),
+        ("alexnet", 61_100_840),
+        ("vgg16", 138_357_544),
+        ("vgg16_cifar", 14_728_266),
+        ("resnet20", 269_722),
+        ("resnet56", 853_018),
+        ("resnet50", 25_557_032),
+        ("mobilenet_v1", 4_231_976),
+    ],
+)
 def test_parameters(name, parameters):
     with torch.device("meta"):
         assert sum(p.numel() for p in build_cnn(name).parameters()) == parameters
-        x = torch.empty(2, 1 if name == "lenet" else 3, *(28, 28) if name == "lenet" else (224, 224) if parameters > 2e7 else (32, 32))
+        x = torch.empty(
+            2,
+            1 if name == "lenet" else 3,
+            *(28, 28) if name == "lenet" else (224, 224) if parameters > 2e7 else (32, 32),
+        )
         classes = 1000 if name in ("alexnet", "vgg16", "resnet50", "mobilenet_v1") else 10
         assert build_cnn(name)(x).shape == (2, classes)
         assert build_cnn(name, num_classes=7)(x).shape == (2, 7)
@@ -38,14 +52,27 @@ def test_the_names_are_torchvisions():
     with torch.device("meta"):
         keys = {name: set(CNNS[name]().state_dict()) for name in CNNS}
     assert {"features.0.weight", "features.10.bias", "classifier.1.weight", "classifier.6.bias"} <= keys["alexnet"]
-    assert {"features.0.weight", "features.28.bias", "classifier.0.weight", "classifier.3.weight", "classifier.6.bias"} <= keys["vgg16"]
-    assert {"conv1.weight", "layer1.0.downsample.0.weight", "layer1.0.downsample.1.running_mean", "layer4.2.conv3.weight",
-            "fc.bias"} <= keys["resnet50"]
+    assert {
+        "features.0.weight",
+        "features.28.bias",
+        "classifier.0.weight",
+        "classifier.3.weight",
+        "classifier.6.bias",
+    } <= keys["vgg16"]
+    assert {
+        "conv1.weight",
+        "layer1.0.downsample.0.weight",
+        "layer1.0.downsample.1.running_mean",
+        "layer4.2.conv3.weight",
+        "fc.bias",
+    } <= keys["resnet50"]
     assert len(keys["resnet50"]) == 320
 
 
-@pytest.mark.parametrize("name, stem", [("resnet20", "cifar10_resnet20"), ("resnet56", "cifar10_resnet56"),
-                                        ("mobilenet_v1", "imagenet_mobilenet_v1")])
+@pytest.mark.parametrize(
+    "name, stem",
+    [("resnet20", "cifar10_resnet20"), ("resnet56", "cifar10_resnet56"), ("mobilenet_v1", "imagenet_mobilenet_v1")],
+)
 def test_published_weights_load(name, stem):
     path, model = file(f"weights/{stem}.npz"), build_cnn(name)
     load_weights(model, path)
@@ -62,7 +89,9 @@ def accuracy(x):
         y = torch.from_numpy(packed["y_test"][: len(x)].astype(np.int64))
     normalised = data.Images("", 10, "", {}, {}, images.SETS["cifar10"].mean, images.SETS["cifar10"].std).normalised
     with torch.no_grad():
-        return sum(int((model(normalised(a)).argmax(1) == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True))
+        return sum(
+            int((model(normalised(a)).argmax(1) == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True)
+        )
 
 
 def test_resnet20_on_a_thousand_images():
@@ -78,7 +107,11 @@ def test_resnet20_has_its_published_accuracy(tmp_path, monkeypatch):
     file("images/cifar10.packed.npz")
     loaded = data.load_images("cifar10")
     assert {part: tuple(x.shape) for part, x in loaded.images.items()} == {
-        "train": (40000, 3, 32, 32), "fitness": (5000, 3, 32, 32), "val": (5000, 3, 32, 32), "test": (10000, 3, 32, 32)}
+        "train": (40000, 3, 32, 32),
+        "fitness": (5000, 3, 32, 32),
+        "val": (5000, 3, 32, 32),
+        "test": (10000, 3, 32, 32),
+    }
     with np.load(tmp_path / "cifar10.npz") as unpacked:
         digest = hashlib.sha256(unpacked["x_train"].tobytes() + unpacked["x_test"].tobytes()).hexdigest()
     assert digest == "13bcb13f80357093c4eb92a9826c633ea2caa9e8117ff220ce13bfc29d4b1d87"
@@ -92,7 +125,10 @@ def test_weights_that_do_not_fit(tmp_path):
     state["extra"] = state.pop("fc2.bias")
     state["conv1.bias"] = state["conv1.bias"][:3]
     np.savez(tmp_path / "w.npz", **state)
-    with pytest.raises(ValueError, match=r"does not fit LeNet: unknown: extra; missing: fc2.bias; conv1.bias is \[3\] in the file and \[20\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit LeNet: unknown: extra; missing: fc2.bias; conv1.bias is \[3\] in the file and \[20\]",
+    ):
         load_weights(model, tmp_path / "w.npz")
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
     with pytest.raises(FileNotFoundError):

@@ -18,17 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastkd import atomic, cli, grid, models, report
-from fastkd.compress import (
-    CheckpointError,
-    ConfigError,
-    Stopped,
-    compress,
-    controls,
-    load_config,
-    recipes,
-    run,
-    train,
-)
+from fastkd.compress import CheckpointError, ConfigError, Stopped, compress, controls, load_config, recipes, run, train
 from fastkd.evolve import Fitness, Limits, global_norm, mask_id
 from fastkd.population import load, trace
 
@@ -90,10 +80,16 @@ def there(folder, monkeypatch):
 
 def content(**changes):
     """Of a configuration that takes about a second."""
-    out = {"data": "digits.npz", "model": {"name": "nets:Small"}, "train": {"epochs": 3, "batch_size": 50},
-           "budget": {"macs": 0.5}, "fitness": {"images": 100, "calibration_images": 60, "calibration_batch": 30},
-           "algorithm": {"name": "ecs", "population": 6, "generations": 3, "args": {"density": "random"}},
-           "finetune": {"epochs": 2, "kd": 0.5}, "export": {"onnx": False, "int8": False}}
+    out = {
+        "data": "digits.npz",
+        "model": {"name": "nets:Small"},
+        "train": {"epochs": 3, "batch_size": 50},
+        "budget": {"macs": 0.5},
+        "fitness": {"images": 100, "calibration_images": 60, "calibration_batch": 30},
+        "algorithm": {"name": "ecs", "population": 6, "generations": 3, "args": {"density": "random"}},
+        "finetune": {"epochs": 2, "kd": 0.5},
+        "export": {"onnx": False, "int8": False},
+    }
     for key, value in changes.items():
         out[key] = {**out[key], **value} if isinstance(out.get(key), dict) and isinstance(value, dict) else value
     return out
@@ -153,8 +149,12 @@ def test_a_run(unbroken):
     assert len(search["history"]) == 3 and len(search["l1"]["density"]) == 16
     assert search["full_cost"] == dense["macs"] and 0.6 < search["full_quality"] <= 1
     assert {what for what, *_ in told} == {"training the full network", "search, ecs", "fine-tuning"}
-    assert sorted(p.name for p in out.iterdir() if p.is_file()) == ["model-int8.onnx", "model.onnx", "result.json",
-                                                                    "weights.safetensors"]
+    assert sorted(p.name for p in out.iterdir() if p.is_file()) == [
+        "model-int8.onnx",
+        "model.onnx",
+        "result.json",
+        "weights.safetensors",
+    ]
 
 
 def test_the_files_are_the_network(unbroken):
@@ -177,8 +177,9 @@ def test_the_files_are_the_network(unbroken):
         logits = small(x)
     assert 100 * float((logits.argmax(1) == y).double().mean()) == pytest.approx(record["compact"]["test"])
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
-    torch.testing.assert_close(torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), logits, rtol=1e-3,
-                               atol=1e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), logits, rtol=1e-3, atol=1e-3
+    )
     assert record["int8"]["test"] > record["compact"]["test"] - 10
     assert record["onnx"]["bytes"] == (out / "model.onnx").stat().st_size
 
@@ -226,16 +227,24 @@ def test_agreement_without_labels(tmp_path):
     torch.manual_seed(0)
     model = run.build(config().model)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
-    own = config(data="unlabelled.npz", weights=str(tmp_path / "own.safetensors"), fitness={"quality": "agreement"},
-                 finetune={"epochs": 1, "kd": 1.0})
+    own = config(
+        data="unlabelled.npz",
+        weights=str(tmp_path / "own.safetensors"),
+        fitness={"quality": "agreement"},
+        finetune={"epochs": 1, "kd": 1.0},
+    )
     record = compress(own, 0, tmp_path / "run")
     assert record["score"] == "agreement" and record["dense"]["test"] == 100
     assert record["dense"]["seconds"] == 0 and record["compact"]["test"] < 100
-    for wrong, told in ((dict(fitness={"quality": "accuracy"}), "fitness.quality = 'accuracy' needs labels"),
-                        (dict(finetune={"kd": 0.0}), "has no labels"),
-                        (dict(weights=None), "has no labels")):
-        changed = {**own.model_dump(), **{k: {**own.model_dump()[k], **v} if isinstance(v, dict) else v
-                                          for k, v in wrong.items()}}
+    for wrong, told in (
+        (dict(fitness={"quality": "accuracy"}), "fitness.quality = 'accuracy' needs labels"),
+        (dict(finetune={"kd": 0.0}), "has no labels"),
+        (dict(weights=None), "has no labels"),
+    ):
+        changed = {
+            **own.model_dump(),
+            **{k: {**own.model_dump()[k], **v} if isinstance(v, dict) else v for k, v in wrong.items()},
+        }
         changed["train"]["epochs"] = 1
         with pytest.raises(ConfigError, match=told):
             compress(load_config(changed), 0, tmp_path / told[:5])
@@ -289,7 +298,7 @@ def test_uniform_l1_keeps_the_largest_filters():
     space = trace(model, torch.zeros(1, 1, 28, 28))
     mask = controls.control("l1", model, torch.zeros(1, 1, 28, 28), Limits(space, {"macs": 0.5}))
     for group in space.groups:
-        own, l1 = mask[group.start:group.start + group.size], space.l1[group.start:group.start + group.size]
+        own, l1 = mask[group.start : group.start + group.size], space.l1[group.start : group.start + group.size]
         assert l1[own].min() >= l1[~own].max()
 
 
@@ -323,8 +332,11 @@ def test_a_start_from_norms(tmp_path):
 
 def test_a_front_on_test_images(tmp_path):
     """Is that of the networks themselves: the share of right classes."""
-    r = compress(config(fitness={"images": 170}, algorithm={"name": "nsga2", "population": 8}, finetune={"epochs": 0}), 0,
-                 tmp_path)
+    r = compress(
+        config(fitness={"images": 170}, algorithm={"name": "nsga2", "population": 8}, finetune={"epochs": 0}),
+        0,
+        tmp_path,
+    )
     search = r["search"]
     front = search["front"]
     assert 1 <= len(front["test"]) == len(front["mask"]) and len(search["l1"]["test"]) == 16
@@ -333,8 +345,9 @@ def test_a_front_on_test_images(tmp_path):
     assert front["test"][at] == pytest.approx(r["compact"]["stages"]["recalibrated"]["test"] / 100, abs=0.003)
     best, volume = 0.0, 0.0
     for x in np.arange(0.0005, 1, 0.001):  # of MACs; for each the best that is no dearer
-        best = max([q for q, c in zip(front["test"], front["cost"], strict=True) if c <= x * search["full_cost"]],
-                   default=0.0)
+        best = max(
+            [q for q, c in zip(front["test"], front["cost"], strict=True) if c <= x * search["full_cost"]], default=0.0
+        )
         volume += best * 0.001
     assert grid._volume(search) == pytest.approx(100 * volume, abs=0.2) and volume > 0.2
 
@@ -349,8 +362,14 @@ def test_depgraph_removes_what_torch_pruning_removes():
     mask = controls._depgraph(model, example, space, 0.5)
     theirs = models.build_cnn("lenet").eval()
     theirs.load_state_dict(model.state_dict())
-    pruner = tp.pruner.MetaPruner(theirs, example, importance=tp.importance.GroupMagnitudeImportance(p=2),
-                                  global_pruning=True, pruning_ratio=0.5, ignored_layers=[theirs.fc2])
+    pruner = tp.pruner.MetaPruner(
+        theirs,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=0.5,
+        ignored_layers=[theirs.fc2],
+    )
     pruner.step()
     from fastkd import compact
 
@@ -368,7 +387,7 @@ def test_depgraph_leaves_padded_shortcuts():
     assert "linear" in fixed and "conv1" in fixed and "layer1.0.conv1" not in fixed
     for group in space.groups:
         if set(group.modules) & fixed:
-            assert bool(mask[group.start:group.start + group.size].all()), group.name
+            assert bool(mask[group.start : group.start + group.size].all()), group.name
     assert 0.3 < float(mask.double().mean()) < 0.9
 
 
@@ -396,9 +415,17 @@ class Killed(BaseException):
     """No error that anything catches."""
 
 
-@pytest.mark.parametrize("when", [
-    ("training the full network", 1), ("training the full network", 3), ("search, ecs", 1), ("search, ecs", 3),
-    ("fine-tuning", 1), ("fine-tuning", 2)])
+@pytest.mark.parametrize(
+    "when",
+    [
+        ("training the full network", 1),
+        ("training the full network", 3),
+        ("search, ecs", 1),
+        ("search, ecs", 3),
+        ("fine-tuning", 1),
+        ("fine-tuning", 2),
+    ],
+)
 def test_resumed_is_the_unbroken_run(folder, tmp_path, when, whole):
     def killed(what, done, *_):
         if (what, done) == when:
@@ -426,8 +453,11 @@ def test_killed_by_the_system(folder, tmp_path, whole):
     """SIGKILL at several moments; the same command goes on."""
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content()))
     command = [sys.executable, "-m", "fastkd", "compress", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p),
-           "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p),
+        "OMP_NUM_THREADS": "1",
+    }
     moments = ("search-*/checkpoint.safetensors", "seed0/finetuning.safetensors")
     for moment in moments:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -455,8 +485,9 @@ def test_ctrl_c(tmp_path, what):
     assert compress(config(), 0, tmp_path)["compact"]["macs"] > 0
 
 
-@pytest.mark.parametrize("name", ["training.safetensors", "checkpoint.safetensors", "finetuning.safetensors",
-                                  "result.json"])
+@pytest.mark.parametrize(
+    "name", ["training.safetensors", "checkpoint.safetensors", "finetuning.safetensors", "result.json"]
+)
 def test_a_full_disk(tmp_path, monkeypatch, name, whole):
     real = atomic.replace
 
@@ -493,31 +524,41 @@ def test_a_loss_that_is_not_finite(tmp_path):
 # --- wrong input -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("changes", "error", "told"), [
-    (dict(budget={"macs": 0.0001}), ValueError, r"can be met by no mask.*the least possible is"),
-    (dict(budget={"flops": 0.5}), ValueError, "budget must be of filters, parameters, macs, got 'flops'"),
-    (dict(algorithm={"name": "nsga"}), ConfigError, "must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, l1, torch-pruning, got "
-                                                     r"'nsga' \(did you mean 'nsga2'\?\)"),
-    (dict(algorithm={"args": {"denisty": 1}}), ConfigError, "algorithm.args = .*denisty"),
-    (dict(export={"int8": True, "calibration_images": 901}), ConfigError,
-     "export.calibration_images = 901: .*'train' has 900 images, but 901 are asked for"),
-    (dict(algorithm={"name": "l1"}, budget=None), ConfigError, "'l1' needs a budget"),
-    (dict(model={"name": "lenett"}), ConfigError, r"did you mean 'lenet'\?\); your own is module:function"),
-    (dict(model={"name": "nets:Big"}), ConfigError, "'nets:Big' cannot be imported"),
-    (dict(model={"name": "nowhere:Small"}), ConfigError, "cannot be imported: No module named 'nowhere'"),
-    (dict(model={"name": "nets:number"}), ConfigError, "must return a torch.nn.Module, got int"),
-    (dict(model={"args": {"depth": 1}}), ConfigError, "nets:Small says: .*depth"),
-    (dict(model={"name": "nets:Branching"}), ValueError, "nets.py"),
-    (dict(model={"name": "lenet"}), ValueError, r"example_input of shape \[1, 1, 8, 8\] does not fit: conv2 fails"),
-    (dict(train={"epochs": 0}), ConfigError, "weights = None and train.epochs = 0"),
-    (dict(weights="cifar10_resnet2"), FileNotFoundError, "no cifar10_resnet2.npz or .safetensors in .*--weights"),
-    (dict(weights="gone.safetensors"), FileNotFoundError, "no weights file gone.safetensors"),
-    (dict(data="no_fitness.npz"), ValueError, "no fitness split"),
-    (dict(data="mnsit"), ValueError, r"did you mean 'mnist'\?"),
-    (dict(fitness={"images": 201}), ValueError, "fitness. has 200 images, but 201 are asked for"),
-    (dict(fitness={"calibration_images": 901}), ValueError, "train. has 900 images, but 901"),
-    (dict(fitness={"quality": "beauty"}), ValueError, "quality must be one of accuracy"),
-])
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        (dict(budget={"macs": 0.0001}), ValueError, r"can be met by no mask.*the least possible is"),
+        (dict(budget={"flops": 0.5}), ValueError, "budget must be of filters, parameters, macs, got 'flops'"),
+        (
+            dict(algorithm={"name": "nsga"}),
+            ConfigError,
+            "must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, l1, torch-pruning, got "
+            r"'nsga' \(did you mean 'nsga2'\?\)",
+        ),
+        (dict(algorithm={"args": {"denisty": 1}}), ConfigError, "algorithm.args = .*denisty"),
+        (
+            dict(export={"int8": True, "calibration_images": 901}),
+            ConfigError,
+            "export.calibration_images = 901: .*'train' has 900 images, but 901 are asked for",
+        ),
+        (dict(algorithm={"name": "l1"}, budget=None), ConfigError, "'l1' needs a budget"),
+        (dict(model={"name": "lenett"}), ConfigError, r"did you mean 'lenet'\?\); your own is module:function"),
+        (dict(model={"name": "nets:Big"}), ConfigError, "'nets:Big' cannot be imported"),
+        (dict(model={"name": "nowhere:Small"}), ConfigError, "cannot be imported: No module named 'nowhere'"),
+        (dict(model={"name": "nets:number"}), ConfigError, "must return a torch.nn.Module, got int"),
+        (dict(model={"args": {"depth": 1}}), ConfigError, "nets:Small says: .*depth"),
+        (dict(model={"name": "nets:Branching"}), ValueError, "nets.py"),
+        (dict(model={"name": "lenet"}), ValueError, r"example_input of shape \[1, 1, 8, 8\] does not fit: conv2 fails"),
+        (dict(train={"epochs": 0}), ConfigError, "weights = None and train.epochs = 0"),
+        (dict(weights="cifar10_resnet2"), FileNotFoundError, "no cifar10_resnet2.npz or .safetensors in .*--weights"),
+        (dict(weights="gone.safetensors"), FileNotFoundError, "no weights file gone.safetensors"),
+        (dict(data="no_fitness.npz"), ValueError, "no fitness split"),
+        (dict(data="mnsit"), ValueError, r"did you mean 'mnist'\?"),
+        (dict(fitness={"images": 201}), ValueError, "fitness. has 200 images, but 201 are asked for"),
+        (dict(fitness={"calibration_images": 901}), ValueError, "train. has 900 images, but 901"),
+        (dict(fitness={"quality": "beauty"}), ValueError, "quality must be one of accuracy"),
+    ],
+)
 def test_wrong_configurations(tmp_path, changes, error, told):
     wrong = content(**{k: v for k, v in changes.items() if v is not None})
     for key in [k for k, v in changes.items() if v is None]:
@@ -534,8 +575,11 @@ def test_weights_that_do_not_fit(tmp_path):
     state["conv1.weight"] = torch.zeros(8, 1, 5, 5)
     state["other"] = state.pop("fc.bias")
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"unknown: other; missing: fc\.bias; conv1\.weight is \[8, 1, 5, 5\] in "
-                                         r"the file and \[8, 1, 3, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown: other; missing: fc\.bias; conv1\.weight is \[8, 1, 5, 5\] in "
+        r"the file and \[8, 1, 3, 3\]",
+    ):
         compress(config(weights=str(tmp_path / "w.safetensors")), 0, tmp_path)
 
 
@@ -552,8 +596,11 @@ def test_a_fitness_that_is_nan(tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(Fitness, "measure", measure)
-    with pytest.raises(FitnessError, match=r"individual \d+ of generation 3 \(mask .*checkpoint of generation 2 is "
-                                           "whole"):
+    with pytest.raises(
+        FitnessError,
+        match=r"individual \d+ of generation 3 \(mask .*checkpoint of generation 2 is "
+        "whole",
+    ):
         compress(config(), 0, tmp_path)
     monkeypatch.setattr(Fitness, "measure", real)
     assert compress(config(), 0, tmp_path)["search"]["evaluations"] > 6
@@ -561,6 +608,7 @@ def test_a_fitness_that_is_nan(tmp_path, monkeypatch):
 
 def test_a_changed_configuration_under_a_checkpoint(tmp_path):
     """Searches of other configurations have folders of their own; fine-tuning has the run's."""
+
     def killed(what, done, *_):
         if what == "fine-tuning":
             raise Killed
@@ -572,8 +620,14 @@ def test_a_changed_configuration_under_a_checkpoint(tmp_path):
 
 
 def test_recipes():
-    assert {"digits", "lenet-mnist", "resnet20-cifar10", "resnet56-cifar10", "vgg16-cifar10",
-            "mobilenet-imagenet"} <= set(recipes())
+    assert {
+        "digits",
+        "lenet-mnist",
+        "resnet20-cifar10",
+        "resnet56-cifar10",
+        "vgg16-cifar10",
+        "mobilenet-imagenet",
+    } <= set(recipes())
     for name in recipes():
         own = load_config(name)
         assert own.model.name in models.CNNS
@@ -593,8 +647,13 @@ def test_augmentation():
     seen = set()
     for x, y in zip(images, out, strict=True):
         padded = nn.functional.pad(x, (2, 2, 2, 2))
-        found = [(i, j, flip) for i in range(5) for j in range(5) for flip in (False, True)
-                 if torch.equal(padded[:, i:i + 16, j:j + 16].flip(2) if flip else padded[:, i:i + 16, j:j + 16], y)]
+        found = [
+            (i, j, flip)
+            for i in range(5)
+            for j in range(5)
+            for flip in (False, True)
+            if torch.equal(padded[:, i : i + 16, j : j + 16].flip(2) if flip else padded[:, i : i + 16, j : j + 16], y)
+        ]
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) > 25
@@ -606,8 +665,11 @@ def test_cosine_ends_at_zero():
     assert train._rate(own.model_copy(update={"schedule": "constant"}), 10, 10) == own.lr
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"precision": "bfloat16"},
-                                     {"channels_last": True}], ids=lambda changes: "-".join(map(str, *changes.items())))
+@pytest.mark.parametrize(
+    "changes",
+    [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"precision": "bfloat16"}, {"channels_last": True}],
+    ids=lambda changes: "-".join(map(str, *changes.items())),
+)
 def test_training_resumes(tmp_path, changes):
     from fastkd import data
 
@@ -642,9 +704,16 @@ def test_precision_of_training(tmp_path):
         seen: dict = {True: set(), False: set()}
         for net in (student, teacher):
             net.conv2.register_forward_hook(lambda m, _, out, net=net: seen[net.training].add(out.dtype))
-        history = train.fit(student, images, ["train"], own, 0, tmp_path / precision,
-                            lambda m: train.accuracy(train.predictions(m, images.part("val")[0]),
-                                                     images.labels["val"]), teacher=teacher)
+        history = train.fit(
+            student,
+            images,
+            ["train"],
+            own,
+            0,
+            tmp_path / precision,
+            lambda m: train.accuracy(train.predictions(m, images.part("val")[0]), images.labels["val"]),
+            teacher=teacher,
+        )
         assert seen[True] == {getattr(torch, precision)}
         assert seen[False] == {torch.float32} | seen[True]  # the teacher, and what is scored
         assert all(p.dtype == torch.float32 for p in student.state_dict().values() if p.is_floating_point())
@@ -663,8 +732,12 @@ def test_memory_order_of_training(tmp_path):
         student, teacher = run.build(config().model), run.build(config().model).eval()
         seen: set = set()  # an image of one channel has both orders
         for net in (student, teacher):
-            net.conv2.register_forward_hook(lambda m, x, out, last=last: seen.update(
-                t.is_contiguous(memory_format=torch.channels_last) for t in ((*x, m.weight, out) if last else [m.weight])))
+            net.conv2.register_forward_hook(
+                lambda m, x, out, last=last: seen.update(
+                    t.is_contiguous(memory_format=torch.channels_last)
+                    for t in ((*x, m.weight, out) if last else [m.weight])
+                )
+            )
         history = train.fit(student, images, ["train"], own, 0, tmp_path / str(last), lambda m: 0.0, teacher=teacher)
         assert seen == {last}
         assert all(w.is_contiguous() for net in (student, teacher) for w in net.state_dict().values())
@@ -677,8 +750,13 @@ def test_memory_order_of_training(tmp_path):
 
 def plan_of(folder, **rows):
     (folder / "own.yaml").write_text(yaml.safe_dump(content(finetune={"epochs": 0})))
-    experiment = {"title": "Small", "compress": "own.yaml", "seeds": 1, "note": "A note.",
-                  "rows": {"ECS": {}, **rows, "fine-tuned": {"finetune": {"epochs": 1}}}}
+    experiment = {
+        "title": "Small",
+        "compress": "own.yaml",
+        "seeds": 1,
+        "note": "A note.",
+        "rows": {"ECS": {}, **rows, "fine-tuned": {"finetune": {"epochs": 1}}},
+    }
     (folder / "plan.yaml").write_text(yaml.safe_dump({"experiments": {"small": experiment}}, sort_keys=False))
     return grid.Plan(folder / "plan.yaml")
 
@@ -686,8 +764,9 @@ def plan_of(folder, **rows):
 def test_a_plan(tmp_path, monkeypatch):
     plan = plan_of(tmp_path, l1={"algorithm": {"name": "l1"}})
     real, trained = run.fit, []
-    monkeypatch.setattr(run, "fit", lambda model, data, parts, *a, **k: trained.append(parts) or
-                        real(model, data, parts, *a, **k))
+    monkeypatch.setattr(
+        run, "fit", lambda model, data, parts, *a, **k: trained.append(parts) or real(model, data, parts, *a, **k)
+    )
     assert grid.run(plan, tmp_path / "work", limit=2) == 2
     table = (tmp_path / "RESULTS.md").read_text()
     assert "## Small" in table and "A note." in table and "| fine-tuned | not yet run | | | 0 of 1" in table
@@ -695,11 +774,16 @@ def test_a_plan(tmp_path, monkeypatch):
     assert grid.run(plan, tmp_path / "work", lambda cell, *a: told.append((cell.row, *a[:3]))) == 1
     assert trained == [["train"], ["train", "fitness"]], "the full network was trained more than once"
     assert told == [("fine-tuned", "fine-tuning", 1, 1)], "searched more than once"
-    records = {row: json.loads((tmp_path / f"cells/small/{slug}/0.json").read_text())
-               for row, slug in (("ECS", "ecs"), ("l1", "l1"), ("fine-tuned", "fine-tuned"))}
+    records = {
+        row: json.loads((tmp_path / f"cells/small/{slug}/0.json").read_text())
+        for row, slug in (("ECS", "ecs"), ("l1", "l1"), ("fine-tuned", "fine-tuned"))
+    }
     assert records["ECS"]["search"]["mask"] == records["fine-tuned"]["search"]["mask"]
-    lines = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in
-             (tmp_path / "RESULTS.md").read_text().splitlines() if len(cells := line.split("|")) > 3}
+    lines = {
+        cells[1].strip(): [c.strip() for c in cells[2:-1]]
+        for line in (tmp_path / "RESULTS.md").read_text().splitlines()
+        if len(cells := line.split("|")) > 3
+    }
     assert lines[""][:2] == ["test recalibrated, %", "test fine-tuned, %"]
     assert lines["full network"][0] == f"{records['ECS']['dense']['test']:.2f}"
     for row, record in records.items():
@@ -729,8 +813,11 @@ def test_a_plan(tmp_path, monkeypatch):
 def test_wrong_plans(tmp_path):
     with pytest.raises(ConfigError, match=r"plan.yaml: small, row 'l1': unknown key 'algorithm.nam'"):
         plan_of(tmp_path, l1={"algorithm": {"nam": "l1"}})
-    for changes, told in (({"compress": "digits", "recipe": "digits"}, "got both"), ({}, "got neither"),
-                          ({"compress": "digtis"}, "did you mean 'digits'")):
+    for changes, told in (
+        ({"compress": "digits", "recipe": "digits"}, "got both"),
+        ({}, "got neither"),
+        ({"compress": "digtis"}, "did you mean 'digits'"),
+    ):
         (tmp_path / "plan.yaml").write_text(yaml.safe_dump({"experiments": {"a": {**changes, "rows": {"b": {}}}}}))
         with pytest.raises(ConfigError, match=told):
             grid.Plan(tmp_path / "plan.yaml")
@@ -741,9 +828,22 @@ def test_wrong_plans(tmp_path):
 
 def test_the_command(folder, tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content(export={"onnx": True, "int8": True})))
-    out = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run"),
-                                       "--budget", "macs=0.4", "--algorithm", "random", "--seeds", "2",
-                                       "--tensorboard"])
+    out = CliRunner().invoke(
+        cli.app,
+        [
+            "compress",
+            str(tmp_path / "own.yaml"),
+            "--out",
+            str(tmp_path / "run"),
+            "--budget",
+            "macs=0.4",
+            "--algorithm",
+            "random",
+            "--seeds",
+            "2",
+            "--tensorboard",
+        ],
+    )
     assert out.exit_code == 0, out.output
     for word in ("full", "smaller", "recalibrated", "fine-tuned", "int8", "random", "40.0% of the macs"):
         assert word in out.output
@@ -753,23 +853,38 @@ def test_the_command(folder, tmp_path):
         assert record["config"]["budget"] == {"macs": 0.4}
     assert list((tmp_path / "run" / "seed0" / "tensorboard").rglob("events*"))
     assert list((tmp_path / "run" / "tensorboard").rglob("events*"))
-    other = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run"),
-                                         "--algorithm", "random", "--budget", "macs=0.3"])
+    other = CliRunner().invoke(
+        cli.app,
+        [
+            "compress",
+            str(tmp_path / "own.yaml"),
+            "--out",
+            str(tmp_path / "run"),
+            "--algorithm",
+            "random",
+            "--budget",
+            "macs=0.3",
+        ],
+    )
     assert other.exit_code == 2 and "budget.macs is 0.4 there and 0.3 here" in other.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["budget"] == {"macs": 0.4}
-    again = CliRunner().invoke(cli.app, ["compress", str(tmp_path / "own.yaml"), "--resume", str(tmp_path / "run"),
-                                         "--seeds", "2"])
+    again = CliRunner().invoke(
+        cli.app, ["compress", str(tmp_path / "own.yaml"), "--resume", str(tmp_path / "run"), "--seeds", "2"]
+    )
     assert again.exit_code == 0 and "int8" in again.output
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["digtis"], "did you mean 'digits'?"),
-    (["digits", "--budget", "macs"], "KEY=VALUE"),
-    (["digits", "--budget", "macs=2"], "must be in (0, 1]"),
-    (["digits", "--algorithm", "ec"], "did you mean 'ecs'?"),
-    (["digits", "--resume", "nowhere"], "holds no run"),
-    (["digits", "--set", "finetune.epoch=1"], "did you mean 'epochs'?"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["digtis"], "did you mean 'digits'?"),
+        (["digits", "--budget", "macs"], "KEY=VALUE"),
+        (["digits", "--budget", "macs=2"], "must be in (0, 1]"),
+        (["digits", "--algorithm", "ec"], "did you mean 'ecs'?"),
+        (["digits", "--resume", "nowhere"], "holds no run"),
+        (["digits", "--set", "finetune.epoch=1"], "did you mean 'epochs'?"),
+    ],
+)
 def test_wrong_commands(tmp_path, arguments, told, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = CliRunner().invoke(cli.app, ["compress", *arguments])
@@ -782,17 +897,35 @@ def test_wrong_commands(tmp_path, arguments, told, monkeypatch):
 def test_several_ranks(folder, tmp_path, whole, size=2):
     """The search of two and three is compared in test_evolve."""
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content()))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p),
-           "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(p for p in (str(folder), os.environ.get("PYTHONPATH")) if p),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--standalone",
-         "-m", "fastkd", "compress", str(tmp_path / "own.yaml"), "--out", str(tmp_path / "run")],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(size),
+            "--standalone",
+            "-m",
+            "fastkd",
+            "compress",
+            str(tmp_path / "own.yaml"),
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "run" / "seed0" / "result.json").read_text())
     assert record["environment"].pop("processes") == size
     expected = json.loads(json.dumps(whole[0]))
     assert expected["environment"].pop("processes") == 1
     same(record, expected)
-
-

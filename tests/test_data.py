@@ -114,8 +114,12 @@ def test_real_graphs(name):
 
 
 def test_splits_of_the_readme():
-    for name, sizes in {"cora": (140, 500, 1000), "digits": (200, 500, 1097), "coauthor_cs": (300, 450, 17583),
-                        "hs_ppi_node2vec": (2334, 778, 778)}.items():
+    for name, sizes in {
+        "cora": (140, 500, 1000),
+        "digits": (200, 500, 1097),
+        "coauthor_cs": (300, 450, 17583),
+        "hs_ppi_node2vec": (2334, 778, 778),
+    }.items():
         (graph,) = real(name).graphs["train"]
         assert tuple(int(graph[f"{part}_mask"].sum()) for part in ("train", "val", "test")) == sizes
 
@@ -189,8 +193,10 @@ def test_real_shapes(name):
         assert labels.dtype == torch.int64 and 0 <= int(labels.min()) <= int(labels.max()) < classes
         if name != "digits_points":
             assert float(points.norm(dim=2).max()) < 1.01
-    train, val = torch.bincount(task.labels["train"], minlength=classes), torch.bincount(task.labels["val"],
-                                                                                         minlength=classes)
+    train, val = (
+        torch.bincount(task.labels["train"], minlength=classes),
+        torch.bincount(task.labels["val"], minlength=classes),
+    )
     share = val / (train + val)
     assert 0.08 < len(task.labels["val"]) / int((train + val).sum()) < 0.12
     assert bool((share[(train + val) >= 10] > 0.04).all()), "of every class"
@@ -266,8 +272,13 @@ def make_ppi(raw):
         n = 6 * len(ids)
         links = [{"source": 6 * g + i, "target": 6 * g + (i + 1) % 6} for g in range(len(ids)) for i in range(6)]
         links.append({"source": 0, "target": 0})
-        graph = {"directed": False, "multigraph": False, "graph": {}, "nodes": [{"id": i} for i in range(n)],
-                 "links": links}
+        graph = {
+            "directed": False,
+            "multigraph": False,
+            "graph": {},
+            "nodes": [{"id": i} for i in range(n)],
+            "links": links,
+        }
         (raw / f"{part}_graph.json").write_text(json.dumps(graph))
         np.save(raw / f"{part}_feats.npy", rng.normal(size=(n, 50)))
         np.save(raw / f"{part}_labels.npy", rng.integers(0, 2, (n, 121)))
@@ -319,7 +330,10 @@ def test_tu_format(tmp_path, attributes):
     assert [of[0].num_nodes for of in task.graphs.values()] == [64, 8, 8]
     for (graph,) in task.graphs.values():
         check_graph(graph, task)
-        assert graph.y.tolist() == [0, 1, 2, 1] * (graph.num_nodes // 4) and graph.edge_index.shape[1] == 2 * graph.num_nodes
+        assert (
+            graph.y.tolist() == [0, 1, 2, 1] * (graph.num_nodes // 4)
+            and graph.edge_index.shape[1] == 2 * graph.num_nodes
+        )
     if attributes:
         assert task.graphs["train"][0].x.mean(0).abs().max() < 1e-5
 
@@ -369,13 +383,17 @@ def test_modelnet_format(tmp_path, name):
 
 def test_ogb_format(tmp_path, monkeypatch):
     """ogb itself is not needed: what its class returns."""
+
     class NodePropPredDataset:
         def __init__(self, name, root):
             assert name == "ogbn-arxiv" and str(tmp_path) in root
 
         def __getitem__(self, i):
-            graph = {"edge_index": np.array([[0, 1, 2], [1, 2, 2]]), "num_nodes": 4,
-                     "node_feat": np.ones((4, 3), np.float32)}
+            graph = {
+                "edge_index": np.array([[0, 1, 2], [1, 2, 2]]),
+                "num_nodes": 4,
+                "node_feat": np.ones((4, 3), np.float32),
+            }
             return graph, np.array([[0], [1], [1], [0]])
 
         def get_idx_split(self):
@@ -408,9 +426,15 @@ def make_planetoid(raw, name):
     labelled, known, tested = 20, 540, 60
     x = (rng.random((known + tested, 30)) < 0.1).astype(np.float32)
     y = np.eye(3, dtype=np.int32)[rng.integers(0, 3, known + tested)]
-    parts = {"x": sparse.csr_matrix(x[:labelled]), "y": y[:labelled], "allx": sparse.csr_matrix(x[:known]),
-             "ally": y[:known], "tx": sparse.csr_matrix(x[known:]), "ty": y[known:],
-             "graph": {i: [(i + 1) % (known + tested), i] for i in range(known + tested)}}
+    parts = {
+        "x": sparse.csr_matrix(x[:labelled]),
+        "y": y[:labelled],
+        "allx": sparse.csr_matrix(x[:known]),
+        "ally": y[:known],
+        "tx": sparse.csr_matrix(x[known:]),
+        "ty": y[known:],
+        "graph": {i: [(i + 1) % (known + tested), i] for i in range(known + tested)},
+    }
     for key, value in parts.items():
         (raw / f"ind.{name}.{key}").write_bytes(pickle.dumps(value))
     (raw / f"ind.{name}.test.index").write_text("\n".join(str(known + i) for i in range(tested)) + "\n")
@@ -433,9 +457,15 @@ def test_coauthor_format(tmp_path):
     raw = tmp_path / "cache" / "coauthor_cs" / "CS" / "raw"
     raw.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    parts = {"attr": sparse.csr_matrix(rng.integers(0, 3, (180, 8)) * (rng.random((180, 8)) < 0.3)),
-             "adj": sparse.csr_matrix(np.roll(np.eye(180), 1, 1))}
-    arrays = {f"{key}_{field}": getattr(m, field) for key, m in parts.items() for field in ("data", "indices", "indptr", "shape")}
+    parts = {
+        "attr": sparse.csr_matrix(rng.integers(0, 3, (180, 8)) * (rng.random((180, 8)) < 0.3)),
+        "adj": sparse.csr_matrix(np.roll(np.eye(180), 1, 1)),
+    }
+    arrays = {
+        f"{key}_{field}": getattr(m, field)
+        for key, m in parts.items()
+        for field in ("data", "indices", "indptr", "shape")
+    }
     np.savez(raw / "ms_academic_cs.npz", labels=np.arange(180) % 3, **arrays)
     task = data.load("coauthor_cs", root=tmp_path)
     (graph,) = task.graphs["train"]
@@ -449,9 +479,14 @@ def test_coauthor_format(tmp_path):
 
 def tiny(**changes):
     """A graph file of 4 nodes."""
-    arrays = {"edge_index": np.array([[0, 1, 2, 3], [1, 0, 3, 2]], np.int32), "x": np.eye(4, 3, dtype=np.float32),
-              "y": np.array([0, 1, 0, 1]), "train_idx": np.array([0]), "val_idx": np.array([1]),
-              "test_idx": np.array([2, 3])}
+    arrays = {
+        "edge_index": np.array([[0, 1, 2, 3], [1, 0, 3, 2]], np.int32),
+        "x": np.eye(4, 3, dtype=np.float32),
+        "y": np.array([0, 1, 0, 1]),
+        "train_idx": np.array([0]),
+        "val_idx": np.array([1]),
+        "test_idx": np.array([2, 3]),
+    }
     arrays.update(changes)
     return {k: v for k, v in arrays.items() if v is not None}
 
@@ -470,20 +505,30 @@ def test_direction_of_adj_t(tmp_path):
     assert graph.adj_t.to_dense().nonzero().tolist() == [[1, 0]], "row = destination"
 
 
-@pytest.mark.parametrize("arrays, told", [
-    (tiny(y=None), ["cora.npz", "has no y", "needed are edge_index, y, train_idx"]),
-    (tiny(train_idx=None), ["has no train_idx"]),
-    (tiny(x=None), ["has no x"]),
-    (tiny(test_idx=np.array([1, 2])), ["train_idx, val_idx, test_idx overlap"]),
-    (tiny(test_idx=np.array([4])), ["[0, 4)"]),
-    (tiny(edge_index=np.array([[0], [4]])), ["edge_index", "[0, 4)"]),
-    (tiny(x=np.eye(3)), ["x must have shape [4, F]", "(3, 3)"]),
-    (tiny(y=np.array([0, -1, 0, 1])), ["y must be"]),
-    (tiny(y=np.array([{}], object)), ["cora.npz", "unpickles nothing"]),
-    (tiny(graph_ptr=np.array([0, 2, 4])), ["has no train_graphs"]),
-    (tiny(graph_ptr=np.array([0, 1, 4]), train_graphs=np.array([0]), val_graphs=np.array([1]), test_graphs=np.array([], int)),
-     ["joins nodes of two graphs"]),
-])
+@pytest.mark.parametrize(
+    "arrays, told",
+    [
+        (tiny(y=None), ["cora.npz", "has no y", "needed are edge_index, y, train_idx"]),
+        (tiny(train_idx=None), ["has no train_idx"]),
+        (tiny(x=None), ["has no x"]),
+        (tiny(test_idx=np.array([1, 2])), ["train_idx, val_idx, test_idx overlap"]),
+        (tiny(test_idx=np.array([4])), ["[0, 4)"]),
+        (tiny(edge_index=np.array([[0], [4]])), ["edge_index", "[0, 4)"]),
+        (tiny(x=np.eye(3)), ["x must have shape [4, F]", "(3, 3)"]),
+        (tiny(y=np.array([0, -1, 0, 1])), ["y must be"]),
+        (tiny(y=np.array([{}], object)), ["cora.npz", "unpickles nothing"]),
+        (tiny(graph_ptr=np.array([0, 2, 4])), ["has no train_graphs"]),
+        (
+            tiny(
+                graph_ptr=np.array([0, 1, 4]),
+                train_graphs=np.array([0]),
+                val_graphs=np.array([1]),
+                test_graphs=np.array([], int),
+            ),
+            ["joins nodes of two graphs"],
+        ),
+    ],
+)
 def test_a_file_that_lacks_something(tmp_path, arrays, told):
     np.savez(tmp_path / "cora.npz", **arrays)
     with pytest.raises(ValueError) as caught:
@@ -493,7 +538,9 @@ def test_a_file_that_lacks_something(tmp_path, arrays, told):
 
 
 def task_of(graph, **changes):
-    return data.Task("own", "nodes", 3, 2, False, False, dict.fromkeys(("train", "val", "test"), (graph,)) | changes, "here")
+    return data.Task(
+        "own", "nodes", 3, 2, False, False, dict.fromkeys(("train", "val", "test"), (graph,)) | changes, "here"
+    )
 
 
 @pytest.mark.parametrize("key", ["x", "y", "adj_t", "train_mask", "test_mask"])
@@ -502,7 +549,9 @@ def test_a_graph_of_ones_own_that_lacks_something(tmp_path, key):
     (graph,) = data.load("cora", root=tmp_path).graphs["train"]
     task_of(graph)
     del graph[key]
-    with pytest.raises(ValueError, match=rf"own: a graph of the part '(train|test)' has no {key}: needed are x, y, edge_index"):
+    with pytest.raises(
+        ValueError, match=rf"own: a graph of the part '(train|test)' has no {key}: needed are x, y, edge_index"
+    ):
         task_of(graph)
 
 

@@ -33,8 +33,12 @@ from fastkd.distill import (
 from fastkd.distill.config import recipes
 from fastkd.settings import merged
 
-LSP = LossConfig(weight=10, student_layer="layers.0", teacher_layer="layers.0",
-                 args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}})
+LSP = LossConfig(
+    weight=10,
+    student_layer="layers.0",
+    teacher_layer="layers.0",
+    args={"kernel": "rbf", "kernel_args": {"sigma": 1.0, "scale": "mean"}},
+)
 SHORT = ["teacher.train.epochs=3", "student.train.epochs=3", "teacher.model.args.hidden=16"]
 
 
@@ -50,8 +54,14 @@ def gcn(task, hidden, seed=0):
 
 def distiller(task, directory=None, epochs=6, losses=None, **options):
     options = {"save_every": 0, **options}
-    return Distiller(gcn(task, 8), gcn(task, 16, 1), task, losses={"lsp": LSP} if losses is None else losses,
-                     train=TrainConfig(epochs=epochs, **options), directory=directory)
+    return Distiller(
+        gcn(task, 8),
+        gcn(task, 16, 1),
+        task,
+        losses={"lsp": LSP} if losses is None else losses,
+        train=TrainConfig(epochs=epochs, **options),
+        directory=directory,
+    )
 
 
 def weights(model):
@@ -79,15 +89,18 @@ def test_override():
     assert config.losses["kd"].weight == 0.1
 
 
-@pytest.mark.parametrize("override, told", [
-    ("losses.lsp.wieght=1", ["losses.lsp.wieght", "did you mean 'weight'", "student_layer"]),
-    ("student.train.epoch=1", ["student.train.epoch", "did you mean 'epochs'", "weight_decay"]),
-    ("studnet.model.name=gcn", ["studnet", "did you mean 'student'", "teacher"]),
-    ("student.train.epochs=0", ["student.train.epochs = 0", "greater than or equal to 1"]),
-    ("student.train.optimizer=lion", ["'lion'", "adamw"]),
-    ("losses.lsp.weight", ["KEY=VALUE", "losses.lsp.weight"]),
-    ("data.name=3", ["'data' is a value"]),
-])
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("losses.lsp.wieght=1", ["losses.lsp.wieght", "did you mean 'weight'", "student_layer"]),
+        ("student.train.epoch=1", ["student.train.epoch", "did you mean 'epochs'", "weight_decay"]),
+        ("studnet.model.name=gcn", ["studnet", "did you mean 'student'", "teacher"]),
+        ("student.train.epochs=0", ["student.train.epochs = 0", "greater than or equal to 1"]),
+        ("student.train.optimizer=lion", ["'lion'", "adamw"]),
+        ("losses.lsp.weight", ["KEY=VALUE", "losses.lsp.weight"]),
+        ("data.name=3", ["'data' is a value"]),
+    ],
+)
 def test_a_wrong_override_lists_what_is_valid(override, told):
     with pytest.raises(ConfigError) as caught:
         load_config("digits", [override])
@@ -180,10 +193,16 @@ def test_networks_on_different_nodes(task):
     hint = LossConfig(weight=1, student_layer="part", teacher_layer="layers.0")
     n = task.graphs["train"][0].num_nodes
     for name in ("fitnet", "lsp"):
-        with pytest.raises(ValueError, match=rf"losses.{name}: the student's 'part' has {n - 1} rows, the teacher's "
-                                             rf"'layers.0' {n}: both must be on the same nodes"):
+        with pytest.raises(
+            ValueError,
+            match=rf"losses.{name}: the student's 'part' has {n - 1} rows, the teacher's "
+            rf"'layers.0' {n}: both must be on the same nodes",
+        ):
             Distiller(Fewer(task, False), gcn(task, 16), task, losses={name: hint})
-    for who, networks in (("student", (Fewer(task, True), gcn(task, 16))), ("teacher", (gcn(task, 16), Fewer(task, True)))):
+    for who, networks in (
+        ("student", (Fewer(task, True), gcn(task, 16))),
+        ("teacher", (gcn(task, 16), Fewer(task, True))),
+    ):
         with pytest.raises(ValueError, match=f"the {who} gives {n - 1} rows of logits, but the task has {n} nodes"):
             Distiller(*networks, task, losses={"kd": LossConfig(weight=1)}).fit()
 
@@ -267,7 +286,7 @@ def sample(self, seed, seed_time=None, **options):
         begin, hop = len(node), range(begin, len(node))
         for i in hop:
             slots = torch.arange(self.colptr[node[i]], self.colptr[node[i] + 1])
-            for slot in slots[torch.randperm(len(slots))][:None if k < 0 else k].tolist():
+            for slot in slots[torch.randperm(len(slots))][: None if k < 0 else k].tolist():
                 source = int(self.row[slot])
                 if source not in place:
                     place[source] = len(node)
@@ -296,8 +315,9 @@ def sage(task, hidden, seed=0):
 
 def sampled(task, neighbors, directory=None, epochs=1, **losses):
     train = TrainConfig(epochs=epochs, neighbors=neighbors, batch_size=64, save_every=0)
-    return Distiller(sage(task, 8), sage(task, 16, 1), task, losses={"lsp": LSP, **losses}, train=train,
-                     directory=directory)
+    return Distiller(
+        sage(task, 8), sage(task, 16, 1), task, losses={"lsp": LSP, **losses}, train=train, directory=directory
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Using 'NeighborSampler' without")
@@ -316,11 +336,19 @@ def test_seed_rows_are_what_the_whole_graph_gives(task, sampler):
     layers = Taps(d.student, ["layers.0"]), Taps(d.teacher, ["layers.0"])
     logits, told = d.student(graph.x, graph.adj_t), d.teacher(graph.x, graph.adj_t)
     train = graph.train_mask
-    each = fastkd.lsp_loss(layers[0]["layers.0"], layers[1]["layers.0"], graph.edge_index, reduction="none",
-                           kernel=fastkd.kernels.RBF(sigma=1.0, scale="mean"))
+    each = fastkd.lsp_loss(
+        layers[0]["layers.0"],
+        layers[1]["layers.0"],
+        graph.edge_index,
+        reduction="none",
+        kernel=fastkd.kernels.RBF(sigma=1.0, scale="mean"),
+    )
     kd = fastkd.distill.losses.build("kd")
-    expected = {"task": nn.functional.cross_entropy(logits[train], graph.y[train]), "lsp": each[train].mean(),
-                "kd": kd(logits[train], told[train])}
+    expected = {
+        "task": nn.functional.cross_entropy(logits[train], graph.y[train]),
+        "lsp": each[train].mean(),
+        "kd": kd(logits[train], told[train]),
+    }
     assert {k: v / 200 for k, v in sums.items()} == {k: pytest.approx(v.item(), rel=1e-4) for k, v in expected.items()}
 
 
@@ -340,10 +368,10 @@ def test_sampled_batches(task, sampler, sparse):
         x, edges = batch.inputs
         assert x.layout == (torch.sparse_csr if sparse else torch.strided)
         node = (x.to_dense() if sparse else x)[:, 0].long() - 1
-        seen += node[:batch.seeds].tolist()
+        seen += node[: batch.seeds].tolist()
         assert torch.equal(batch.y, graph.y[node]) and set(map(tuple, node[edges].t().tolist())) <= known
         assert batch.graph.num_dst == batch.seeds and batch.graph.num_src == len(node)
-        full = torch.bincount(graph.edge_index[1], minlength=graph.num_nodes)[node[:batch.seeds]]
+        full = torch.bincount(graph.edge_index[1], minlength=graph.num_nodes)[node[: batch.seeds]]
         assert torch.equal(batch.graph.in_degree().long(), full.clamp(max=3))
         assert int(torch.bincount(edges[1]).max()) <= 3 and batch.graph.num_edges < edges.shape[1]
     assert sorted(seen) == graph.train_mask.nonzero()[:, 0].tolist()
@@ -366,7 +394,9 @@ def test_no_sampler_is_told_before_training(task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(typing, "WITH_PYG_LIB", False)
     monkeypatch.setattr(typing, "WITH_TORCH_SPARSE", False)
-    with pytest.raises(ImportError, match=r"train.neighbors = \[3, 2\] needs pyg-lib.*pip install pyg-lib.*whole graphs"):
+    with pytest.raises(
+        ImportError, match=r"train.neighbors = \[3, 2\] needs pyg-lib.*pip install pyg-lib.*whole graphs"
+    ):
         sampled(task, [3, 2])
     with pytest.raises(ImportError, match="pyg-lib"):
         runs.distil(load_config("digits", [*SHORT, "student.train.neighbors=[3, 2]"]), 0, tmp_path / "seed0")
@@ -419,8 +449,12 @@ distiller(data.load("digits"), sys.argv[1], 150).fit(lambda epoch, latest: print
 """
     epoch = 0
     for wait in (0.05, 0.15):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), os.path.dirname(__file__)],
-                                   stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), os.path.dirname(__file__)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
         first = process.stdout.readline()
         assert first and int(first) >= epoch
         time.sleep(wait)
@@ -470,8 +504,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(task, tmp_path, monkeypatch):
             kept.append(file.read_bytes())
             monkeypatch.setattr(safetensors.torch, "save_file", full)
 
-    with pytest.raises(CheckpointError, match=r"b/checkpoint.safetensors could not be written .*No space left.* is "
-                                              "whole.*the same command goes on from the last checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"b/checkpoint.safetensors could not be written .*No space left.* is "
+        "whole.*the same command goes on from the last checkpoint",
+    ):
         distiller(task, tmp_path / "b", 6).fit(progress)
     monkeypatch.undo()
     assert [file.read_bytes()] == kept and list(file.parent.iterdir()) == [file]
@@ -497,7 +534,8 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, lost):
         with pytest.raises(CheckpointError, match=f"seed0/{lost} could not be written .*No space left.*none before"):
             runs.distil(config, 0, tmp_path / "seed0")
     assert {p.name for p in (tmp_path / "seed0").iterdir()} == (
-        {"checkpoint.safetensors"} | ({"weights.safetensors"} if lost == "result.json" else set()))
+        {"checkpoint.safetensors"} | ({"weights.safetensors"} if lost == "result.json" else set())
+    )
     trained = []
     record = runs.distil(config, 0, tmp_path / "seed0", progress=lambda *latest: trained.append(latest))
     assert not trained and record["student"]["epochs"] == 3
@@ -507,8 +545,18 @@ def test_a_full_disk_at_the_end_loses_nothing(tmp_path, monkeypatch, lost):
 def test_a_file_that_becomes_too_large(tmp_path, monkeypatch):
     """The system itself refuses, here by a limit of 100 KB per file: the teacher fits, the student does not."""
     resource = pytest.importorskip("resource", reason="no resource limits on this system")
-    command = ["distill", "digits", "--set", "teacher.model.args.hidden=8", "--set", "student.model.args.hidden=256",
-               "--set", "teacher.train.epochs=2", "--set", "student.train.epochs=2"]
+    command = [
+        "distill",
+        "digits",
+        "--set",
+        "teacher.model.args.hidden=8",
+        "--set",
+        "student.model.args.hidden=256",
+        "--set",
+        "teacher.train.epochs=2",
+        "--set",
+        "student.train.epochs=2",
+    ]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     done = fastkd_command(*command, cwd=tmp_path, preexec_fn=limit)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
@@ -540,15 +588,21 @@ def curves_of(folder):
 
 
 def curves_of_history(history):
-    rows = [{"loss/total": h["loss"], "val": h["val"], "lr": h["lr"], **{f"loss/{k}": v for k, v in h["terms"].items()}}
-            | {"epoch": h["epoch"]} for h in history]
-    return {tag: [(row["epoch"], pytest.approx(row[tag], rel=1e-6)) for row in rows] for tag in rows[0] if tag != "epoch"}
+    rows = [
+        {"loss/total": h["loss"], "val": h["val"], "lr": h["lr"], **{f"loss/{k}": v for k, v in h["terms"].items()}}
+        | {"epoch": h["epoch"]}
+        for h in history
+    ]
+    return {
+        tag: [(row["epoch"], pytest.approx(row[tag], rel=1e-6)) for row in rows] for tag in rows[0] if tag != "epoch"
+    }
 
 
 def test_curves_are_the_history(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    config = load_config("digits", [*SHORT, "student.train.epochs=5", "student.train.schedule=cosine",
-                                    "student.train.eval_every=2"])
+    config = load_config(
+        "digits", [*SHORT, "student.train.epochs=5", "student.train.schedule=cosine", "student.train.eval_every=2"]
+    )
     record = runs.distil(config, 0, tmp_path / "seed0", progress=TensorBoard(tmp_path / "tensorboard"))
     assert {p.name for p in (tmp_path / "tensorboard").iterdir()} == {"teacher", "student-seed-0"}
     assert curves_of(tmp_path / "tensorboard/teacher") == curves_of_history(record["teacher"]["history"])
@@ -613,8 +667,15 @@ def test_distil(tmp_path):
 
 
 def fastkd_command(*args, cwd, **options):
-    return subprocess.run([sys.executable, "-m", "fastkd", *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "COLUMNS": "160"}, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "fastkd", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "160"},
+        **options,
+    )
 
 
 def test_command_line(tmp_path, monkeypatch):
@@ -629,13 +690,17 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     again = CliRunner().invoke(cli.app, ["distill", "digits", "--resume", "runs/digits", "--seeds", "2"])
     assert again.exit_code == 0, again.output
-    for wrong, told in ((["distill", "digitz"], "did you mean 'digits'"),
-                        (["distill", "digits", *settings, "--set", "losses.lsp.weight=1"],
-                         "losses.lsp.weight is 100.0 there and 1.0 here. Take another --out"),
-                        (["distill", "digits", "--set", "losses.lsp.wieght=1"], "did you mean 'weight'"),
-                        (["distill", "digits", "--set", "losses.lsp.student_layer=layers.9", "--out", "x"], "layers.1"),
-                        (["distill", "digits", "--resume", "nowhere"], "nowhere"),
-                        (["grid", "nowhere.yaml"], "nowhere.yaml")):
+    for wrong, told in (
+        (["distill", "digitz"], "did you mean 'digits'"),
+        (
+            ["distill", "digits", *settings, "--set", "losses.lsp.weight=1"],
+            "losses.lsp.weight is 100.0 there and 1.0 here. Take another --out",
+        ),
+        (["distill", "digits", "--set", "losses.lsp.wieght=1"], "did you mean 'weight'"),
+        (["distill", "digits", "--set", "losses.lsp.student_layer=layers.9", "--out", "x"], "layers.1"),
+        (["distill", "digits", "--resume", "nowhere"], "nowhere"),
+        (["grid", "nowhere.yaml"], "nowhere.yaml"),
+    ):
         out = CliRunner().invoke(cli.app, wrong)
         assert out.exit_code == 2 and told in out.stderr and "Traceback" not in out.stderr, out.output
 
@@ -655,8 +720,9 @@ def test_peak_memory_of_a_forward_pass():
             self.weight = nn.Parameter(torch.ones(()))
 
         def forward(self, x, graph):
-            return torch.ops.fastkd.kernel_values(x, x, graph.rowptr, graph.col, None, graph.num_src,
-                                                  *fastkd.kernels.Linear().spec(x.shape[1])).sum()
+            return torch.ops.fastkd.kernel_values(
+                x, x, graph.rowptr, graph.col, None, graph.num_src, *fastkd.kernels.Linear().spec(x.shape[1])
+            ).sum()
 
     x = torch.randn(500, 8)
     graph = fastkd.Graph.from_knn(x, 20)

@@ -35,14 +35,21 @@ if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)
 
 HINT = LossConfig(weight=1, student_layer="layers.0", teacher_layer="layers.0")
-TOGETHER = {"lsp": LSP, "kd": LossConfig(weight=0.5), "fitnet": HINT,
-            "rkd": HINT.model_copy(update={"weight": 0.1, "args": {"max_nodes": 200, "max_angle_nodes": 30}}),
-            "at": HINT}
+TOGETHER = {
+    "lsp": LSP,
+    "kd": LossConfig(weight=0.5),
+    "fitnet": HINT,
+    "rkd": HINT.model_copy(update={"weight": 0.1, "args": {"max_nodes": 200, "max_angle_nodes": 30}}),
+    "at": HINT,
+}
 CASES = {  # name -> (task, losses, options of training)
     "graph": ("digits", TOGETHER, {"epochs": 5, "dropout": 0.0}),
     "dropout": ("digits", TOGETHER, {"epochs": 5, "dropout": 0.5, "eval_every": 2, "clip_norm": 1.0}),
-    "wrong graph": ("digits", {"lsp": LSP.model_copy(update={"args": {"shuffle": True, "reduction": "mean_edges"}})},
-                    {"epochs": 3, "dropout": 0.5, "optimizer": "sgd"}),
+    "wrong graph": (
+        "digits",
+        {"lsp": LSP.model_copy(update={"args": {"shuffle": True, "reduction": "mean_edges"}})},
+        {"epochs": 3, "dropout": 0.5, "optimizer": "sgd"},
+    ),
     "labels": ("digits", {}, {"epochs": 3, "dropout": 0.5}),
 }
 
@@ -59,8 +66,9 @@ def made(case, directory=None, world=None, **changes):
     task = data.load(name)
     torch.manual_seed(0)
     student = models.build("gcn", task.num_features, task.num_classes, hidden=8, dropout=dropout)
-    return Distiller(student, gcn(task, 16, 1), task, losses=terms, train=TrainConfig(**options),
-                     directory=directory, world=world)
+    return Distiller(
+        student, gcn(task, 16, 1), task, losses=terms, train=TrainConfig(**options), directory=directory, world=world
+    )
 
 
 def ranks(size, code, *args, module="test_distributed", **environment):
@@ -71,12 +79,26 @@ def ranks(size, code, *args, module="test_distributed", **environment):
     head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from {module} import *\n"
     processes = []
     for rank in range(size):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "FASTKD_TIMEOUT": 30, **environment}
-        processes.append(subprocess.Popen(
-            [sys.executable, "-c", head + code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True,
-            cwd=tempfile.gettempdir(), env={**os.environ, **{k: str(v) for k, v in variables.items()}}))
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": 1,
+            "FASTKD_TIMEOUT": 30,
+            **environment,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", head + code, *map(str, args)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tempfile.gettempdir(),
+                env={**os.environ, **{k: str(v) for k, v in variables.items()}},
+            )
+        )
     return processes
 
 
@@ -94,8 +116,16 @@ def train_all(folder, world):
     for case in CASES:
         d = made(case, world=world)
         result = d.fit()
-        torch.save({"student": d.student.state_dict(), "losses": d.losses.state_dict(), "history": result.history,
-                    "val": result.val, "test": result.test}, f"{folder}/{case}-{world.rank}.pt")
+        torch.save(
+            {
+                "student": d.student.state_dict(),
+                "losses": d.losses.state_dict(),
+                "history": result.history,
+                "val": result.val,
+                "test": result.test,
+            },
+            f"{folder}/{case}-{world.rank}.pt",
+        )
 
 
 def train_shapes(folder, world):
@@ -108,9 +138,16 @@ def train_shapes(folder, world):
     terms = {"lsp": loss, "gsp": loss.model_copy(update={"args": {"max_nodes": 64}})}
     d = Distiller(net(), net(), task, losses=terms, train=TrainConfig(epochs=2, batch_size=16, lr=0.001), world=world)
     result = d.fit()
-    torch.save({"student": d.student.state_dict(), "val": result.val, "test": result.test,
-                "losses": [h["loss"] for h in result.history], "generator": d.generator.get_state()},
-               f"{folder}/shapes-{world.rank}.pt")
+    torch.save(
+        {
+            "student": d.student.state_dict(),
+            "val": result.val,
+            "test": result.test,
+            "losses": [h["loss"] for h in result.history],
+            "generator": d.generator.get_state(),
+        },
+        f"{folder}/shapes-{world.rank}.pt",
+    )
 
 
 def refuse(folder, world):
@@ -188,7 +225,7 @@ def test_parts_of_lsp_are_the_whole(task, size, reduction):
     student.requires_grad_()
     loss = losses.LSP(reduction=reduction, kernel_args={"sigma": 1.0, "scale": "mean"})
     whole = loss(student, teacher, graph)
-    gradient, = torch.autograd.grad(whole, student)
+    (gradient,) = torch.autograd.grad(whole, student)
     some = range(size) if size < 10 else range(0, size, 401)
     parts = [LSPPart(loss, teacher, graph, World(r, size).range(1797), torch.Generator()) for r in some]
     if size > 10:
@@ -222,10 +259,13 @@ def test_too_small_a_batch(task):
 
 # --- when something goes wrong ------------------------------------------------------------------
 
+
 def test_nothing_outlives_the_world(tmp_path):
     """A thread that still holds a tensor when Python ends would abort the process, now and then."""
-    code = ("world = World.from_environment()\nrefuse(sys.argv[1], world)\nworld.close()\n"
-            "print(*(f.read_text().strip() for f in Path('/proc/self/task').glob('*/comm')))\n")
+    code = (
+        "world = World.from_environment()\nrefuse(sys.argv[1], world)\nworld.close()\n"
+        "print(*(f.read_text().strip() for f in Path('/proc/self/task').glob('*/comm')))\n"
+    )
     for status, said, errors in ended(ranks(2, code, tmp_path)):
         assert status == 0, errors
         assert "gloo" not in said and "tcpstore" not in said
@@ -239,13 +279,30 @@ def test_ranks_that_differ_are_refused(two):
 
 
 def command(*args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "fastkd", *args]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "fastkd",
+        *args,
+    ]
 
 
 EPOCHS = 400
-SETTINGS = [x for s in ("teacher.train.epochs=3", f"student.train.epochs={EPOCHS}", "teacher.model.args.hidden=16",
-                        "student.train.save_every=0.2") for x in ("--set", s)]
+SETTINGS = [
+    x
+    for s in (
+        "teacher.train.epochs=3",
+        f"student.train.epochs={EPOCHS}",
+        "teacher.model.args.hidden=16",
+        "student.train.save_every=0.2",
+    )
+    for x in ("--set", s)
+]
 
 
 def children(pid):
@@ -273,8 +330,13 @@ def begun(directory, process):
 def test_a_killed_rank(tmp_path, lost):
     """The other one says so and ends; two processes, or one, go on."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(command("distill", "digits", *SETTINGS, "--out", str(folder)), cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("distill", "digits", *SETTINGS, "--out", str(folder)),
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         file = begun(folder, process)
         os.kill(children(process.pid)[lost], signal.SIGKILL)
@@ -286,8 +348,13 @@ def test_a_killed_rank(tmp_path, lost):
     assert f"{file} is whole" in errors and "--resume" in errors
     epoch = checkpoint.load(file)[1]["epoch"]
     again = ["distill", "digits", "--resume", str(folder)]
-    done = subprocess.run(command(*again) if lost == 0 else [sys.executable, "-m", "fastkd", *again], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command(*again) if lost == 0 else [sys.executable, "-m", "fastkd", *again],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("digits, test part") == 1  # said by one rank
     record = json.loads((folder / "seed0/result.json").read_text())

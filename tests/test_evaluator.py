@@ -106,9 +106,14 @@ def with_softmax(self, x):
 
 
 MORE = {
-    "rows_and_columns": (rows_and_columns, {}), "gated": (gated, dict(prelu=nn.PReLU(6), bn=nn.BatchNorm2d(6))),
-    "resized": (resized, {}), "with_softmax": (with_softmax, {}),
-    "same": (lambda self, x: tail(self, F.leaky_relu(self.b(self.a(x)))), dict(b=nn.Conv2d(6, 6, 3, padding="same", dilation=2))),
+    "rows_and_columns": (rows_and_columns, {}),
+    "gated": (gated, dict(prelu=nn.PReLU(6), bn=nn.BatchNorm2d(6))),
+    "resized": (resized, {}),
+    "with_softmax": (with_softmax, {}),
+    "same": (
+        lambda self, x: tail(self, F.leaky_relu(self.b(self.a(x)))),
+        dict(b=nn.Conv2d(6, 6, 3, padding="same", dilation=2)),
+    ),
     "maps": (lambda self, x: torch.tanh(self.a(x)), dict(fc=nn.Identity())),
 }
 
@@ -150,7 +155,7 @@ def make(resnet, **options):
     e = PopulationEvaluator(resnet[0], resnet[1], **options)
     if e.bn == "recalibrate":
         n = len(resnet[1])
-        e.calibrate([resnet[1][:2 * n // 5], resnet[1][2 * n // 5:3 * n // 5]])
+        e.calibrate([resnet[1][: 2 * n // 5], resnet[1][2 * n // 5 : 3 * n // 5]])
     return e
 
 
@@ -167,7 +172,7 @@ def test_qualities_equal_plain_loops(resnet, bn, device, request):
     e = make(resnet, bn=bn)
     logits = e.logits(masks, x)
     n = len(x) // 2
-    batches = [(x[:n], y[:n]), (x[n:n + 1], y[n:n + 1]), (x[n + 1:], y[n + 1:])]
+    batches = [(x[:n], y[:n]), (x[n : n + 1], y[n : n + 1]), (x[n + 1 :], y[n + 1 :])]
     accuracy = [sum(int(row.argmax()) == int(c) for row, c in zip(one, y, strict=True)) / len(y) for one in logits]
     found = e.accuracy(masks, iter(batches))
     assert found.dtype == torch.float64 and found.tolist() == accuracy
@@ -198,19 +203,30 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypat
     assert torch.equal(e.loss(inputs, (x, y)), loss)
     calls = []
     try:
-        for threads, work, piece, limit in ((1, 1, 768, None), (2, 1e12, 48, None), (3, 1e12, 7, 3 * need), (2, 1, 64, need + 20_000)):
+        for threads, work, piece, limit in (
+            (1, 1, 768, None),
+            (2, 1e12, 48, None),
+            (3, 1e12, 7, 3 * need),
+            (2, 1, 64, need + 20_000),
+        ):
             torch.set_num_threads(threads)
             monkeypatch.setitem(evaluator.WORK, device.type, work)
             monkeypatch.setattr(evaluator, "PIECE", piece)
             other = make(resnet, bn=bn, memory_limit=limit)
-            assert torch.equal(other.loss(masks[order], [(x[:n // 5], y[:n // 5]), (x[n // 5:], y[n // 5:])],
-                                          progress=lambda *a: calls.append(a)), loss[order])
+            assert torch.equal(
+                other.loss(
+                    masks[order],
+                    [(x[: n // 5], y[: n // 5]), (x[n // 5 :], y[n // 5 :])],
+                    progress=lambda *a: calls.append(a),
+                ),
+                loss[order],
+            )
             assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
             assert limit is None or 0 < other._network.taken() <= limit
             assert calls[-1][0] == calls[-1][1] == 6 * (n + 3 * n // 5 * (bn == "recalibrate"))
             other.memory_limit = None
             assert torch.equal(other.logits(masks[order], x), logits[order])
-            assert torch.equal(other.logits(masks[2], x[n // 4:n // 4 + 1]), logits[2:3, n // 4:n // 4 + 1])
+            assert torch.equal(other.logits(masks[2], x[n // 4 : n // 4 + 1]), logits[2:3, n // 4 : n // 4 + 1])
     finally:
         torch.set_num_threads(before)
     assert len(calls) > 10
@@ -248,15 +264,17 @@ def test_features(resnet, bn, device, request):
     x, masks = x[:30], masks[:3]
     e = make(resnet, bn=bn)
     n = len(resnet[1])
-    batches = [resnet[1][:2 * n // 5], resnet[1][2 * n // 5:3 * n // 5]]
+    batches = [resnet[1][: 2 * n // 5], resnet[1][2 * n // 5 : 3 * n // 5]]
     bn_of = (lambda small: small) if bn == "inherit" else (lambda small: recalibrated(small, batches))
     expected = [hooked(model, e.space, mask.cpu(), x, bn_of) for mask in masks]
     found = e.features(masks, x).cpu()
     for one, parts in zip(found, expected, strict=True):
         assert close(one, torch.cat(parts, 1), 1e-4)
     own = hooked(model, e.space, None, x, None)
-    errors = [sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(parts, own, strict=True)) / len(own)
-              for parts in expected]
+    errors = [
+        sum(float((a - b).square().sum() / b.square().sum()) for a, b in zip(parts, own, strict=True)) / len(own)
+        for parts in expected
+    ]
     close_to = torch.tensor(errors, dtype=torch.float64)
     assert torch.allclose(e.reconstruction(masks, (x, y[:30])), close_to, rtol=1e-3)
     assert bool((close_to > 0.1).all())
@@ -274,7 +292,7 @@ def test_structure_of_features(resnet, bn):
     e = make(resnet, bn=bn)
     pooled = lambda m, x: F.adaptive_avg_pool2d(m.layer3(m.layer2(m.layer1(F.relu(m.bn1(m.conv1(x)))))), 1).flatten(1)
     n = len(x)
-    batches = [x[:2 * n // 5], x[2 * n // 5:3 * n // 5]]
+    batches = [x[: 2 * n // 5], x[2 * n // 5 : 3 * n // 5]]
     with torch.no_grad():
         full = pooled(model, x).double()
         distance = torch.cdist(full, full)
@@ -290,8 +308,10 @@ def test_structure_of_features(resnet, bn):
             own = torch.zeros_like(full)
             op = [op for op in e.space.ops if op.kind == "linear"][-1]
             own[:, e.space.kept(op.inputs[0], mask)] = z
-            p, q = (torch.log_softmax(torch.exp(-(f[:, None] - f[near]).square().mean(2) / (2 * sigma)), 1)
-                    for f in (own, full))
+            p, q = (
+                torch.log_softmax(torch.exp(-(f[:, None] - f[near]).square().mean(2) / (2 * sigma)), 1)
+                for f in (own, full)
+            )
             expected.append(float((p.exp() * (p - q)).sum(1).mean()))
     found = e.lsp(masks, x)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-7)
@@ -424,7 +444,9 @@ def test_explain(resnet):
     assert "6 distinct individuals" in text and "layer2.0.conv2" in text and "last call" not in text
     total = next(line for line in text.splitlines() if line.startswith("total")).replace(",", "").split()[1:]
     distinct = torch.unique(masks, dim=0)
-    assert int(total[0]) == 6 * int(e.space.macs(e.space.ones(1))) and int(total[1]) == int(e.space.macs(distinct).sum())
+    assert int(total[0]) == 6 * int(e.space.macs(e.space.ones(1))) and int(total[1]) == int(
+        e.space.macs(distinct).sum()
+    )
     assert int(total[2]) < int(total[1])
     one = e.explain(masks[:1]).splitlines()
     total = next(line for line in one if line.startswith("total")).split()[1:]
@@ -442,23 +464,36 @@ def test_bad_masks_and_data(resnet):
     empty = masks.clone()
     empty[1, :16] = False
     for wrong, error, says in (
-            (masks.float(), TypeError, "torch.bool"), (masks[:, :-1], ValueError, r"\[P, 400\]"),
-            (masks[:0], ValueError, "P = 0"), (empty, ValueError, r"masks\[1\] leaves conv1 without any channel: use repair")):
+        (masks.float(), TypeError, "torch.bool"),
+        (masks[:, :-1], ValueError, r"\[P, 400\]"),
+        (masks[:0], ValueError, "P = 0"),
+        (empty, ValueError, r"masks\[1\] leaves conv1 without any channel: use repair"),
+    ):
         for call in (lambda m: e.logits(m, x), lambda m: e.accuracy(m, (x, y)), lambda m: e.agreement(m, x), e.explain):
             with pytest.raises(error, match=says):
                 call(wrong)
     for wrong, error, says in (
-            (x[:0], ValueError, "at least one image, got N = 0"), (x[:, :2], ValueError, r"\[N, 3, 16, 16\], got \[150, 2, 16, 16\]"),
-            (x[..., :15], ValueError, r"\[N, 3, 16, 16\]"), (x[0], ValueError, r"\[N, 3, 16, 16\]"), (x.double(), TypeError, "torch.float32 as the model is"),
-            (x.numpy(), TypeError, "must be a tensor, got ndarray"), (x.to("meta"), ValueError, "x .*must be on cpu as the model is, got meta")):
+        (x[:0], ValueError, "at least one image, got N = 0"),
+        (x[:, :2], ValueError, r"\[N, 3, 16, 16\], got \[150, 2, 16, 16\]"),
+        (x[..., :15], ValueError, r"\[N, 3, 16, 16\]"),
+        (x[0], ValueError, r"\[N, 3, 16, 16\]"),
+        (x.double(), TypeError, "torch.float32 as the model is"),
+        (x.numpy(), TypeError, "must be a tensor, got ndarray"),
+        (x.to("meta"), ValueError, "x .*must be on cpu as the model is, got meta"),
+    ):
         with pytest.raises(error, match=says):
             e.logits(masks, wrong)
         with pytest.raises(error, match=says):
             e.agreement(masks, [wrong])
     for wrong, error, says in (
-            ([], ValueError, "at least one batch"), (3, TypeError, "iterable, got int"), ([(x, y[:5])], ValueError, r"y of batches\[0\] must have shape \[150\]"),
-            ([(x, y), (x, y + 5)], ValueError, r"y of batches\[1\] must be in \[0, 9\], got 14"), ([(x, y - 1)], ValueError, "got -1"),
-            ([(x, y.float())], TypeError, r"y of batches\[0\] must be a torch.int64 tensor, got torch.float32"), ([x], TypeError, r"a pair \(x, y\)")):
+        ([], ValueError, "at least one batch"),
+        (3, TypeError, "iterable, got int"),
+        ([(x, y[:5])], ValueError, r"y of batches\[0\] must have shape \[150\]"),
+        ([(x, y), (x, y + 5)], ValueError, r"y of batches\[1\] must be in \[0, 9\], got 14"),
+        ([(x, y - 1)], ValueError, "got -1"),
+        ([(x, y.float())], TypeError, r"y of batches\[0\] must be a torch.int64 tensor, got torch.float32"),
+        ([x], TypeError, r"a pair \(x, y\)"),
+    ):
         with pytest.raises(error, match=says):
             e.accuracy(masks, wrong)
 
@@ -466,8 +501,10 @@ def test_bad_masks_and_data(resnet):
 def test_bad_construction(resnet):
     model, x = resnet[:2]
     for options, error, says in (
-            (dict(bn="fresh"), ValueError, 'bn must be "inherit" or "recalibrate"'), (dict(memory_limit=0), ValueError, "at least 1"),
-            (dict(memory_limit=1.5), TypeError, "memory_limit must be an int")):
+        (dict(bn="fresh"), ValueError, 'bn must be "inherit" or "recalibrate"'),
+        (dict(memory_limit=0), ValueError, "at least 1"),
+        (dict(memory_limit=1.5), TypeError, "memory_limit must be an int"),
+    ):
         with pytest.raises(error, match=says):
             PopulationEvaluator(model, x, **options)
     with pytest.raises(ValueError, match="evaluation mode, but bn1 is in training mode"):
@@ -525,7 +562,10 @@ def bilinear(self, x):
 
 
 REFUSED = {
-    "elu": (lambda self, x: tail(self, F.elu(self.a(x))), r"elu with {'alpha': 1.0} has no kernel in the population evaluator, elu .*test_evaluator.py:\d+"),
+    "elu": (
+        lambda self, x: tail(self, F.elu(self.a(x))),
+        r"elu with {'alpha': 1.0} has no kernel in the population evaluator, elu .*test_evaluator.py:\d+",
+    ),
     "softmax": (within_softmax, r"softmax inside the network .*test_evaluator.py:\d+: return self.fc\(F.softmax"),
     "bilinear": (bilinear, r"interpolate with .*'bilinear'.*test_evaluator.py:\d+"),
     "clamp": (lambda self, x: tail(self, self.a(x).clamp(-1, 1)), r"clamp with {'min': -1, 'max': 1}"),
@@ -538,7 +578,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     forward, says = REFUSED[name]
-    model = lively(Net(forward, a=conv(3, 6), r=nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"),
-                       e=nn.Conv2d(6, 6, 2, padding="same"), fc=nn.Linear(6, 5)))
+    model = lively(
+        Net(
+            forward,
+            a=conv(3, 6),
+            r=nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect"),
+            e=nn.Conv2d(6, 6, 2, padding="same"),
+            fc=nn.Linear(6, 5),
+        )
+    )
     with pytest.raises(UnsupportedModelError, match=says):
         PopulationEvaluator(model, IMAGES)

@@ -68,8 +68,17 @@ def strings(sizes):
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 11, 3), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(11 * 4, 9), nn.ReLU(), nn.Linear(9, 5)).eval()
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 11, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(11 * 4, 9),
+        nn.ReLU(),
+        nn.Linear(9, 5),
+    ).eval()
 
 
 def images(n=60):
@@ -101,7 +110,8 @@ def test_segments(genes, poisoned):
     assert ((padded == 1).sum(1) == 1).all()  # in one piece
     if genes <= 9:
         pairs, counts = torch.stack(((padded == 1).int().argmax(1), (padded == -1).int().argmax(1)), 1).unique(
-            dim=0, return_counts=True)
+            dim=0, return_counts=True
+        )
         assert len(pairs) == genes * (genes + 1) // 2
         expected = 20_000 / len(pairs)
         assert (counts - expected).abs().max() < 5 * expected**0.5
@@ -114,7 +124,7 @@ def test_patterns_of_crossover():
     whole = drawn(operators.groupwise(4000, space, seeded(), CPU), 4000, 39)
     assert len(whole.unique(dim=0)) == 16
     for g in space.groups:
-        part = whole[:, g.start:g.start + g.size]
+        part = whole[:, g.start : g.start + g.size]
         assert (part.all(1) | ~part.any(1)).all() and abs(float(part.double().mean()) - 0.5) < 0.05
 
 
@@ -246,8 +256,9 @@ def test_both_children_are_kept():
     masks = operators.initial(9, 40, 0.5, seeded(3))
     score = torch.rand(9, dtype=torch.float64, generator=seeded())
     for by in operators.CROSSOVERS:
-        children = ECS(copy=0, crossover=1, mutation=0, crossover_by=by).ask(Limits(strings([10] * 4)), masks,
-                                                                             scores_of(score), seeded(1))
+        children = ECS(copy=0, crossover=1, mutation=0, crossover_by=by).ask(
+            Limits(strings([10] * 4)), masks, scores_of(score), seeded(1)
+        )
         assert torch.equal(children[0], masks[score.argmax()])
         sums = {tuple((a.int() + b.int()).tolist()) for a, b in itertools.product(masks, masks)}
         for a, b in zip(children[1::2], children[2::2], strict=True):
@@ -255,9 +266,21 @@ def test_both_children_are_kept():
         assert not torch.equal(children[1], children[2])
 
 
-@pytest.mark.parametrize("algorithm", [ECS(elites=3), ECS(mutation_by="bit", selection="rank", crossover_by="group"), GA(elites=3),
-                                       GA(rates="adaptive", selection="roulette", crossover_by="two_point"), NSGA2(), Random(),
-                                       GA(genome="widths"), GA(genome="widths", rates="adaptive"), NSGA2(genome="widths"), Random(genome="widths")])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        ECS(elites=3),
+        ECS(mutation_by="bit", selection="rank", crossover_by="group"),
+        GA(elites=3),
+        GA(rates="adaptive", selection="roulette", crossover_by="two_point"),
+        NSGA2(),
+        Random(),
+        GA(genome="widths"),
+        GA(genome="widths", rates="adaptive"),
+        NSGA2(genome="widths"),
+        Random(genome="widths"),
+    ],
+)
 def test_algorithms(algorithm, poisoned, monkeypatch):
     """The same for every block size and on every call with the same seed; elites first."""
     space = strings([40, 3, 60])
@@ -333,18 +356,21 @@ def test_a_weighed_cost_leaves_the_budget_unspent(resnet):
     assert left[0] > 0.45 and left[1] < 0.1
 
 
-@pytest.mark.parametrize("make, told", [
-    (lambda: ECS(copy=0.5), r"copy \+ crossover \+ mutation must be 1, got 0.5 \+ 0.7 \+ 0.1"),
-    (lambda: ECS(selection="best"), "selection must be one of roulette, rank, tournament, got 'best'"),
-    (lambda: ECS(mutation_by="x"), "mutation_by must be one of segment, bit, got 'x'"),
-    (lambda: GA(crossover_by="one"), "crossover_by must be one of two_point, uniform, group, got 'one'"),
-    (lambda: GA(rates="x"), "rates must be one of constant, adaptive"),
-    (lambda: GA(rate=2), r"rate must be in \[0, 1\], got 2"),
-    (lambda: GA(elites=-1), "elites must be at least 0, got -1"),
-    (lambda: Random(density="half"), "density must be one of random, got 'half'"),
-    (lambda: NSGA2(genome="width"), "genome must be one of filters, widths, got 'width'"),
-    (lambda: GA(spread=-1), r"spread must be in \[0, 10\], got -1"),
-])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (lambda: ECS(copy=0.5), r"copy \+ crossover \+ mutation must be 1, got 0.5 \+ 0.7 \+ 0.1"),
+        (lambda: ECS(selection="best"), "selection must be one of roulette, rank, tournament, got 'best'"),
+        (lambda: ECS(mutation_by="x"), "mutation_by must be one of segment, bit, got 'x'"),
+        (lambda: GA(crossover_by="one"), "crossover_by must be one of two_point, uniform, group, got 'one'"),
+        (lambda: GA(rates="x"), "rates must be one of constant, adaptive"),
+        (lambda: GA(rate=2), r"rate must be in \[0, 1\], got 2"),
+        (lambda: GA(elites=-1), "elites must be at least 0, got -1"),
+        (lambda: Random(density="half"), "density must be one of random, got 'half'"),
+        (lambda: NSGA2(genome="width"), "genome must be one of filters, widths, got 'width'"),
+        (lambda: GA(spread=-1), r"spread must be in \[0, 10\], got -1"),
+    ],
+)
 def test_wrong_options(make, told):
     with pytest.raises(ValueError, match=told):
         make()
@@ -384,7 +410,11 @@ def crowding_in_plain_python(points, front):
 def clouds():
     g = seeded()
     for n, k, ties in itertools.product((1, 2, 40), (1, 2, 3), (False, True)):
-        yield torch.randint(5, (n, k), generator=g).double() if ties else torch.rand(n, k, generator=g, dtype=torch.float64)
+        yield (
+            torch.randint(5, (n, k), generator=g).double()
+            if ties
+            else torch.rand(n, k, generator=g, dtype=torch.float64)
+        )
 
 
 def test_fronts_and_crowding():
@@ -446,7 +476,9 @@ def test_survivors_of_pymoo():
     for seed in range(20):
         points = torch.rand(50, 2, generator=seeded(seed), dtype=torch.float64)
         pop = Population.new(X=np.arange(50)[:, None], F=points.numpy(), G=np.zeros((50, 0)), H=np.zeros((50, 0)))
-        theirs = RankAndCrowding().do(Problem(n_var=1, n_obj=2), pop, n_survive=25, random_state=np.random.default_rng(0))
+        theirs = RankAndCrowding().do(
+            Problem(n_var=1, n_obj=2), pop, n_survive=25, random_state=np.random.default_rng(0)
+        )
         front = nondominated_sort(points)
         distance = crowding_distance(points, front)
         # Between equal distances (the two ends of a front) theirs draws.
@@ -472,7 +504,7 @@ def repaired_in_plain_python(space, limits, mask, budget, k_min):
     for g in space.groups:
         own = range(g.start, g.start + g.size)
         for gene in sorted(own, key=lambda i: (-space.l1[i], -i)):
-            if int(mask[g.start:g.start + g.size].sum()) < min(k_min, g.size):
+            if int(mask[g.start : g.start + g.size].sum()) < min(k_min, g.size):
                 mask[gene] = True
     full = {name: int(getattr(space, name)(space.ones(1))) for name in budget}
     of = {i: g for g in space.groups for i in range(g.start, g.start + g.size)}
@@ -485,14 +517,16 @@ def repaired_in_plain_python(space, limits, mask, budget, k_min):
         if all(int(getattr(space, name)(mask)) <= fraction * full[name] for name, fraction in budget.items()):
             break
         g = of[gene]
-        own = mask[g.start:g.start + g.size]
+        own = mask[g.start : g.start + g.size]
         stronger = [i for i in range(g.start, g.start + g.size) if mask[i] and place[i] > place[gene]]
         if mask[gene] and len(stronger) >= k_min and int(own.sum()) > k_min:
             mask[gene] = False
     return mask
 
 
-@pytest.mark.parametrize("budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3), ({}, 4)])
+@pytest.mark.parametrize(
+    "budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3), ({}, 4)]
+)
 def test_repair(evaluator, budget, k_min):
     space = evaluator.space
     limits = Limits(space, budget, k_min)
@@ -528,14 +562,22 @@ def test_repair_of_a_residual_network(resnet, fraction):
 
 def scaled_in_plain_python(limits, widths, up):
     """From one factor at which a width changes to the next, while the budgets hold."""
-    at = lambda f: torch.tensor([min(max(int(w * f + 0.5 + 1e-9), least), size) for w, least, size in
-                                 zip(widths, limits.least.tolist(), limits.sizes.tolist(), strict=True)])
-    ends = sorted((k - 0.5) / w for w, size in zip(widths, limits.sizes.tolist(), strict=True) for k in range(1, size + 1))
+    at = lambda f: torch.tensor(
+        [
+            min(max(int(w * f + 0.5 + 1e-9), least), size)
+            for w, least, size in zip(widths, limits.least.tolist(), limits.sizes.tolist(), strict=True)
+        ]
+    )
+    ends = sorted(
+        (k - 0.5) / w for w, size in zip(widths, limits.sizes.tolist(), strict=True) for k in range(1, size + 1)
+    )
     steps = torch.stack([at(f) for f in [0, *ends] if up or f <= 1])
     return steps[max(int((~limits.within(steps)).cumsum(0).eq(0).sum()) - 1, 0)]
 
 
-@pytest.mark.parametrize("budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3)])
+@pytest.mark.parametrize(
+    "budget, k_min", [({"macs": 0.3}, 1), ({"parameters": 0.25, "macs": 0.5}, 2), ({"filters": 0.5}, 3)]
+)
 @pytest.mark.parametrize("up", [False, True])
 def test_widths_scaled_to_a_budget(evaluator, resnet, budget, k_min, up):
     for space in (evaluator.space, resnet):
@@ -559,7 +601,7 @@ def test_the_widest_by_norm(resnet):
     assert torch.equal(limits.counts(masks), counts)
     for mask in masks:
         for g in resnet.groups:
-            own, kept = norm[g.start:g.start + g.size], mask[g.start:g.start + g.size]
+            own, kept = norm[g.start : g.start + g.size], mask[g.start : g.start + g.size]
             assert kept.all() or not kept.any() or own[kept].min() >= own[~kept].max()
 
 
@@ -579,14 +621,19 @@ def test_costs_by_counts(evaluator, resnet):
 
 def test_a_budget_that_no_mask_can_meet(evaluator):
     space = evaluator.space
-    with pytest.raises(ValueError, match=r"budget\['macs'\] = 0.001 \(.*can be met by no mask.*least possible is "
-                                         r"([\d,]+), a fraction of ([\d.]+)") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"budget\['macs'\] = 0.001 \(.*can be met by no mask.*least possible is "
+        r"([\d,]+), a fraction of ([\d.]+)",
+    ) as caught:
         Limits(space, {"macs": 0.001})
     fraction = float(str(caught.value).split()[-1])
     least = Limits(space, {"macs": fraction}).repair(space.ones(1))
     assert least.sum() == len(space.groups) and f"{int(space.macs(least)):,}" in str(caught.value)
-    for budget, told in (({"flops": 0.5}, "budget must be of filters, parameters, macs, got 'flops'"),
-                         ({"macs": 40}, r"budget\['macs'\] must be in \(0, 1\].*got 40")):
+    for budget, told in (
+        ({"flops": 0.5}, "budget must be of filters, parameters, macs, got 'flops'"),
+        ({"macs": 40}, r"budget\['macs'\] must be in \(0, 1\].*got 40"),
+    ):
         with pytest.raises(ValueError, match=told):
             Limits(space, budget)
     with pytest.raises(TypeError, match=r"budget\['macs'\] must be a number, got '40%'"):
@@ -599,7 +646,7 @@ def test_uniform_l1(resnet):
     masks = uniform_l1(resnet, torch.tensor([0.0, 0.5, 1.0]), k_min=2)
     assert masks.shape == (3, resnet.num_genes) and masks[2].all()
     for g in resnet.groups:
-        own, l1 = masks[:, g.start:g.start + g.size], resnet.l1[g.start:g.start + g.size]
+        own, l1 = masks[:, g.start : g.start + g.size], resnet.l1[g.start : g.start + g.size]
         assert own.sum(1).tolist() == [2, g.size // 2, g.size]
         assert l1[own[1]].min() >= l1[~own[1]].max()
     assert torch.equal(uniform_l1(resnet, 0.5)[0], masks[1])
@@ -630,8 +677,14 @@ def test_global_norm():
     space = trace(model, torch.zeros(2, 2, 2, 2))
     s = {name: p.detach().double().square() for name, p in model.named_parameters()}
     # b makes the same channels as a, and a filter of wise is the channel that it reads.
-    of_a = [s["a.weight"].sum((1, 2, 3)), s["norm.weight"], s["wise.weight"].sum((1, 2, 3)),
-            s["b.weight"].sum((0, 2, 3)), s["b.weight"].sum((1, 2, 3)), s["fc1.weight"].reshape(5, 6, 4).sum((0, 2))]
+    of_a = [
+        s["a.weight"].sum((1, 2, 3)),
+        s["norm.weight"],
+        s["wise.weight"].sum((1, 2, 3)),
+        s["b.weight"].sum((0, 2, 3)),
+        s["b.weight"].sum((1, 2, 3)),
+        s["fc1.weight"].reshape(5, 6, 4).sum((0, 2)),
+    ]
     norms = {"a": torch.stack(of_a).mean(0), "fc1": (s["fc1.weight"].sum(1) + s["fc2.weight"].sum(0)) / 2}
     want = torch.cat([norms[g.name] / norms[g.name].mean() for g in space.groups])
     assert [g.name for g in space.groups] == ["a", "fc1"]
@@ -639,7 +692,7 @@ def test_global_norm():
         mask = global_norm(space, count / space.num_genes, k_min=0)[0]
         assert torch.equal(mask, want >= want.sort(descending=True).values[count - 1] if count else want > want.max())
     for power in (0.5, 1):  # the channels of a, on which most depends, stay the longest
-        own = want * torch.tensor([6.0] * 6 + [2.0] * 5)**power
+        own = want * torch.tensor([6.0] * 6 + [2.0] * 5) ** power
         for count in range(1, space.num_genes + 1):
             mask = global_norm(space, count / space.num_genes, k_min=0, coupled=power)[0]
             assert torch.equal(mask, own >= own.sort(descending=True).values[count - 1])
@@ -714,19 +767,25 @@ def test_latency_as_a_cost(evaluator):
     assert result.full_cost > 0 and result.front.cost.shape == result.front.score.shape
 
 
-@pytest.mark.parametrize("make, told", [
-    (lambda: Fitness("f1", images()), "quality must be one of accuracy, loss, agreement, reconstruction, lsp, or a callable, got 'f1'"),
-    (lambda: Fitness("loss"), "quality = 'loss' needs batches: a fitness split, apart from the validation split"),
-    (lambda: Fitness("loss", []), "batches must have at least one batch of the fitness split, got none"),
-    (lambda: Fitness(len, images()), "batches are for a quality by name"),
-    (lambda: Fitness("loss", images(), cost="flops"), "cost must be one of filters, parameters, macs.*got 'flops'"),
-    (lambda: Fitness("loss", images(), weight=1), "weight = 1 needs a cost"),
-    (lambda: Fitness("loss", images(), weight=-1, cost="macs"), "weight must be at least 0 and finite, got -1"),
-    (lambda: Fitness("loss", images(), form="sum"), "form must be 'removed' or 'cost', got 'sum'"),
-    (lambda: Fitness("loss", images(), rotate=61), r"rotate must be in \[1, 60\], the images of batches, got 61"),
-    (lambda: Fitness("loss", images(), rotate=0), r"rotate must be in \[1, 60\], the images of batches, got 0"),
-    (lambda: Fitness(len, rotate=3), "rotate = 3 is for a quality by name"),
-])
+@pytest.mark.parametrize(
+    "make, told",
+    [
+        (
+            lambda: Fitness("f1", images()),
+            "quality must be one of accuracy, loss, agreement, reconstruction, lsp, or a callable, got 'f1'",
+        ),
+        (lambda: Fitness("loss"), "quality = 'loss' needs batches: a fitness split, apart from the validation split"),
+        (lambda: Fitness("loss", []), "batches must have at least one batch of the fitness split, got none"),
+        (lambda: Fitness(len, images()), "batches are for a quality by name"),
+        (lambda: Fitness("loss", images(), cost="flops"), "cost must be one of filters, parameters, macs.*got 'flops'"),
+        (lambda: Fitness("loss", images(), weight=1), "weight = 1 needs a cost"),
+        (lambda: Fitness("loss", images(), weight=-1, cost="macs"), "weight must be at least 0 and finite, got -1"),
+        (lambda: Fitness("loss", images(), form="sum"), "form must be 'removed' or 'cost', got 'sum'"),
+        (lambda: Fitness("loss", images(), rotate=61), r"rotate must be in \[1, 60\], the images of batches, got 61"),
+        (lambda: Fitness("loss", images(), rotate=0), r"rotate must be in \[1, 60\], the images of batches, got 0"),
+        (lambda: Fitness(len, rotate=3), "rotate = 3 is for a quality by name"),
+    ],
+)
 def test_a_wrong_fitness(make, told):
     with pytest.raises(ValueError, match=told):
         make()
@@ -736,18 +795,32 @@ class Kept(Random):
     name, replayed = "kept", True
 
 
-@pytest.mark.parametrize("options, error, told", [
-    (dict(algorithm="cmaes"), ValueError, "algorithm must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, or an Algorithm, got 'cmaes'"),
-    (dict(algorithm="nsga2", fitness=Fitness("loss", images())), ValueError, "'nsga2' weighs the quality against a cost"),
-    (dict(population=0), ValueError, "population must be at least 1, got 0"),
-    (dict(generations=2.5), TypeError, "generations must be an int, got 2.5"),
-    (dict(fitness="accuracy"), TypeError, "fitness must be a Fitness or a callable, got str"),
-    (dict(algorithm=Kept(), fitness=Fitness("loss", images(), rotate=9)), ValueError,
-     "fitness must be without rotate for algorithm 'kept', which keeps scores of other generations, got rotate = 9"),
-    (dict(evaluator=3), TypeError, "evaluator must be a PopulationEvaluator.*got int"),
-    (dict(fitness=lambda m: m), ValueError, r"quality must return a tensor of shape \[4\], got \[4, 26\]"),
-    (dict(fitness=lambda m: 1.0), TypeError, r"quality must return a tensor of shape \[4\], got float"),
-])
+@pytest.mark.parametrize(
+    "options, error, told",
+    [
+        (
+            dict(algorithm="cmaes"),
+            ValueError,
+            "algorithm must be one of ecs, ga, ga-widths, nsga2, nsga2-widths, random, random-widths, or an Algorithm, got 'cmaes'",
+        ),
+        (
+            dict(algorithm="nsga2", fitness=Fitness("loss", images())),
+            ValueError,
+            "'nsga2' weighs the quality against a cost",
+        ),
+        (dict(population=0), ValueError, "population must be at least 1, got 0"),
+        (dict(generations=2.5), TypeError, "generations must be an int, got 2.5"),
+        (dict(fitness="accuracy"), TypeError, "fitness must be a Fitness or a callable, got str"),
+        (
+            dict(algorithm=Kept(), fitness=Fitness("loss", images(), rotate=9)),
+            ValueError,
+            "fitness must be without rotate for algorithm 'kept', which keeps scores of other generations, got rotate = 9",
+        ),
+        (dict(evaluator=3), TypeError, "evaluator must be a PopulationEvaluator.*got int"),
+        (dict(fitness=lambda m: m), ValueError, r"quality must return a tensor of shape \[4\], got \[4, 26\]"),
+        (dict(fitness=lambda m: 1.0), TypeError, r"quality must return a tensor of shape \[4\], got float"),
+    ],
+)
 def test_wrong_arguments(evaluator, options, error, told):
     with pytest.raises(error, match=told):
         evolve(**{"evaluator": evaluator, "fitness": lambda m: m.sum(1), "population": 4, "generations": 1, **options})
@@ -799,7 +872,9 @@ def test_runs(evaluator, algorithm):
     assert volumes == sorted(volumes) and 0 < volumes[0] < 1
     accuracy = evaluator.accuracy(result.best[None], images())
     assert float(accuracy) == result.best_quality
-    assert float(accuracy + 0.2 * (1 - evaluator.space.macs(result.best) / limits.full["macs"])) == pytest.approx(result.best_score)
+    assert float(accuracy + 0.2 * (1 - evaluator.space.macs(result.best) / limits.full["macs"])) == pytest.approx(
+        result.best_score
+    )
     front = result.front
     assert (front.cost.diff() > 0).all() and (front.quality.diff() > 0).all()
     assert torch.equal(front.cost, evaluator.space.macs(front.masks).double())
@@ -866,15 +941,25 @@ def test_survivors_are_measured_anew(evaluator, monkeypatch):
     monkeypatch.setattr(NSGA2, "tell", tells)
     result = run(evaluator, fitness=rotating(), algorithm="nsga2")
     assert len(asked) == len(set(asked)) == result.evaluations
-    assert list(dict.fromkeys((at, n) for _, at, n in asked)) == [(0, 25), (25, 25), (50, 25), (15, 25), (40, 25), (5, 25), (0, 60)]
+    assert list(dict.fromkeys((at, n) for _, at, n in asked)) == [
+        (0, 25),
+        (25, 25),
+        (50, 25),
+        (15, 25),
+        (40, 25),
+        (5, 25),
+        (0, 60),
+    ]
     for generation, (masks, quality) in enumerate(told_of, 1):
         assert torch.equal(quality, evaluator.loss(masks, part(generation)))
 
 
 @pytest.mark.parametrize("algorithm", ["ecs", "nsga2"])
 def test_all_images_in_every_generation(evaluator, algorithm):
-    assert_same(run(evaluator, fitness=rotating(60), algorithm=algorithm),
-                run(evaluator, fitness=rotating(None), algorithm=algorithm))
+    assert_same(
+        run(evaluator, fitness=rotating(60), algorithm=algorithm),
+        run(evaluator, fitness=rotating(None), algorithm=algorithm),
+    )
 
 
 @pytest.mark.parametrize("quality", ["agreement", "reconstruction", "lsp"])
@@ -947,8 +1032,11 @@ def test_given_individuals_come_first(evaluator, tmp_path, algorithm):
     whole = run(evaluator, tmp_path, algorithm=algorithm, initial=given, callback=callback)
     repaired = Limits(space, {"macs": 0.6}).repair(given)
     assert all((seen[0] == mask).all(1).any() for mask in repaired)
-    assert whole.best_score >= float(fitness_of().scores(fitness_of().measure(evaluator, Limits(space), repaired),
-                                                         float(Limits(space).full["macs"])).score.max())
+    assert whole.best_score >= float(
+        fitness_of()
+        .scores(fitness_of().measure(evaluator, Limits(space), repaired), float(Limits(space).full["macs"]))
+        .score.max()
+    )
     with pytest.raises(CheckpointError, match=r"initial is '.*' there and None here"):
         run(evaluator, tmp_path, algorithm=algorithm)
     with pytest.raises(ValueError, match="initial must have at most population = 8 individuals, got 9"):
@@ -974,7 +1062,11 @@ def test_history_and_curves(evaluator, tmp_path, capsys):
     assert seen == [1, 2, 3, 4, 5, 6]
     lines = (tmp_path / "a/history.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == result.history
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"checkpoint.safetensors", "previous.safetensors", "history.jsonl"}
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "checkpoint.safetensors",
+        "previous.safetensors",
+        "history.jsonl",
+    }
     assert "best" in capsys.readouterr().out
     genes = evaluator.space.num_genes
     masks = [np.unpackbits(np.frombuffer(bytes.fromhex(r["mask"]), np.uint8), count=genes) for r in result.history]
@@ -1016,7 +1108,9 @@ def test_resumed_is_bit_for_bit_the_unbroken_run(evaluator, tmp_path, algorithm,
     assert evaluator.stats.asked == asked
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == again.history
     assert_same(whole, run(algorithm=algorithm, directory=tmp_path))  # nothing left to do
-    assert_same(run(evaluator, algorithm=algorithm, generations=8), run(algorithm=algorithm, directory=tmp_path, generations=8))
+    assert_same(
+        run(evaluator, algorithm=algorithm, generations=8), run(algorithm=algorithm, directory=tmp_path, generations=8)
+    )
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -1041,14 +1135,21 @@ while True:
 print(kills)
 """
     folder = tmp_path / "b"
-    done = subprocess.run([sys.executable, "-c", code, str(folder), os.path.dirname(__file__)], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), os.path.dirname(__file__)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 3
     parts, history = torch.load(folder / "final.pt")
     expected, theirs = told(run(generations=120))
     assert history == theirs
-    assert all(torch.equal(x, expected[k]) if isinstance(x, torch.Tensor) else x == expected[k] for k, x in parts.items())
+    assert all(
+        torch.equal(x, expected[k]) if isinstance(x, torch.Tensor) else x == expected[k] for k, x in parts.items()
+    )
 
 
 def test_a_changed_configuration_is_refused(evaluator, tmp_path):
@@ -1060,9 +1161,18 @@ def test_a_changed_configuration_is_refused(evaluator, tmp_path):
     x, y = images()
     for options, message in [
         (dict(seed=3), "seed is 0 there and 3 here"),
-        (dict(algorithm=ECS(copy=0.1, crossover=0.8)), "algorithm.copy is 0.2 there and 0.1 here; algorithm.crossover is 0.7 there and 0.8"),
-        (dict(fitness=fitness_of(weight=0.3, budget={"macs": 0.5})), "fitness.weight is 0.2 there and 0.3 here; fitness.budget.macs is 0.6 there"),
-        (dict(fitness=Fitness("accuracy", (x, 4 - y), cost="macs", weight=0.2, budget={"macs": 0.6})), "fitness.data is '.*' there"),
+        (
+            dict(algorithm=ECS(copy=0.1, crossover=0.8)),
+            "algorithm.copy is 0.2 there and 0.1 here; algorithm.crossover is 0.7 there and 0.8",
+        ),
+        (
+            dict(fitness=fitness_of(weight=0.3, budget={"macs": 0.5})),
+            "fitness.weight is 0.2 there and 0.3 here; fitness.budget.macs is 0.6 there",
+        ),
+        (
+            dict(fitness=Fitness("accuracy", (x, 4 - y), cost="macs", weight=0.2, budget={"macs": 0.6})),
+            "fitness.data is '.*' there",
+        ),
         (dict(evaluator=PopulationEvaluator(model, x)), "evaluator.weights is '.*' there and '.*' here"),
         (dict(generations=1), "has 2 generations already, but generations = 1"),
     ]:
@@ -1077,7 +1187,7 @@ def truncated(content):
 
 def flipped(content):
     at = len(content) - 20
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize("damage", [truncated, flipped, lambda content: b""])
@@ -1087,7 +1197,9 @@ def test_a_damaged_checkpoint_falls_back(evaluator, tmp_path, damage):
     file = tmp_path / "checkpoint.safetensors"
     bad = damage(file.read_bytes())
     file.write_bytes(bad)
-    with pytest.warns(RuntimeWarning, match=r"checkpoint.safetensors is .*Going on from .*previous.safetensors, generation 3"):
+    with pytest.warns(
+        RuntimeWarning, match=r"checkpoint.safetensors is .*Going on from .*previous.safetensors, generation 3"
+    ):
         assert_same(run(evaluator, tmp_path), whole)
     assert (tmp_path / "damaged.safetensors").read_bytes() == bad
     for name in ("checkpoint", "previous"):
@@ -1116,7 +1228,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(evaluator, tmp_path, monkeypatch
             kept.append(file.read_bytes())
             monkeypatch.setattr(safetensors.torch, "save_file", full)
 
-    with pytest.raises(CheckpointError, match=r"could not be written .*No space left.* is whole.*goes on from the last"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be written .*No space left.* is whole.*goes on from the last"
+    ):
         run(evaluator, tmp_path, callback=callback)
     monkeypatch.undo()
     assert [file.read_bytes()] == kept and checkpoint.load(file)[1]["generation"] == 3
@@ -1146,8 +1260,11 @@ def test_a_fitness_that_is_no_number(evaluator, tmp_path):
             out[1] = float("nan")
         return out
 
-    with pytest.raises(FitnessError, match=r"individual (\d+) of generation 3 \(mask ([0-9a-f]{12}), (\d+) of 26 genes\) has no "
-                                           r"finite fitness: quality = nan; the checkpoint of generation 2 is whole") as caught:
+    with pytest.raises(
+        FitnessError,
+        match=r"individual (\d+) of generation 3 \(mask ([0-9a-f]{12}), (\d+) of 26 genes\) has no "
+        r"finite fitness: quality = nan; the checkpoint of generation 2 is whole",
+    ) as caught:
         evolve(evaluator.space, broken, "random", 8, 6, checkpoint=tmp_path)
     assert f"{int(calls[2][1].sum())} of 26 genes" in str(caught.value)
     assert checkpoint.load(tmp_path / "checkpoint.safetensors")[1]["generation"] == 2
@@ -1159,6 +1276,7 @@ def test_a_fitness_that_is_no_number(evaluator, tmp_path):
 
 def test_ctrl_c(evaluator, tmp_path):
     """The generation is finished, and a checkpoint written."""
+
     def callback(latest):
         if latest.generation == 2:
             signal.raise_signal(signal.SIGINT)
@@ -1187,7 +1305,9 @@ def test_an_algorithm_of_pymoo(evaluator, tmp_path):
     theirs = Pymoo(from_pymoo())
     whole = run(evaluator, algorithm=theirs)
     assert_same(whole, run(evaluator, algorithm=theirs))  # it can be used again
-    assert whole.population.masks.shape == (8, 26) and whole.history[-1]["hypervolume"] > whole.history[0]["hypervolume"]
+    assert (
+        whole.population.masks.shape == (8, 26) and whole.history[-1]["hypervolume"] > whole.history[0]["hypervolume"]
+    )
     assert Limits(evaluator.space, {"macs": 0.6}).within(Limits(evaluator.space).counts(whole.population.masks)).all()
     with pytest.raises(Stopped):
         run(evaluator, tmp_path, algorithm=Pymoo(from_pymoo()), callback=stopping(3))
@@ -1205,7 +1325,12 @@ def test_a_single_objective_of_pymoo(evaluator):
     from pymoo.algorithms.soo.nonconvex.ga import GA as Theirs
 
     like = from_pymoo()
-    theirs = Theirs(pop_size=8, sampling=like.initialization.sampling, crossover=like.mating.crossover, mutation=like.mating.mutation)
+    theirs = Theirs(
+        pop_size=8,
+        sampling=like.initialization.sampling,
+        crossover=like.mating.crossover,
+        mutation=like.mating.mutation,
+    )
     result = run(evaluator, algorithm=Pymoo(theirs, objectives="score"), generations=8)
     assert result.history[-1]["best"] > result.history[0]["best"]
 
@@ -1228,11 +1353,16 @@ def on_every_rank(folder):
     """Under torchrun's variables: a whole run, one that a rank stops, a fitness that is no number."""
     torch.set_num_threads(1)
     world = World.from_environment()
-    torch.save({(name, n): told(run(algorithm=name, fitness=rotating(n), world=world)) for name, n in RANKED},
-               f"{folder}/{world.rank}.pt")
+    torch.save(
+        {(name, n): told(run(algorithm=name, fitness=rotating(n), world=world)) for name, n in RANKED},
+        f"{folder}/{world.rank}.pt",
+    )
     try:
-        run(directory=f"{folder}/stopped", world=world,
-            callback=lambda latest: stopping(2)(latest) if world.rank == world.size - 1 else None)
+        run(
+            directory=f"{folder}/stopped",
+            world=world,
+            callback=lambda latest: stopping(2)(latest) if world.rank == world.size - 1 else None,
+        )
     except Stopped as stop:
         (folder / f"stopped-{world.rank}.txt").write_text(str(stop))
     messages = []

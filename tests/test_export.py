@@ -103,10 +103,14 @@ def test_int8(net, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net-int8.onnx", "net.onnx"]
 
 
-@pytest.mark.parametrize(("calibration", "told"), [
-    (X[:0], r"got float32 \[0, 2, 8, 10\]"), (X[0], r"got float32 \[2, 8, 10\]"), (X.double(), "got float64")])
+@pytest.mark.parametrize(
+    ("calibration", "told"),
+    [(X[:0], r"got float32 \[0, 2, 8, 10\]"), (X[0], r"got float32 \[2, 8, 10\]"), (X.double(), "got float64")],
+)
 def test_calibration_that_is_none(net, tmp_path, calibration, told):
-    with pytest.raises(ValueError, match=rf"calibration must be float32 \[n, C, H, W\] with at least one image, {told}"):
+    with pytest.raises(
+        ValueError, match=rf"calibration must be float32 \[n, C, H, W\] with at least one image, {told}"
+    ):
         export.to_int8(tmp_path / "net.onnx", tmp_path / "int8.onnx", calibration)
 
 

@@ -164,8 +164,10 @@ def test_knn_against_brute_force():
     clouds = Graph.from_knn(x.reshape(3, 20, 3), 4)
     assert torch.equal(clouds.col, Graph.from_knn(x, 4, torch.arange(3).repeat_interleave(20)).col)
     far = Graph.from_knn(x.float() + 1e4, 5)  # centring keeps the differences of squares exact enough
-    assert (far.col.reshape(60, 5).long() == distance.fill_diagonal_(torch.inf).topk(
-        5, largest=False).indices.sort(1).values).float().mean() > 0.9
+    assert (
+        far.col.reshape(60, 5).long()
+        == distance.fill_diagonal_(torch.inf).topk(5, largest=False).indices.sort(1).values
+    ).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -237,12 +239,23 @@ E_ = torch.tensor([[0, 1], [1, 0]])
         (lambda: Graph.from_knn(torch.ones(4, dtype=torch.int64), 1), TypeError, "x must be a floating-point"),
         (lambda: Graph.from_knn(torch.randn(4), 1), ValueError, "x must have shape"),
         (lambda: Graph.from_knn(torch.full((4, 2), torch.nan), 1), ValueError, "x must be finite"),
-        (lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([1, 0, 0, 0])), ValueError, "batch must be ascending"),
-        (lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([0, 0])), ValueError, r"batch must have shape \[4\]"),
+        (
+            lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([1, 0, 0, 0])),
+            ValueError,
+            "batch must be ascending",
+        ),
+        (
+            lambda: Graph.from_knn(torch.randn(4, 2), 1, torch.tensor([0, 0])),
+            ValueError,
+            r"batch must have shape \[4\]",
+        ),
         (lambda: Graph.from_edge_index(E_, 2).union(Graph.from_edge_index(E_, 3)), ValueError, "graphs of one size"),
         (lambda: Graph.from_edge_index(E_, 2).union(E_), TypeError, "other must be a fastkd.Graph"),
-        (lambda: lsp_loss(torch.randn(3, 2), torch.randn(3, 2), torch.eye(4).to_sparse_csr()), ValueError,
-         r"sparse graph has shape \(4, 4\)"),
+        (
+            lambda: lsp_loss(torch.randn(3, 2), torch.randn(3, 2), torch.eye(4).to_sparse_csr()),
+            ValueError,
+            r"sparse graph has shape \(4, 4\)",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):

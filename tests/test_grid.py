@@ -46,8 +46,9 @@ def plan_of(folder, text):
 def table_of(folder, title):
     """Row -> heading -> text, of one experiment."""
     (part,) = [p for p in (folder / "RESULTS.md").read_text().split("## ") if p.startswith(title)]
-    head, rule, *rows = [[c.strip() for c in line[1:-1].split("|")] for line in part.splitlines()
-                         if line.startswith("|")]
+    head, rule, *rows = [
+        [c.strip() for c in line[1:-1].split("|")] for line in part.splitlines() if line.startswith("|")
+    ]
     assert {len(r) for r in (rule, *rows)} == {len(head)}
     return {row[0]: dict(zip(head[1:], row[1:], strict=True)) for row in rows}
 
@@ -85,15 +86,37 @@ def record(config, seed):
         stages["finetuned"] = {"val": 97.0, "test": 96.0 + 2 * seed}
     shared = {"peak_memory_mb": {"1": 1.0, "64": 2.0}, "bytes": 1, "seconds": 1.0, "history": []}
     return {
-        "schema": 1, "kind": "compress", "seed": seed, "config": config.model_dump(), "score": "accuracy",
+        "schema": 1,
+        "kind": "compress",
+        "seed": seed,
+        "config": config.model_dump(),
+        "score": "accuracy",
         "environment": {"threads": 1},
-        "dense": {"val": 98.5, "test": 99.0 - seed, "parameters": 431_080, "macs": 2_290_000,
-                  "latency_ms": {"1": 3.0, "64": 60.0}, **shared},
-        "compact": {**list(stages.values())[-1], "parameters": 43_108 if plain else 86_216, "macs": 229_000,
-                    "latency_ms": {"1": 2.0, "64": 15.0}, "stages": stages, **shared},
-        "search": {"evaluations": 1000 + 500 * seed if plain else 1, "seconds": 4.0 + 4 * seed if plain else 0.1,
-                   "algorithm": config.algorithm.name, "quality": "accuracy", "chosen": "b",
-                   "individuals": {"id": ["a", "b"], "quality": [0.5, 0.875 if plain else 0.75]}}}
+        "dense": {
+            "val": 98.5,
+            "test": 99.0 - seed,
+            "parameters": 431_080,
+            "macs": 2_290_000,
+            "latency_ms": {"1": 3.0, "64": 60.0},
+            **shared,
+        },
+        "compact": {
+            **list(stages.values())[-1],
+            "parameters": 43_108 if plain else 86_216,
+            "macs": 229_000,
+            "latency_ms": {"1": 2.0, "64": 15.0},
+            "stages": stages,
+            **shared,
+        },
+        "search": {
+            "evaluations": 1000 + 500 * seed if plain else 1,
+            "seconds": 4.0 + 4 * seed if plain else 0.1,
+            "algorithm": config.algorithm.name,
+            "quality": "accuracy",
+            "chosen": "b",
+            "individuals": {"id": ["a", "b"], "quality": [0.5, 0.875 if plain else 0.75]},
+        },
+    }
 
 
 @pytest.fixture
@@ -118,23 +141,50 @@ def test_a_plan_of_compression(tmp_path, calls):
     assert {r["seeds"] for r in table_of(tmp_path, "A LeNet").values()} == {"0 of 2"}
     assert grid.run(plan, tmp_path / "work", lambda cell, *a: told.append((cell.row, cell.seed, *a)), limit=3) == 3
     work = tmp_path / "work"
-    assert calls == [("ecs", 0, work / "lenet/ecs/0", work / "compress"),
-                     ("l1", 0, work / "lenet/uniform-l1/0", work / "compress"),
-                     ("ecs", 1, work / "lenet/ecs/1", work / "compress")]
+    assert calls == [
+        ("ecs", 0, work / "lenet/ecs/0", work / "compress"),
+        ("l1", 0, work / "lenet/uniform-l1/0", work / "compress"),
+        ("ecs", 1, work / "lenet/ecs/1", work / "compress"),
+    ]
     assert told[2] == ("ECS", 1, "search", 1, 2, {"generation": 1, "best": 0.5, "evaluations": 7})
     assert table_of(tmp_path, "A LeNet") == {
         "full network": {
-            "test recalibrated, %": "98.50 ± 6.35", "test fine-tuned, %": "98.50 ± 6.35",
-            "fitness": "", "validation, %": "98.50 ± 0.00", "seeds": "2", "MACs, %": "2.29 M", "parameters, %": "431,080",
-            "faster": "", "evaluations": "", "search, s": ""},
+            "test recalibrated, %": "98.50 ± 6.35",
+            "test fine-tuned, %": "98.50 ± 6.35",
+            "fitness": "",
+            "validation, %": "98.50 ± 0.00",
+            "seeds": "2",
+            "MACs, %": "2.29 M",
+            "parameters, %": "431,080",
+            "faster": "",
+            "evaluations": "",
+            "search, s": "",
+        },
         "ECS": {
-            "test recalibrated, %": "90.50 ± 6.35", "test fine-tuned, %": "97.00 ± 12.71",
-            "fitness": "87.50 ± 0.00", "validation, %": "97.00 ± 0.00", "seeds": "2 of 2", "MACs, %": "10.0", "parameters, %": "10.0",
-            "faster": "1.50x / 4.00x", "evaluations": "1,250", "search, s": "6"},
+            "test recalibrated, %": "90.50 ± 6.35",
+            "test fine-tuned, %": "97.00 ± 12.71",
+            "fitness": "87.50 ± 0.00",
+            "validation, %": "97.00 ± 0.00",
+            "seeds": "2 of 2",
+            "MACs, %": "10.0",
+            "parameters, %": "10.0",
+            "faster": "1.50x / 4.00x",
+            "evaluations": "1,250",
+            "search, s": "6",
+        },
         "uniform L1": {
-            "test recalibrated, %": "90.00", "test fine-tuned, %": "96.00", "fitness": "75.00",
-            "validation, %": "97.00", "seeds": "1 of 2", "MACs, %": "10.0", "parameters, %": "20.0", "faster": "1.50x / 4.00x",
-            "evaluations": "1", "search, s": "0"}}
+            "test recalibrated, %": "90.00",
+            "test fine-tuned, %": "96.00",
+            "fitness": "75.00",
+            "validation, %": "97.00",
+            "seeds": "1 of 2",
+            "MACs, %": "10.0",
+            "parameters, %": "20.0",
+            "faster": "1.50x / 4.00x",
+            "evaluations": "1",
+            "search, s": "0",
+        },
+    }
     assert grid.run(plan, work) == 1 and grid.run(plan, work) == 0
 
 
@@ -147,8 +197,9 @@ def test_a_table_without_fine_tuning(tmp_path, calls):
 
 
 def test_agreement_is_called_so(tmp_path, calls, monkeypatch):
-    monkeypatch.setattr(compress, "compress",
-                        lambda config, seed, *_, **__: {**record(config, seed), "score": "agreement"})
+    monkeypatch.setattr(
+        compress, "compress", lambda config, seed, *_, **__: {**record(config, seed), "score": "agreement"}
+    )
     grid.run(plan_of(tmp_path, COMPRESS), tmp_path / "work", limit=1)
     assert table_of(tmp_path, "A LeNet")["ECS"]["agreement fine-tuned, %"] == "96.00"
 
@@ -157,10 +208,16 @@ def test_a_real_compression_needs_nothing_of_distillation(tmp_path, monkeypatch)
     for name in ("fastkd.distill", "fastkd.distill.config", "torch_geometric"):
         monkeypatch.setitem(sys.modules, name, None)  # not importable
     plan = yaml.safe_load(COMPRESS)
-    plan["experiments"]["lenet"] |= {"seeds": 1, "base": {
-        "train": {"epochs": 1}, "fitness": {"images": 20, "calibration_images": 20, "calibration_batch": 20},
-        "algorithm": {"population": 3, "generations": 2}, "finetune": {"epochs": 1},
-        "export": {"onnx": False, "int8": False}}}
+    plan["experiments"]["lenet"] |= {
+        "seeds": 1,
+        "base": {
+            "train": {"epochs": 1},
+            "fitness": {"images": 20, "calibration_images": 20, "calibration_batch": 20},
+            "algorithm": {"population": 3, "generations": 2},
+            "finetune": {"epochs": 1},
+            "export": {"onnx": False, "int8": False},
+        },
+    }
     assert grid.run(plan_of(tmp_path, yaml.safe_dump(plan, sort_keys=False)), tmp_path / "work", limit=1) == 1
     table, found = table_of(tmp_path, "A LeNet"), json.loads((tmp_path / "cells/lenet/ecs/0.json").read_text())
     assert table["ECS"]["test fine-tuned, %"] == f"{found['compact']['test']:.2f}"
@@ -182,23 +239,28 @@ def test_the_header_is_of_the_kinds_that_are_there(tmp_path):
 def test_a_recipe_beside_the_plan(tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"data": "digits", "model": {"name": "lenet"}, "k_min": 3}))
     plan = plan_of(tmp_path, COMPRESS.replace("compress: digits", "compress: own.yaml"))
-    assert {row: (c.k_min, c.algorithm.name) for row, c in plan.experiments[0].rows.items()} == \
-        {"ECS": (3, "ecs"), "uniform L1": (3, "l1")}
+    assert {row: (c.k_min, c.algorithm.name) for row, c in plan.experiments[0].rows.items()} == {
+        "ECS": (3, "ecs"),
+        "uniform L1": (3, "l1"),
+    }
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    (("compress: digits", "compress: digits\n    recipe: digits"), "lenet: one of recipe .* is needed, got both"),
-    (("compress: digits", ""), "lenet: one of recipe .* is needed, got neither"),
-    (("compress: digits", "compress: digtis"), "lenet: no recipe or file 'digtis'.*did you mean 'digits'"),
-    (("name: l1", "nam: l1"), "lenet, row 'uniform L1': unknown key 'algorithm.nam'.*did you mean 'name'"),
-    (("seeds: 2", "seeds: 0"), "lenet: seeds = 0: .*greater than or equal to 1"),
-    (("seeds: 2", "sedes: 2"), "lenet: unknown key 'sedes'.*did you mean 'seeds'"),
-    (("ECS: {}", "ECS: 3"), "lenet: rows.ECS = 3: .*dictionary"),
-    (("ECS: {}", "uniform-l1: {}"), "lenet, row 'uniform L1': .*'uniform-l1'.*more than case and punctuation"),
-    (("    rows:", "    cells:"), "(?s:lenet: .*missing key 'rows')"),
-    (("experiments:", "experiment:"), "must hold a mapping 'experiments'"),
-    (("{}", "{"), "is not YAML"),
-])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("compress: digits", "compress: digits\n    recipe: digits"), "lenet: one of recipe .* is needed, got both"),
+        (("compress: digits", ""), "lenet: one of recipe .* is needed, got neither"),
+        (("compress: digits", "compress: digtis"), "lenet: no recipe or file 'digtis'.*did you mean 'digits'"),
+        (("name: l1", "nam: l1"), "lenet, row 'uniform L1': unknown key 'algorithm.nam'.*did you mean 'name'"),
+        (("seeds: 2", "seeds: 0"), "lenet: seeds = 0: .*greater than or equal to 1"),
+        (("seeds: 2", "sedes: 2"), "lenet: unknown key 'sedes'.*did you mean 'seeds'"),
+        (("ECS: {}", "ECS: 3"), "lenet: rows.ECS = 3: .*dictionary"),
+        (("ECS: {}", "uniform-l1: {}"), "lenet, row 'uniform L1': .*'uniform-l1'.*more than case and punctuation"),
+        (("    rows:", "    cells:"), "(?s:lenet: .*missing key 'rows')"),
+        (("experiments:", "experiment:"), "must hold a mapping 'experiments'"),
+        (("{}", "{"), "is not YAML"),
+    ],
+)
 def test_a_wrong_plan(tmp_path, change, told):
     assert change[0] in COMPRESS
     with pytest.raises(ConfigError, match=rf"plan.yaml.*(?:{told})"):
@@ -215,7 +277,7 @@ def test_no_plan(tmp_path):
 @pytest.mark.parametrize("text", [COMPRESS, DISTIL])
 def test_a_cell_that_cannot_be_run_is_named(tmp_path, text):
     content = yaml.safe_load(text)
-    (name, experiment), = content["experiments"].items()
+    ((name, experiment),) = content["experiments"].items()
     experiment["rows"] = {"wrong": {"data": "digitz"}}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content))
     out = CliRunner().invoke(cli.app, ["grid", str(tmp_path / "plan.yaml"), "--work", str(tmp_path / "work")])
@@ -240,10 +302,17 @@ def test_the_demos_table_of_compression(tmp_path, calls):
     plan = plan_of(tmp_path, COMPRESS)
     grid.run(plan, tmp_path / "work", limit=3)
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(demo._compressions("A LeNet", {row: [c.record() for c in plan.of(plan.experiments[0], row)]
-                                                 for row in plan.experiments[0].rows}))
-    rows = {cells[1].strip(): [c.strip() for c in cells[2:-1]] for line in console.export_text().splitlines()
-            if len(cells := line.replace("┃", "│").split("│")) > 3}
+    console.print(
+        demo._compressions(
+            "A LeNet",
+            {row: [c.record() for c in plan.of(plan.experiments[0], row)] for row in plan.experiments[0].rows},
+        )
+    )
+    rows = {
+        cells[1].strip(): [c.strip() for c in cells[2:-1]]
+        for line in console.export_text().splitlines()
+        if len(cells := line.replace("┃", "│").split("│")) > 3
+    }
     assert rows["full network"] == ["431,080", "98.50 ± 6.35", "2.29", "1.0x / 1.0x"]
     assert rows["ECS"] == ["43,108", "97.00 ± 12.71", "0.23", "1.5x / 4.0x"]
     assert rows["uniform L1"] == ["86,216", "96.00", "0.23", "1.5x / 4.0x"]

@@ -26,7 +26,9 @@ def file(name):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="name must be one of cifar10, digits, imagenet_sample, mnist, or a path to an npz, got 'svhn'"):
+    with pytest.raises(
+        ValueError, match="name must be one of cifar10, digits, imagenet_sample, mnist, or a path to an npz, got 'svhn'"
+    ):
         data.load_images("svhn")
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         data.load_images("digit")
@@ -35,13 +37,19 @@ def test_unknown_names():
 def test_parts_share_no_image():
     loaded = data.load_images("digits")
     assert {part: len(x) for part, x in loaded.images.items()} == {
-        "train": 1076, "fitness": 135, "val": 136, "test": 450}
+        "train": 1076,
+        "fitness": 135,
+        "val": 136,
+        "test": 450,
+    }
     seen = [tuple(x.flatten().tolist()) for part in loaded.images.values() for x in part]
     assert len(set(seen)) == 1797
     for part, y in loaded.labels.items():
         assert int(y.bincount().max()) < 1.4 * int(y.bincount().min()), part
     small = loaded.images["test"][:, 0, 2:26:3, 2:26:3]  # every pixel is nine
-    assert bool((small.repeat_interleave(3, 1).repeat_interleave(3, 2) == loaded.images["test"][:, 0, 2:26, 2:26]).all())
+    assert bool(
+        (small.repeat_interleave(3, 1).repeat_interleave(3, 2) == loaded.images["test"][:, 0, 2:26, 2:26]).all()
+    )
     x, y = loaded.part("fitness", 20)
     again, _ = loaded.part("fitness", 20)
     assert x.shape == (20, 1, 28, 28) and y.shape == (20,) and torch.equal(x, again)
@@ -56,7 +64,12 @@ def test_parts_share_no_image():
 def test_a_sample_of_imagenet():
     file("images/imagenet_sample1000_224.npz")
     loaded = data.load_images("imagenet_sample")
-    assert {part: len(x) for part, x in loaded.images.items()} == {"train": 200, "fitness": 300, "val": 200, "test": 300}
+    assert {part: len(x) for part, x in loaded.images.items()} == {
+        "train": 200,
+        "fitness": 300,
+        "val": 200,
+        "test": 300,
+    }
     assert sorted(int(y) for labels in loaded.labels.values() for y in labels) == list(range(1000))
     model = build_cnn("mobilenet_v1").eval()
     load_weights(model, file("weights/imagenet_mobilenet_v1.npz"))
@@ -90,20 +103,26 @@ def test_own_images(tmp_path):
     assert loaded.labels == {} and loaded.part("test")[1] is None
 
 
-@pytest.mark.parametrize(("changes", "told"), [
-    (dict(x_fitness=None), "has no fitness split: it needs x_fitness"),
-    (dict(x_val=None), "has no x_val"),
-    (dict(y_val=None), "has no y_val"),
-    (dict(x_val=np.zeros((12, 5, 5, 3), np.uint8)), r"x_val must be uint8 \[n, 5, 4, 3\] with n > 0, got uint8 \[12, 5, 5, 3\]"),
-    (dict(x_val=np.zeros((0, 5, 4, 3), np.uint8)), "with n > 0"),
-    (dict(x_val=np.zeros((12, 5, 4, 3), np.float32)), "got float32"),
-    (dict(x_train=np.zeros((12, 5), np.uint8)), r"x_train must be uint8 \[n, H, W\] or"),
-    (dict(y_test=np.zeros(11, np.int64)), r"y_test must be integers \[12\]"),
-    (dict(y_test=np.zeros(12)), "got float64"),
-    (dict(y_test=np.full(12, -1)), r"y_test must be in \[0, ...\], got -1"),
-    (dict(std=np.zeros(3)), "std must be 3 finite numbers above 0"),
-    (dict(mean=np.zeros(2)), "mean must be 3 finite numbers, one per channel"),
-])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(x_fitness=None), "has no fitness split: it needs x_fitness"),
+        (dict(x_val=None), "has no x_val"),
+        (dict(y_val=None), "has no y_val"),
+        (
+            dict(x_val=np.zeros((12, 5, 5, 3), np.uint8)),
+            r"x_val must be uint8 \[n, 5, 4, 3\] with n > 0, got uint8 \[12, 5, 5, 3\]",
+        ),
+        (dict(x_val=np.zeros((0, 5, 4, 3), np.uint8)), "with n > 0"),
+        (dict(x_val=np.zeros((12, 5, 4, 3), np.float32)), "got float32"),
+        (dict(x_train=np.zeros((12, 5), np.uint8)), r"x_train must be uint8 \[n, H, W\] or"),
+        (dict(y_test=np.zeros(11, np.int64)), r"y_test must be integers \[12\]"),
+        (dict(y_test=np.zeros(12)), "got float64"),
+        (dict(y_test=np.full(12, -1)), r"y_test must be in \[0, ...\], got -1"),
+        (dict(std=np.zeros(3)), "std must be 3 finite numbers above 0"),
+        (dict(mean=np.zeros(2)), "mean must be 3 finite numbers, one per channel"),
+    ],
+)
 def test_wrong_images(tmp_path, changes, told):
     own(tmp_path, **changes)
     with pytest.raises(ValueError, match=told):
@@ -116,7 +135,11 @@ def test_mnist():
     file("images/mnist.npz")
     loaded = data.load_images("mnist")
     assert {part: tuple(x.shape) for part, x in loaded.images.items()} == {
-        "train": (48001, 1, 28, 28), "fitness": (6000, 1, 28, 28), "val": (5999, 1, 28, 28), "test": (10000, 1, 28, 28)}
+        "train": (48001, 1, 28, 28),
+        "fitness": (6000, 1, 28, 28),
+        "val": (5999, 1, 28, 28),
+        "test": (10000, 1, 28, 28),
+    }
     assert loaded.labels["test"][:5].tolist() == [7, 2, 1, 0, 4] and "images/mnist.npz" in loaded.source
     x = loaded.normalised(loaded.images["train"][:10000])
     assert x.dtype == torch.float32 and abs(float(x.mean())) < 0.05 and abs(float(x.std()) - 1) < 0.05
@@ -161,7 +184,9 @@ def test_official_mnist(cache, monkeypatch):
     arrays, stated = {}, {}
     for key, (name, _) in images.MNIST.items():
         n = 60 if "train" in key else 20
-        arrays[key] = rng.integers(0, 256, (n, 28, 28), np.uint8) if key[0] == "x" else rng.integers(0, 10, n).astype(np.uint8)
+        arrays[key] = (
+            rng.integers(0, 256, (n, 28, 28), np.uint8) if key[0] == "x" else rng.integers(0, 10, n).astype(np.uint8)
+        )
         header = bytes([0, 0, 8, arrays[key].ndim]) + np.array(arrays[key].shape, ">i4").tobytes()
         (cache / "mnist" / name).write_bytes(gzip.compress(header + arrays[key].tobytes()))
         stated[key] = name, hashlib.md5((cache / "mnist" / name).read_bytes()).hexdigest()

@@ -448,8 +448,11 @@ def test_lsp_arguments():
     assert LSP()(s, t, GRAPH) == lsp_loss(s, t, GRAPH)
     laplacian = kernels.Laplacian(sigma=3.0, scale="mean")
     want = lsp_loss(s, t, GRAPH, kernel=laplacian, divergence="teacher||student", reduction="mean_edges")
-    for kernel, constants in ((laplacian, None), ("laplacian", {"sigma": 3.0, "scale": "mean"}),
-                              (kernels.Laplacian(sigma=3.0), {"scale": "mean"})):
+    for kernel, constants in (
+        (laplacian, None),
+        ("laplacian", {"sigma": 3.0, "scale": "mean"}),
+        (kernels.Laplacian(sigma=3.0), {"scale": "mean"}),
+    ):
         loss = LSP(kernel=kernel, kernel_args=constants, divergence="teacher||student", reduction="mean_edges")
         assert loss(s, t, GRAPH) == want
     poly = LSP(preset="efficient_gnns", kernel="poly", kernel_args={"c": 0.5})
@@ -562,34 +565,37 @@ def test_registry_errors():
             build(name, student_dim=4)
 
 
-@pytest.mark.parametrize("cls, wrong, told", [
-    (KD, {"temperature": 0}, r"temperature must be a number in \(0, inf\), got 0"),
-    (KD, {"temperature": math.nan}, "temperature .* got nan"),
-    (KD, {"temperature": "2"}, "temperature .* got '2'"),
-    (KD, {"multilabel": 1}, "multilabel must be True or False, got 1"),
-    (AttentionTransfer, {"p": 0.5}, r"p must be a number in \[1, inf\), got 0.5"),
-    (RKD, {"distance_weight": -1.0}, r"distance_weight must be a number in \[0, inf\), got -1"),
-    (RKD, {"angle_weight": math.inf}, "angle_weight .* got inf"),
-    (RKD, {"max_angle_nodes": 2}, "max_angle_nodes must be an int >= 3, got 2"),
-    (SimilarityPreserving, {"kernel": "rbf"}, "kernel must be one of 'linear', 'cosine', got 'rbf'"),
-    (SimilarityPreserving, {"max_nodes": 1}, "max_nodes must be an int >= 2, got 1"),
-    (PKT, {"max_nodes": 10.0}, r"max_nodes must be an int >= 2, got 10\.0"),
-    (FitNet, {"student_dim": 0, "teacher_dim": 3}, "student_dim must be an int >= 1, got 0"),
-    (GCRD, {"student_dim": 3, "teacher_dim": -3}, "teacher_dim must be an int >= 1, got -3"),
-    (GCRD, {"student_dim": 3, "teacher_dim": 3, "proj_dim": 0}, "proj_dim must be an int >= 1, got 0"),
-    (GCRD, {"student_dim": 3, "teacher_dim": 3, "temperature": -1}, "temperature .* got -1"),
-    (RepresentationMatching, {"student_dim": 3, "teacher_dim": 3, "normalize": None}, "normalize .* got None"),
-    (LSP, {"kernel": "rbff"}, "kernel must be one of rbf, .* got 'rbff'"),
-    (LSP, {"kernel_args": {"sigmaa": 1}}, "kernel_args must be of 'sigma', 'scale' for kernel 'rbf', got 'sigmaa'"),
-    (LSP, {"kernel_args": {"sigma": -1.0}}, "sigma must be finite"),
-    (LSP, {"reduction": "none"}, "reduction must be one of 'mean', .* got 'none'"),
-    (LSP, {"divergence": "js"}, "divergence must be one of .* got 'js'"),
-    (LSP, {"preset": "papers"}, "preset must be .* got 'papers'"),
-    (LSP, {"preset": "paper", "reduction": "sum"}, "reduction must be None with preset='paper', got 'sum'"),
-    (LSP, {"preset": "paper", "kernel": kernels.RBF()}, "kernel must be a name or None with preset='paper'"),
-    (LSP, {"graph": "teacher"}, "graph must be one of 'student', 'union', got 'teacher'"),
-    (LSP, {"shuffle": "yes"}, "shuffle must be True or False, got 'yes'"),
-])
+@pytest.mark.parametrize(
+    "cls, wrong, told",
+    [
+        (KD, {"temperature": 0}, r"temperature must be a number in \(0, inf\), got 0"),
+        (KD, {"temperature": math.nan}, "temperature .* got nan"),
+        (KD, {"temperature": "2"}, "temperature .* got '2'"),
+        (KD, {"multilabel": 1}, "multilabel must be True or False, got 1"),
+        (AttentionTransfer, {"p": 0.5}, r"p must be a number in \[1, inf\), got 0.5"),
+        (RKD, {"distance_weight": -1.0}, r"distance_weight must be a number in \[0, inf\), got -1"),
+        (RKD, {"angle_weight": math.inf}, "angle_weight .* got inf"),
+        (RKD, {"max_angle_nodes": 2}, "max_angle_nodes must be an int >= 3, got 2"),
+        (SimilarityPreserving, {"kernel": "rbf"}, "kernel must be one of 'linear', 'cosine', got 'rbf'"),
+        (SimilarityPreserving, {"max_nodes": 1}, "max_nodes must be an int >= 2, got 1"),
+        (PKT, {"max_nodes": 10.0}, r"max_nodes must be an int >= 2, got 10\.0"),
+        (FitNet, {"student_dim": 0, "teacher_dim": 3}, "student_dim must be an int >= 1, got 0"),
+        (GCRD, {"student_dim": 3, "teacher_dim": -3}, "teacher_dim must be an int >= 1, got -3"),
+        (GCRD, {"student_dim": 3, "teacher_dim": 3, "proj_dim": 0}, "proj_dim must be an int >= 1, got 0"),
+        (GCRD, {"student_dim": 3, "teacher_dim": 3, "temperature": -1}, "temperature .* got -1"),
+        (RepresentationMatching, {"student_dim": 3, "teacher_dim": 3, "normalize": None}, "normalize .* got None"),
+        (LSP, {"kernel": "rbff"}, "kernel must be one of rbf, .* got 'rbff'"),
+        (LSP, {"kernel_args": {"sigmaa": 1}}, "kernel_args must be of 'sigma', 'scale' for kernel 'rbf', got 'sigmaa'"),
+        (LSP, {"kernel_args": {"sigma": -1.0}}, "sigma must be finite"),
+        (LSP, {"reduction": "none"}, "reduction must be one of 'mean', .* got 'none'"),
+        (LSP, {"divergence": "js"}, "divergence must be one of .* got 'js'"),
+        (LSP, {"preset": "papers"}, "preset must be .* got 'papers'"),
+        (LSP, {"preset": "paper", "reduction": "sum"}, "reduction must be None with preset='paper', got 'sum'"),
+        (LSP, {"preset": "paper", "kernel": kernels.RBF()}, "kernel must be a name or None with preset='paper'"),
+        (LSP, {"graph": "teacher"}, "graph must be one of 'student', 'union', got 'teacher'"),
+        (LSP, {"shuffle": "yes"}, "shuffle must be True or False, got 'yes'"),
+    ],
+)
 def test_wrong_hyperparameters(cls, wrong, told):
     with pytest.raises(ValueError, match=told):
         cls(**wrong)

@@ -81,7 +81,9 @@ def test_loss_is_never_negative():
     for scale in (1e-2, 1e-3, 1e-4):
         t = x + scale * features(40, 8, torch.float32, seed=5)
         rows = lsp_loss(x, t, SAMPLES["symmetric"].edges, kernel="linear", reduction="none")
-        exact = reference.lsp_loss(x.double(), t.double(), SAMPLES["symmetric"].edges, kernel="linear", reduction="none")
+        exact = reference.lsp_loss(
+            x.double(), t.double(), SAMPLES["symmetric"].edges, kernel="linear", reduction="none"
+        )
         assert (rows >= 0).all()
         assert (rows - exact).abs().max() < 1e-2 * exact.max() + 1e-12
 
@@ -200,8 +202,11 @@ def test_bitwise_deterministic_for_any_thread_count(name):
         for n in (1, 2, 3, 7, 1):
             torch.set_num_threads(n)
             leaves = tuple(x.clone().requires_grad_() for x in (student if sample.bipartite else (student,)))
-            loss = lsp_loss(leaves if sample.bipartite else leaves[0], teacher, sample.edges.clone() if not
-                            sample.bipartite else Graph.from_edge_index(sample.edges, (30, 50)))
+            loss = lsp_loss(
+                leaves if sample.bipartite else leaves[0],
+                teacher,
+                sample.edges.clone() if not sample.bipartite else Graph.from_edge_index(sample.edges, (30, 50)),
+            )
             results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     finally:
         torch.set_num_threads(threads)
@@ -216,8 +221,9 @@ def test_calls_from_several_threads():
     x, t = features(sample.num_src, 33, torch.float32), features(sample.num_src, 9, torch.float32)
     expected = lsp_loss(x, t, graph)
     results = []
-    workers = [threading.Thread(target=lambda: results.extend(lsp_loss(x, t, graph) for _ in range(20)))
-               for _ in range(4)]
+    workers = [
+        threading.Thread(target=lambda: results.extend(lsp_loss(x, t, graph) for _ in range(20))) for _ in range(4)
+    ]
     for w in workers:
         w.start()
     for w in workers:
@@ -262,8 +268,24 @@ def op_args(sample, reverse=True, weight=False, reduction=2, dtype=torch.float32
     y = features(sample.num_dst, 5, dtype, seed=1) if sample.bipartite else None
     w = torch.rand(graph.num_edges) if weight else None
     spec = K.Cosine().spec(5)
-    return graph, (x, y, x, y, None, w, graph.rowptr, graph.col, graph.reverse, graph.num_src, *spec, *spec,
-                   0, reduction, graph.max_degree, True)
+    return graph, (
+        x,
+        y,
+        x,
+        y,
+        None,
+        w,
+        graph.rowptr,
+        graph.col,
+        graph.reverse,
+        graph.num_src,
+        *spec,
+        *spec,
+        0,
+        reduction,
+        graph.max_degree,
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", ["symmetric", "directed", "bipartite"])
@@ -274,13 +296,32 @@ def test_opcheck(name, reduction):
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     opcheck(torch.ops.fastkd.lsp_forward.default, args, test_utils=tests)
     loss, coef, src_norm, dst_norm, _ = _ops.lsp_forward(*args)
-    opcheck(torch.ops.fastkd.lsp_backward.default,
-            (torch.ones_like(loss), args[0], args[1], coef, src_norm, dst_norm, graph.rowptr, graph.col,
-             graph.reverse, graph.t_rowptr, graph.t_col, graph.t_perm, graph.num_src, 1, graph.max_incident),
-            test_utils=tests)
-    opcheck(torch.ops.fastkd.kernel_values.default,
-            (args[0], args[1], graph.rowptr, graph.col, graph.reverse, graph.num_src, *K.RBF().spec(5)),
-            test_utils=tests)
+    opcheck(
+        torch.ops.fastkd.lsp_backward.default,
+        (
+            torch.ones_like(loss),
+            args[0],
+            args[1],
+            coef,
+            src_norm,
+            dst_norm,
+            graph.rowptr,
+            graph.col,
+            graph.reverse,
+            graph.t_rowptr,
+            graph.t_col,
+            graph.t_perm,
+            graph.num_src,
+            1,
+            graph.max_incident,
+        ),
+        test_utils=tests,
+    )
+    opcheck(
+        torch.ops.fastkd.kernel_values.default,
+        (args[0], args[1], graph.rowptr, graph.col, graph.reverse, graph.num_src, *K.RBF().spec(5)),
+        test_utils=tests,
+    )
 
 
 def test_opcheck_graph_ops():
@@ -388,10 +429,16 @@ def nan_features():
         (lambda: lsp_loss(X.int(), X, EDGES), TypeError, "student must be float16.* got torch.int32"),
         (lambda: lsp_loss(X.to(torch.complex64), X, EDGES), TypeError, "got torch.complex64"),
         (lambda: lsp_loss(X.double(), X, EDGES), TypeError, "teacher is torch.float32, but student is torch.float64"),
-        (lambda: lsp_loss((X, X[:2].double()), (X, X[:2]), EDGES[:, [2]]), TypeError,
-         r"student\[0\] is torch.float32, but student\[1\] is torch.float64"),
-        (lambda: lsp_loss((X, X[:2, :3]), (X, X[:2]), EDGES[:, [2]]), ValueError,
-         r"student\[0\] has 4 columns, but student\[1\] has 3"),
+        (
+            lambda: lsp_loss((X, X[:2].double()), (X, X[:2]), EDGES[:, [2]]),
+            TypeError,
+            r"student\[0\] is torch.float32, but student\[1\] is torch.float64",
+        ),
+        (
+            lambda: lsp_loss((X, X[:2, :3]), (X, X[:2]), EDGES[:, [2]]),
+            ValueError,
+            r"student\[0\] has 4 columns, but student\[1\] has 3",
+        ),
         (lambda: lsp_loss(X, X, Graph.from_edge_index(EDGES, (3, 5))), ValueError, "bipartite.*pair"),
         (lambda: lsp_loss(X.to("meta"), X, Graph.from_edge_index(EDGES, 3)), ValueError, "student is on meta"),
         (lambda: lsp_loss(X, X, EDGES, kernel="gauss"), ValueError, "kernel must be one of rbf.*got 'gauss'"),
@@ -400,16 +447,34 @@ def nan_features():
         (lambda: lsp_loss(X, X, EDGES, divergence="js"), ValueError, "divergence must be one of .*got 'js'"),
         (lambda: lsp_loss(X, X, EDGES, reduction="avg"), ValueError, "reduction must be one of .*got 'avg'"),
         (lambda: lsp_loss(X, X, EDGES, norm_by="row"), ValueError, "norm_by must be"),
-        (lambda: lsp_loss(X, X, EDGES, edge_weight=torch.tensor([1.0, -2.0, 1.0])), ValueError,
-         r"edge_weight\[1\] = -2.0: weights must be finite and in \[0, inf\)"),
-        (lambda: lsp_loss(X, X, EDGES, edge_weight=torch.tensor([1.0, 1.0, torch.nan])), ValueError,
-         r"edge_weight\[2\] = nan"),
+        (
+            lambda: lsp_loss(X, X, EDGES, edge_weight=torch.tensor([1.0, -2.0, 1.0])),
+            ValueError,
+            r"edge_weight\[1\] = -2.0: weights must be finite and in \[0, inf\)",
+        ),
+        (
+            lambda: lsp_loss(X, X, EDGES, edge_weight=torch.tensor([1.0, 1.0, torch.nan])),
+            ValueError,
+            r"edge_weight\[2\] = nan",
+        ),
         (lambda: lsp_loss(X, X, EDGES, edge_weight=torch.ones(2)), ValueError, r"edge_weight must have shape \[3\]"),
-        (lambda: lsp_loss(X, X, EDGES, edge_weight=torch.ones(3, requires_grad=True)), ValueError, "must not require grad"),
+        (
+            lambda: lsp_loss(X, X, EDGES, edge_weight=torch.ones(3, requires_grad=True)),
+            ValueError,
+            "must not require grad",
+        ),
         (lambda: lsp_loss(nan_features(), X, EDGES, check_finite=True), ValueError, r"student\[1, 2\] = nan"),
         (lambda: lsp_loss(X, nan_features(), EDGES, check_finite=True), ValueError, r"teacher\[1, 2\] = nan"),
-        (lambda: lsp_loss(X, teacher_structure(X, EDGES[:, :2]), EDGES), ValueError, "TeacherStructure of another graph"),
-        (lambda: lsp_loss(X, teacher_structure(X, EDGES.flip(0)), EDGES), ValueError, "TeacherStructure of another graph"),
+        (
+            lambda: lsp_loss(X, teacher_structure(X, EDGES[:, :2]), EDGES),
+            ValueError,
+            "TeacherStructure of another graph",
+        ),
+        (
+            lambda: lsp_loss(X, teacher_structure(X, EDGES.flip(0)), EDGES),
+            ValueError,
+            "TeacherStructure of another graph",
+        ),
         (lambda: lsp_loss(X, teacher_structure(X, EDGES), EDGES, teacher_graph=EDGES), ValueError, "teacher_graph"),
         (lambda: lsp_loss(X, X, EDGES, teacher_graph=EDGES, edge_weight=torch.ones(3)), ValueError, "edge_weight"),
         (lambda: K.RBF(0.0), ValueError, r"sigma must be finite and in \(0, inf\), got 0.0"),

@@ -133,8 +133,9 @@ def test_all_ones_is_conv2d(device, name):
 @pytest.mark.parametrize("name", CONVS)
 def test_small_integers_are_exact(device, poisoned, name, dtype):
     conv = CONVS[name]
-    tensors = [t if t.dtype == torch.bool else t.mul(1.2).round().clamp(-2, 2) for t in
-               conv.make(torch.float32, device=device)]
+    tensors = [
+        t if t.dtype == torch.bool else t.mul(1.2).round().clamp(-2, 2) for t in conv.make(torch.float32, device=device)
+    ]
     x, weight, bias, in_mask, out_mask = tensors
     keep = {"in_mask": in_mask, "out_mask": out_mask, **conv.options}
     expected = reference.masked_conv2d(x.double(), weight.double(), bias.double(), **keep)
@@ -147,8 +148,10 @@ def test_small_integers_are_exact(device, poisoned, name, dtype):
 def test_gradients_of_small_integers_are_exact(poisoned, name, dtype):
     conv = CONVS[name]
     for own, density in ((False, 0.5), (True, 0.5), (False, 1), (True, 1)):
-        tensors = [t if t.dtype == torch.bool else t.mul(1.2).round().clamp(-2, 2) for t in
-                   conv.make(torch.float64, own, density)]
+        tensors = [
+            t if t.dtype == torch.bool else t.mul(1.2).round().clamp(-2, 2)
+            for t in conv.make(torch.float64, own, density)
+        ]
         *_, in_mask, out_mask = tensors
         if density < 1:  # the first keeps no input, the last no output
             in_mask[:1], out_mask[-1:] = False, False
@@ -175,12 +178,24 @@ def _any_shape(data):
     draw = lambda low, high: data.draw(st.integers(low, high))
     groups = draw(1, 3)
     kernel, dilation, padding = (tuple(draw(*r) for _ in range(2)) for r in ((1, 4), (1, 3), (0, 4)))
-    size = tuple(max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 6)
-                 for k, d, p in zip(kernel, dilation, padding, strict=True))
-    conv = Conv(draw(0, 4), draw(0, 35), groups * draw(1, 7), groups * draw(1, 10), size, kernel,
-                {"stride": (draw(1, 3), draw(1, 3)), "padding": padding, "dilation": dilation, "groups": groups})
-    check(conv, data.draw(st.sampled_from([torch.float32, torch.float64])), data.draw(st.booleans()),
-          density=data.draw(st.sampled_from([0.2, 0.5, 0.9])))
+    size = tuple(
+        max(1, d * (k - 1) + 1 - 2 * p) + draw(0, 6) for k, d, p in zip(kernel, dilation, padding, strict=True)
+    )
+    conv = Conv(
+        draw(0, 4),
+        draw(0, 35),
+        groups * draw(1, 7),
+        groups * draw(1, 10),
+        size,
+        kernel,
+        {"stride": (draw(1, 3), draw(1, 3)), "padding": padding, "dilation": dilation, "groups": groups},
+    )
+    check(
+        conv,
+        data.draw(st.sampled_from([torch.float32, torch.float64])),
+        data.draw(st.booleans()),
+        density=data.draw(st.sampled_from([0.2, 0.5, 0.9])),
+    )
 
 
 def test_what_is_masked_is_not_read(device, poisoned):
@@ -210,11 +225,12 @@ def test_only_what_is_wanted(device):
     x, weight, bias, *masks = CONVS["many"].make(device=device)
     y = masked_conv2d(x, weight, bias, in_mask=masks[0], out_mask=masks[1], padding=1)
     f = lambda *wanted: torch.ops.fastkd.masked_conv2d_backward(
-        torch.ones_like(y), x, weight, *masks, [1, 1], [1, 1], [1, 1], 1, wanted)
+        torch.ones_like(y), x, weight, *masks, [1, 1], [1, 1], [1, 1], 1, wanted
+    )
     both = f(True, True, True)
     for k in range(3):
         alone = f(*(j == k for j in range(3)))
-        assert torch.equal(alone[k], both[k]) and not any(t.numel() for t in (*alone[:k], *alone[k + 1:]))
+        assert torch.equal(alone[k], both[k]) and not any(t.numel() for t in (*alone[:k], *alone[k + 1 :]))
 
 
 @pytest.mark.parametrize("name", ["many", "large", "multiplier"])
@@ -269,8 +285,12 @@ torch.save(out, sys.argv[2])
     results = []
     for isa in ("generic", "avx2", "avx512"):
         path = tmp_path / isa
-        subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(path)], check=True, cwd=tmp_path,
-                       env={**os.environ, "FASTKD_ISA": isa})
+        subprocess.run(
+            [sys.executable, "-c", code, os.path.dirname(__file__), str(path)],
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "FASTKD_ISA": isa},
+        )
         results.append(torch.load(path))
     for other in results[1:]:
         for key, tensors in results[0].items():
@@ -313,8 +333,11 @@ def test_opcheck():
         rest = (i, o, [1, 1], [1, 1], [1, 1], CONVS[name].options.get("groups", 1))
         opcheck(torch.ops.fastkd.masked_conv2d.default, (x, weight, bias, *rest), test_utils=tests)
         y = masked_conv2d(x, weight, bias, in_mask=i, out_mask=o, padding=1, groups=rest[-1])
-        opcheck(torch.ops.fastkd.masked_conv2d_backward.default,
-                (torch.ones_like(y), x, weight, *rest, [True, True, False]), test_utils=tests)
+        opcheck(
+            torch.ops.fastkd.masked_conv2d_backward.default,
+            (torch.ones_like(y), x, weight, *rest, [True, True, False]),
+            test_utils=tests,
+        )
 
 
 def test_compile(device):
@@ -366,31 +389,38 @@ X, W = torch.zeros(2, 4, 5, 5), torch.zeros(6, 4, 3, 3)
 M = torch.ones(3, 4, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("change, error, message", [
-    ({"x": None}, TypeError, "x must be a tensor"),
-    ({"x": X[0]}, ValueError, r"x must have shape \[N, C, H, W\]"),
-    ({"x": X.int()}, TypeError, "x must be float16"),
-    ({"x": X.to("meta")}, ValueError, "weight is on cpu, but x is on meta"),
-    ({"weight": W[0]}, ValueError, r"weight must have shape"),
-    ({"weight": W.double()}, TypeError, "weight is torch.float64, but x is torch.float32"),
-    ({"weight": W[:, :3]}, ValueError, "weight takes 3 channels"),
-    ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \[6\], got \(5,\)"),
-    ({"in_mask": M.int()}, TypeError, "in_mask must be bool, got torch.int32"),
-    ({"in_mask": M[:, :3]}, ValueError, r"in_mask must have shape \[P, 4\], got \(3, 3\)"),
-    ({"in_mask": M[0]}, ValueError, r"in_mask must have shape \[P, 4\]"),
-    ({"out_mask": torch.ones(2, 6, dtype=torch.bool)}, ValueError, "out_mask has P = 2 rows, but in_mask has P = 3"),
-    ({"x": X.expand(2, *X.shape)}, ValueError, "in_mask has P = 3 rows, but x has P = 2"),
-    ({"in_mask": None}, ValueError, "number of individuals"),
-    ({"stride": 0}, ValueError, r"stride must be two integers in \[1, inf\), got \(0, 0\)"),
-    ({"padding": (0, -1)}, ValueError, r"padding must be two integers in \[0, inf\)"),
-    ({"padding": "same"}, TypeError, "padding must be an integer or a pair"),
-    ({"stride": (1, 2, 3)}, TypeError, "stride must be an integer or a pair"),
-    ({"dilation": 1.5}, TypeError, "dilation must be an integer or a pair"),
-    ({"dilation": 3}, ValueError, "the kernel spans 7 pixels"),
-    ({"groups": 3}, ValueError, "groups = 3"),
-    ({"groups": 0}, ValueError, "groups = 0"),
-    ({"groups": 1.0}, TypeError, "groups must be an integer"),
-])
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"x": None}, TypeError, "x must be a tensor"),
+        ({"x": X[0]}, ValueError, r"x must have shape \[N, C, H, W\]"),
+        ({"x": X.int()}, TypeError, "x must be float16"),
+        ({"x": X.to("meta")}, ValueError, "weight is on cpu, but x is on meta"),
+        ({"weight": W[0]}, ValueError, r"weight must have shape"),
+        ({"weight": W.double()}, TypeError, "weight is torch.float64, but x is torch.float32"),
+        ({"weight": W[:, :3]}, ValueError, "weight takes 3 channels"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \[6\], got \(5,\)"),
+        ({"in_mask": M.int()}, TypeError, "in_mask must be bool, got torch.int32"),
+        ({"in_mask": M[:, :3]}, ValueError, r"in_mask must have shape \[P, 4\], got \(3, 3\)"),
+        ({"in_mask": M[0]}, ValueError, r"in_mask must have shape \[P, 4\]"),
+        (
+            {"out_mask": torch.ones(2, 6, dtype=torch.bool)},
+            ValueError,
+            "out_mask has P = 2 rows, but in_mask has P = 3",
+        ),
+        ({"x": X.expand(2, *X.shape)}, ValueError, "in_mask has P = 3 rows, but x has P = 2"),
+        ({"in_mask": None}, ValueError, "number of individuals"),
+        ({"stride": 0}, ValueError, r"stride must be two integers in \[1, inf\), got \(0, 0\)"),
+        ({"padding": (0, -1)}, ValueError, r"padding must be two integers in \[0, inf\)"),
+        ({"padding": "same"}, TypeError, "padding must be an integer or a pair"),
+        ({"stride": (1, 2, 3)}, TypeError, "stride must be an integer or a pair"),
+        ({"dilation": 1.5}, TypeError, "dilation must be an integer or a pair"),
+        ({"dilation": 3}, ValueError, "the kernel spans 7 pixels"),
+        ({"groups": 3}, ValueError, "groups = 3"),
+        ({"groups": 0}, ValueError, "groups = 0"),
+        ({"groups": 1.0}, TypeError, "groups must be an integer"),
+    ],
+)
 def test_bad_input(change, error, message):
     arguments = {"x": X, "weight": W, "in_mask": M, **change}
     with pytest.raises(error, match=message):

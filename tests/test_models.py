@@ -1,6 +1,5 @@
 """Networks: against PyG's own layers, in every form of their inputs, and what can be tapped."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,8 +71,10 @@ def test_dgcnn_sizes(name, count):
     assert f"{count:,}" in getattr(models, name).__doc__
 
 
-@pytest.mark.parametrize("name, count", [("gcn", 12 * 8 + 8 + 8 * 4 + 4), ("graphsage", 2 * 12 * 8 + 8 + 2 * 8 * 4 + 4),
-                                         ("mlp", 12 * 8 + 8 + 8 * 4 + 4)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("gcn", 12 * 8 + 8 + 8 * 4 + 4), ("graphsage", 2 * 12 * 8 + 8 + 2 * 8 * 4 + 4), ("mlp", 12 * 8 + 8 + 8 * 4 + 4)],
+)
 def test_simple_sizes(name, count):
     assert parameters(models.build(name, 12, 4, hidden=8)) == count
 
@@ -149,8 +150,13 @@ def test_every_form_of_the_graph_gives_the_same(name):
     model, edges, x = make(name), directed(), torch.randn(40, 12)
     expected = model(x, edges)
     assert expected.shape == (40, 4)
-    for way in (adj_t(edges, 40), edges[:, torch.randperm(edges.shape[1])], edges.int(), Graph.from_edge_index(edges, 40),
-                adj_t(edges, 40).to_sparse_coo()):
+    for way in (
+        adj_t(edges, 40),
+        edges[:, torch.randperm(edges.shape[1])],
+        edges.int(),
+        Graph.from_edge_index(edges, 40),
+        adj_t(edges, 40).to_sparse_coo(),
+    ):
         torch.testing.assert_close(model(x, way), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -393,23 +399,26 @@ def test_lists_from_a_configuration_file():
     assert models.build("dgcnn", 3, 4, widths=[8], head=[]).dims == [8]
 
 
-@pytest.mark.parametrize("call, told", [
-    (lambda: models.build("gnc", 3, 4), ["'gnc'", "graphsage", "did you mean 'gcn'"]),
-    (lambda: models.build("gcn", 3, 4, hiden=8), ["gcn", "'hiden'", "did you mean 'hidden'", "num_layers"]),
-    (lambda: models.build("gcn", 3, 4, heads=2), ["'heads'", "dropout"]),
-    (lambda: models.build("dgcnn", 5, 4), ["in_dim must be 3", "got 5"]),
-    (lambda: models.GCN(3, 4, hidden=0), ["hidden must be at least 1", "got 0"]),
-    (lambda: models.GCN(3, 4, norm="group"), ["norm", "'batch'", "'group'"]),
-    (lambda: models.GCN(3, 4, dropout=1.0), ["dropout", "[0, 1)", "1.0"]),
-    (lambda: models.GCN(3, 4, num_layers=0), ["num_layers", "got 0"]),
-    (lambda: models.GAT(3, 4, heads=()), ["heads", "()"]),
-    (lambda: models.GAT(3, 4, heads=(2, 0)), ["heads[1]", "got 0"]),
-    (lambda: models.DGCNN(4, widths=()), ["widths", "()"]),
-    (lambda: models.DGCNN(4, k=0), ["k must be at least 1"]),
-    (lambda: make("gcn")(torch.randn(40, 3), directed()), ["x must have shape [N, 12]", "(40, 3)"]),
-    (lambda: make("gcn")(torch.randn(40, 12), 2 * adj_t(directed(), 40)), ["value 1", "edge weights"]),
-    (lambda: make("gcn")(torch.randn(30, 12), adj_t(directed(), 40)), ["(40, 40)", "(30, 30)"]),
-])
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda: models.build("gnc", 3, 4), ["'gnc'", "graphsage", "did you mean 'gcn'"]),
+        (lambda: models.build("gcn", 3, 4, hiden=8), ["gcn", "'hiden'", "did you mean 'hidden'", "num_layers"]),
+        (lambda: models.build("gcn", 3, 4, heads=2), ["'heads'", "dropout"]),
+        (lambda: models.build("dgcnn", 5, 4), ["in_dim must be 3", "got 5"]),
+        (lambda: models.GCN(3, 4, hidden=0), ["hidden must be at least 1", "got 0"]),
+        (lambda: models.GCN(3, 4, norm="group"), ["norm", "'batch'", "'group'"]),
+        (lambda: models.GCN(3, 4, dropout=1.0), ["dropout", "[0, 1)", "1.0"]),
+        (lambda: models.GCN(3, 4, num_layers=0), ["num_layers", "got 0"]),
+        (lambda: models.GAT(3, 4, heads=()), ["heads", "()"]),
+        (lambda: models.GAT(3, 4, heads=(2, 0)), ["heads[1]", "got 0"]),
+        (lambda: models.DGCNN(4, widths=()), ["widths", "()"]),
+        (lambda: models.DGCNN(4, k=0), ["k must be at least 1"]),
+        (lambda: make("gcn")(torch.randn(40, 3), directed()), ["x must have shape [N, 12]", "(40, 3)"]),
+        (lambda: make("gcn")(torch.randn(40, 12), 2 * adj_t(directed(), 40)), ["value 1", "edge weights"]),
+        (lambda: make("gcn")(torch.randn(30, 12), adj_t(directed(), 40)), ["(40, 40)", "(30, 30)"]),
+    ],
+)
 def test_errors_name_what_is_valid(call, told):
     with pytest.raises(ValueError) as caught:
         call()

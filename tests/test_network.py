@@ -8,8 +8,15 @@ from fastkd import _ops
 from fastkd._ops import ALWAYS, NEVER, Network
 
 ACTIVATION = {
-    "relu": F.relu, "relu6": F.relu6, "leaky_relu": lambda x: F.leaky_relu(x, 0.1), "sigmoid": torch.sigmoid,
-    "silu": F.silu, "hardsigmoid": F.hardsigmoid, "hardswish": F.hardswish, "tanh": torch.tanh, "gelu": F.gelu,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.1),
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
@@ -29,8 +36,15 @@ def interpret(values, nodes, mask, x, norms=None, moments=None):
             case "conv" if n["weight"].dim() == 2:
                 y = F.linear(a.flatten(1), n["weight"], n.get("bias"))[:, :, None, None]
             case "conv":
-                y = F.conv2d(a, n["weight"], n.get("bias"), n.get("stride", 1), n.get("padding", 0),
-                             n.get("dilation", 1), n.get("groups", 1))
+                y = F.conv2d(
+                    a,
+                    n["weight"],
+                    n.get("bias"),
+                    n.get("stride", 1),
+                    n.get("padding", 0),
+                    n.get("dilation", 1),
+                    n.get("groups", 1),
+                )
             case "norm":
                 scale, shift = n["scale"], n["shift"]
                 if norms is not None and norms[index] is not None:
@@ -46,21 +60,34 @@ def interpret(values, nodes, mask, x, norms=None, moments=None):
             case "activation":
                 y = ACTIVATION[n["name"]](a)
             case "max_pool":
-                y = F.max_pool2d(a, n["kernel"], n.get("stride", 1), n.get("padding", 0), n.get("dilation", 1),
-                                 n.get("ceil_mode", False))
+                y = F.max_pool2d(
+                    a,
+                    n["kernel"],
+                    n.get("stride", 1),
+                    n.get("padding", 0),
+                    n.get("dilation", 1),
+                    n.get("ceil_mode", False),
+                )
             case "avg_pool" if n["kernel"] == (0, 0):
                 y = F.adaptive_avg_pool2d(a, values[n["output"]][1:3])
             case "avg_pool":
-                y = F.avg_pool2d(a, n["kernel"], n.get("stride", 1), n.get("padding", 0), n.get("ceil_mode", False),
-                                 n.get("count_include_pad", True))
+                y = F.avg_pool2d(
+                    a,
+                    n["kernel"],
+                    n.get("stride", 1),
+                    n.get("padding", 0),
+                    n.get("ceil_mode", False),
+                    n.get("count_include_pad", True),
+                )
             case "add":
                 y = sum(rest, a)
             case "multiply":
                 y = a * rest[0]
             case "select":
                 planes = (a, *rest)
-                y = torch.stack([torch.zeros_like(a[:, 0]) if s is None else planes[s[0]][:, s[1]]
-                                 for s in n["source"]], 1)
+                y = torch.stack(
+                    [torch.zeros_like(a[:, 0]) if s is None else planes[s[0]][:, s[1]] for s in n["source"]], 1
+                )
             case "flatten":
                 y = a.flatten(1)[:, :, None, None]
         held[n["output"]] = y * kept(mask, values[n["output"]][3])[:, None, None]
@@ -99,35 +126,60 @@ class Builder:
         if op not in ("conv", "max_pool", "avg_pool"):
             return h, w
         kernel = rest.get("kernel") or tuple(rest["weight"].shape[2:])
-        stride, padding, dilation = (rest.get(k, d) for k, d in (("stride", (1, 1)), ("padding", (0, 0)),
-                                                                 ("dilation", (1, 1))))
-        return tuple((s + 2 * p - d * (k - 1) - 1) // t + 1
-                     for s, k, t, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True))
+        stride, padding, dilation = (
+            rest.get(k, d) for k, d in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))
+        )
+        return tuple(
+            (s + 2 * p - d * (k - 1) - 1) // t + 1
+            for s, k, t, p, d in zip((h, w), kernel, stride, padding, dilation, strict=True)
+        )
 
     def conv(self, x, out, kernel=3, stride=1, groups=1, bias=False, genes=None, padding=None, dilation=1):
         c = self.values[x][0]
         weight = self.randn(out, c // groups, kernel, kernel) / (c // groups * kernel**2) ** 0.5
         p = kernel // 2 * dilation if padding is None else padding
-        return self.node("conv", [x], genes or self.new(out), weight=weight,
-                         bias=self.randn(out) if bias else None, stride=(stride, stride), padding=(p, p),
-                         dilation=(dilation, dilation), groups=groups)
+        return self.node(
+            "conv",
+            [x],
+            genes or self.new(out),
+            weight=weight,
+            bias=self.randn(out) if bias else None,
+            stride=(stride, stride),
+            padding=(p, p),
+            dilation=(dilation, dilation),
+            groups=groups,
+        )
 
     def norm(self, x):
         c, genes = self.values[x][0], self.values[x][3]
-        return self.node("norm", [x], genes, scale=self.randn(c).abs() + 0.5, shift=self.randn(c),
-                         weight=self.randn(c).abs() + 0.5, bias=self.randn(c), eps=1e-3)
+        return self.node(
+            "norm",
+            [x],
+            genes,
+            scale=self.randn(c).abs() + 0.5,
+            shift=self.randn(c),
+            weight=self.randn(c).abs() + 0.5,
+            bias=self.randn(c),
+            eps=1e-3,
+        )
 
     def act(self, x, name="relu"):
-        return self.node("activation", [x], self.values[x][3], name=name,
-                         **({"param": 0.1} if name == "leaky_relu" else {}))
+        return self.node(
+            "activation", [x], self.values[x][3], name=name, **({"param": 0.1} if name == "leaky_relu" else {})
+        )
 
     def unit(self, x, out, **options):
         return self.act(self.norm(self.conv(x, out, **options)))
 
     def linear(self, x, out, genes=None):
         c, h, w, _ = self.values[x]
-        return self.node("conv", [x], genes or [ALWAYS] * out, weight=self.randn(out, c * h * w) / (c * h * w) ** 0.5,
-                         bias=self.randn(out))
+        return self.node(
+            "conv",
+            [x],
+            genes or [ALWAYS] * out,
+            weight=self.randn(out, c * h * w) / (c * h * w) ** 0.5,
+            bias=self.randn(out),
+        )
 
     def pool(self, x, op="max_pool", kernel=(2, 2), **rest):
         rest.setdefault("stride", kernel if kernel != (0, 0) else (1, 1))
@@ -171,8 +223,10 @@ def mobile():
     for width, stride in ((9, 1), (17, 2)):
         x = b.act(b.norm(b.conv(x, b.values[x][0], 3, stride, groups=b.values[x][0], genes=b.values[x][3])), "relu6")
         x = b.act(b.norm(b.conv(x, width, 1)), "silu")
-    gate = b.act(b.conv(b.act(b.conv(b.pool(x, "avg_pool", (3, 3)), 4, 1, bias=True)), 17, 1, bias=True,
-                        genes=b.values[x][3]), "hardsigmoid")
+    gate = b.act(
+        b.conv(b.act(b.conv(b.pool(x, "avg_pool", (3, 3)), 4, 1, bias=True)), 17, 1, bias=True, genes=b.values[x][3]),
+        "hardsigmoid",
+    )
     x = b.node("multiply", [x, gate], b.values[x][3])
     x = b.conv(x, 34, 3, groups=17, genes=[g for g in b.values[x][3] for _ in range(2)])
     x = b.node("flatten", [x], [g for g in b.values[x][3] for _ in range(9)])
@@ -185,8 +239,12 @@ def dense():
     b.num_genes = 4
     x = b.act(b.conv(0, 6, groups=2), "gelu")
     y = b.act(b.conv(x, 5, 3, dilation=2), "hardswish")
-    z = b.node("select", [x, y], b.values[x][3] + b.values[y][3], source=[(0, c) for c in range(6)] +
-               [(1, c) for c in range(5)])
+    z = b.node(
+        "select",
+        [x, y],
+        b.values[x][3] + b.values[y][3],
+        source=[(0, c) for c in range(6)] + [(1, c) for c in range(5)],
+    )
     z = b.norm(z)
     a = b.pool(z, "avg_pool", (3, 3), stride=(2, 2), padding=(1, 1), count_include_pad=False)
     c = b.pool(z, "max_pool", (3, 2), stride=(2, 2), padding=(1, 0))
@@ -367,9 +425,16 @@ def test_norms_of_ones_own_are_not_shared(device, poisoned):
     net = Moved(b, torch.float64, device)
     norms = [n for n in b.nodes if n["op"] == "norm"]
     g = torch.Generator().manual_seed(2)
-    affines = [None, *((torch.rand(3, len(n["scale"]), generator=g, dtype=torch.float64),
-                        torch.rand(len(n["scale"]), generator=g, dtype=torch.float64).expand(3, -1))
-                       for n in norms[1:])]
+    affines = [
+        None,
+        *(
+            (
+                torch.rand(3, len(n["scale"]), generator=g, dtype=torch.float64),
+                torch.rand(len(n["scale"]), generator=g, dtype=torch.float64).expand(3, -1),
+            )
+            for n in norms[1:]
+        ),
+    ]
     y = net(masks, x, affines)
     for p in range(3):
         own = [None if a is None else (a[0][p], a[1][p]) for a in affines]
@@ -409,10 +474,16 @@ def test_input_of_ones_own(device, poisoned):
 
 # Tolerances over the largest value: sums are exact products in float32; what passes between layers is rounded.
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize(("dtype", "tensor_cores", "tolerance"), [
-    (torch.bfloat16, True, 4e-2), (torch.float16, True, 5e-3), (torch.float32, True, 5e-3),
-    (torch.bfloat16, False, 4e-2), (torch.float16, False, 5e-3),
-])
+@pytest.mark.parametrize(
+    ("dtype", "tensor_cores", "tolerance"),
+    [
+        (torch.bfloat16, True, 4e-2),
+        (torch.float16, True, 5e-3),
+        (torch.float32, True, 5e-3),
+        (torch.bfloat16, False, 4e-2),
+        (torch.float16, False, 5e-3),
+    ],
+)
 def test_tensor_cores(name, dtype, tensor_cores, tolerance, device, monkeypatch, request, poisoned):
     where = request.node.callspec.params["device"]
     if where == "cpu":

@@ -9,6 +9,7 @@ from fastkd import Graph, lsp_loss, reference, teacher_structure
 
 def make(sample, width, dtype, layout="plain", device="cpu", seed=0):
     """Student (or pair) and teacher (or pair) for a sample."""
+
     def side(w, s):
         src = features(sample.num_src, w, dtype, layout, s, device)
         if not sample.bipartite:
@@ -69,7 +70,8 @@ def check(student, teacher, graph, dtype, **options):
         # Half's subnormals are this far apart.
         floor = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps if dtype == torch.float16 else 0
         close(ours, p, e, rounding) if not floor else close(
-            torch.where((ours.double() - e).abs() <= floor, e, ours.double()), p, e, rounding)
+            torch.where((ours.double() - e).abs() <= floor, e, ours.double()), p, e, rounding
+        )
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -80,8 +82,15 @@ def test_every_graph_and_kernel(device, poisoned, name, kernel):
     student, teacher = make(sample, 17, torch.float32, device=device)
     for divergence in DIVERGENCES:
         for reduction in ("mean", "none"):
-            check(student, teacher, graph, torch.float32, kernel=KERNELS[kernel], divergence=divergence,
-                  reduction=reduction)
+            check(
+                student,
+                teacher,
+                graph,
+                torch.float32,
+                kernel=KERNELS[kernel],
+                divergence=divergence,
+                reduction=reduction,
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,8 +137,7 @@ def test_every_reduction_and_weight(device, poisoned, name, weighted, reduction)
 @pytest.mark.parametrize("name", ["directed", "symmetric", "hub", "bipartite"])
 def test_index_dtypes(device, poisoned, name, index_dtype):
     sample = SAMPLES[name]
-    graph = Graph.from_edge_index(sample.edges.to(device), (sample.num_src, sample.num_dst),
-                                  index_dtype=index_dtype)
+    graph = Graph.from_edge_index(sample.edges.to(device), (sample.num_src, sample.num_dst), index_dtype=index_dtype)
     assert graph.col.dtype == index_dtype
     student, teacher = make(sample, 9, torch.float64, device=device)
     check(student, teacher, graph, torch.float64, kernel=KERNELS["linear"])
@@ -181,10 +189,7 @@ def test_small_integers_are_exact(device, poisoned):
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 9, (sample.num_src, 37), generator=g).float().to(device)
     src, dst = graph.edge_index
-    for kernel, expected in {
-        "linear": (x[dst] * x[src]).sum(1),
-        "euclidean": -((x[dst] - x[src]) ** 2).sum(1),
-    }.items():
+    for kernel, expected in {"linear": (x[dst] * x[src]).sum(1), "euclidean": -((x[dst] - x[src]) ** 2).sum(1)}.items():
         structure = teacher_structure(x, graph, kernel)
         assert torch.equal(structure.values, expected[graph.perm.long()])
         bf16 = teacher_structure(x.bfloat16(), graph, kernel)

@@ -13,8 +13,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def run(*args, cwd, **env):
-    return subprocess.run([sys.executable, "-m", "fastkd", *args], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "COLUMNS": "100", **env})
+    return subprocess.run(
+        [sys.executable, "-m", "fastkd", *args],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "100", **env},
+    )
 
 
 @pytest.mark.parametrize("args", [(), ("info",)])
@@ -59,8 +65,14 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
 """
     outputs = {}
     for isa in ("generic", "avx2", "avx512"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=300, env={**os.environ, "FASTKD_ISA": isa})
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "FASTKD_ISA": isa},
+        )
         assert done.returncode == 0, done.stderr
         outputs[isa] = [float(v) for v in done.stdout.split()]
     for values in outputs.values():
@@ -90,8 +102,11 @@ def test_simt_selftest(tmp_path):
         pytest.skip("no C++ compiler")
     simt = ROOT / "tests" / "simt"
     binary = tmp_path / "selftest"
-    subprocess.run([compiler, "-std=c++20", "-O2", f"-I{simt}", simt / "simt.cpp", simt / "selftest.cpp",
-                    "-o", binary], check=True, timeout=300)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", f"-I{simt}", simt / "simt.cpp", simt / "selftest.cpp", "-o", binary],
+        check=True,
+        timeout=300,
+    )
     done = subprocess.run([binary], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -109,11 +109,16 @@ EDGES = dict(divergence="teacher||student", reduction="mean_edges")
 VARIANTS = {"distillgcn": (LSPLoss.preset("distillgcn", kernel="laplacian"), distillgcn, 5)}
 for _kernel, _scale in {"rbf": 3, "linear": 0.7, "poly": 0.5, "euclidean": 0.5}.items():
     VARIANTS[f"paper-{_kernel}"] = (
-        LSPLoss.preset("paper", kernel=_kernel), partial(paper, similarity=PAPER[_kernel]), _scale)
+        LSPLoss.preset("paper", kernel=_kernel),
+        partial(paper, similarity=PAPER[_kernel]),
+        _scale,
+    )
 for _kernel, _scale in {"cosine": 1, "poly": 1, "l2": 1, "rbf": 0.3}.items():
     VARIANTS[f"efficient_gnns-{_kernel}"] = (
         LSPLoss.preset("efficient_gnns", kernel=_kernel),
-        partial(efficient_gnns, similarity=EFFICIENT_GNNS[_kernel]), _scale)
+        partial(efficient_gnns, similarity=EFFICIENT_GNNS[_kernel]),
+        _scale,
+    )
 
 # --- what they are compared on ------------------------------------------------------------------
 
@@ -197,7 +202,9 @@ def test_float32(name, kind):
         true.append(value_and_grad(published, *features(scale, seed), graph))
         ours.append(value_and_grad(criterion, *single, graph))
         theirs.append(value_and_grad(published, *single, graph))
-    for of_true, of_ours, of_theirs in zip(zip(*true, strict=False), zip(*ours, strict=False), zip(*theirs, strict=False), strict=False):  # loss, gradient
+    for of_true, of_ours, of_theirs in zip(
+        zip(*true, strict=False), zip(*ours, strict=False), zip(*theirs, strict=False), strict=False
+    ):  # loss, gradient
         exact, found = torch.stack(of_true), torch.stack(of_ours)
         assert found.dtype == torch.float32
         limit = 2 * error(torch.stack(of_theirs), exact) + 4 * torch.finfo(torch.float32).eps
@@ -264,8 +271,7 @@ def test_isolated_nodes_dilute_the_means_over_nodes_only():
     for name, factor in factors.items():
         criterion = LSPLoss.preset(name)
         without = criterion(student[:active], teacher[:active], edges())
-        torch.testing.assert_close(
-            criterion(student, teacher, edges()), factor * without, rtol=1e-12, atol=0)
+        torch.testing.assert_close(criterion(student, teacher, edges()), factor * without, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["paper", "distillgcn", "efficient_gnns"])
@@ -353,8 +359,7 @@ def test_l2_of_distant_features_stays_finite():
     student, teacher = features(40, dtype=torch.float32)
     similarity = EFFICIENT_GNNS["l2"]
     assert not efficient_gnns(student, teacher, edges(), similarity).isfinite()
-    loss, grad = value_and_grad(
-        LSPLoss.preset("efficient_gnns", kernel="l2"), student, teacher, edges())
+    loss, grad = value_and_grad(LSPLoss.preset("efficient_gnns", kernel="l2"), student, teacher, edges())
     true = efficient_gnns(student.double(), teacher.double(), edges(), similarity)
     assert true.isfinite() and error(loss, true) < 1e-5
     assert grad.isfinite().all()

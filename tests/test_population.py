@@ -35,8 +35,16 @@ def lively(model, seed=0, dtype=torch.float64):
 
 
 # Of the networks for ImageNet the smallest images that their strides permit, and 10 classes.
-SHAPES = {"lenet": (1, 28, 28), "alexnet": (3, 63, 63), "vgg16": (3, 32, 32), "vgg16_cifar": (3, 32, 32),
-          "resnet20": (3, 32, 32), "resnet56": (3, 32, 32), "resnet50": (3, 32, 32), "mobilenet_v1": (3, 32, 32)}
+SHAPES = {
+    "lenet": (1, 28, 28),
+    "alexnet": (3, 63, 63),
+    "vgg16": (3, 32, 32),
+    "vgg16_cifar": (3, 32, 32),
+    "resnet20": (3, 32, 32),
+    "resnet56": (3, 32, 32),
+    "resnet50": (3, 32, 32),
+    "mobilenet_v1": (3, 32, 32),
+}
 _made = {}
 
 
@@ -114,9 +122,12 @@ def test_operations_can_be_run_in_order_on_compact_values(name):
             if op.kind == "pad":
                 y = inputs[0]
             elif op.kind == "add":
-                y = sum(torch.zeros(len(a), len(kept), *a.shape[2:], dtype=a.dtype)
-                        .index_copy(1, torch.searchsorted(kept, space.kept(i, mask)), a)
-                        for i, a in zip(op.inputs, inputs, strict=True))
+                y = sum(
+                    torch.zeros(len(a), len(kept), *a.shape[2:], dtype=a.dtype).index_copy(
+                        1, torch.searchsorted(kept, space.kept(i, mask)), a
+                    )
+                    for i, a in zip(op.inputs, inputs, strict=True)
+                )
             else:
                 y = small.get_submodule(op.name)(*inputs) if op.module is not None else op.run(*inputs)
             values[op.output] = y
@@ -124,7 +135,9 @@ def test_operations_can_be_run_in_order_on_compact_values(name):
                 assert y.shape[1:] == (len(kept), *space.values[op.output].shape[1:])
         expected = masked_forward(space, mask, x)
     assert torch.allclose(values[space.output], expected, rtol=1e-10, atol=1e-10)
-    assert torch.equal(space.channels(mask)[0], torch.tensor([len(space.kept(i, mask)) for i in range(len(space.values))]))
+    assert torch.equal(
+        space.channels(mask)[0], torch.tensor([len(space.kept(i, mask)) for i in range(len(space.values))])
+    )
 
 
 def test_groups_of_resnet20():
@@ -134,7 +147,7 @@ def test_groups_of_resnet20():
     assert groups["conv1"].size == 16 and groups["conv1"].modules == ("conv1", *outer)
     assert groups["layer2.0.conv2"].size == 16 and groups["layer2.0.conv2"].modules == tuple(outer[3:])
     assert groups["layer3.0.conv2"].size == 32 and groups["layer3.0.conv2"].modules == tuple(outer[6:])
-    inner = {f"layer{s}.{b}.conv1": 8 * 2 ** s for s in (1, 2, 3) for b in range(3)}
+    inner = {f"layer{s}.{b}.conv1": 8 * 2**s for s in (1, 2, 3) for b in range(3)}
     assert {n: g.size for n, g in groups.items() if n in inner} == inner
     assert len(groups) == 12 and space.num_genes == 16 + 16 + 32 + 3 * (16 + 32 + 64)
     start = 0
@@ -303,24 +316,69 @@ def unused(self, x):
 SMALL = {
     "grouped": (grouped, dict(a=conv(3, 12), b=conv(12, 8, groups=4), fc=nn.Linear(8, 5)), [3, 2], True),
     "grouped_input": (grouped, dict(a=conv(3, 6, groups=3), b=conv(6, 8), fc=nn.Linear(8, 5)), [8], True),
-    "depthwise_multiplier": (multiplied_depthwise, dict(a=conv(3, 6), b=conv(6, 12, groups=6), fc=nn.Linear(12, 5)), [6], True),
-    "squeeze_excite": (squeeze_excite, dict(a=conv(3, 8), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8, 7), fc=nn.Linear(7, 5)),
-                       [8, 4, 7], True),
-    "squeeze_excite_linear": (squeeze_excite_linear, dict(a=conv(3, 8), down=nn.Linear(8, 4), up=nn.Linear(4, 8), b=conv(8, 7),
-                                                          fc=nn.Linear(7, 5)), [8, 4, 7], True),
-    "dense": (dense, dict(a=conv(3, 6), bn_a=nn.BatchNorm2d(6), b=conv(6, 4), bn_b=nn.BatchNorm2d(10), c=conv(10, 3),
-                          fc=nn.Linear(13, 5)), [6, 4, 3], True),
+    "depthwise_multiplier": (
+        multiplied_depthwise,
+        dict(a=conv(3, 6), b=conv(6, 12, groups=6), fc=nn.Linear(12, 5)),
+        [6],
+        True,
+    ),
+    "squeeze_excite": (
+        squeeze_excite,
+        dict(a=conv(3, 8), down=conv(8, 4, 1), up=conv(4, 8, 1), b=conv(8, 7), fc=nn.Linear(7, 5)),
+        [8, 4, 7],
+        True,
+    ),
+    "squeeze_excite_linear": (
+        squeeze_excite_linear,
+        dict(a=conv(3, 8), down=nn.Linear(8, 4), up=nn.Linear(4, 8), b=conv(8, 7), fc=nn.Linear(7, 5)),
+        [8, 4, 7],
+        True,
+    ),
+    "dense": (
+        dense,
+        dict(
+            a=conv(3, 6),
+            bn_a=nn.BatchNorm2d(6),
+            b=conv(6, 4),
+            bn_b=nn.BatchNorm2d(10),
+            c=conv(10, 3),
+            fc=nn.Linear(13, 5),
+        ),
+        [6, 4, 3],
+        True,
+    ),
     "flattened": (flattened, dict(a=conv(3, 6), fc1=nn.Linear(6 * 16, 9), fc=nn.Linear(9, 5)), [6, 9], True),
     "stated_width": (stated_width, dict(a=conv(3, 6), fc1=nn.Linear(6 * 64, 9), fc=nn.Linear(9, 5)), [6, 9], False),
     "option_a": (option_a, dict(a=conv(3, 6), b=conv(6, 10, stride=2), fc=nn.Linear(10, 5)), [6, 4], False),
-    "zeros_are_read": (zeros_are_read, dict(a=conv(3, 6), b=conv(6, 4), c=conv(13, 8), fc=nn.Linear(8, 5)), [6, 4, 8], False),
+    "zeros_are_read": (
+        zeros_are_read,
+        dict(a=conv(3, 6), b=conv(6, 4), c=conv(13, 8), fc=nn.Linear(8, 5)),
+        [6, 4, 8],
+        False,
+    ),
     "inplace": (inplace, dict(a=conv(3, 6), relu=nn.ReLU(True), b=conv(6, 6), fc=nn.Linear(6, 5)), [6], True),
     "channel_slice": (channel_slice, dict(a=conv(3, 6), fc=nn.Linear(3, 5)), [3, 3], False),
     "slices": (slices, dict(a=conv(3, 6), b=conv(4, 5), fc=nn.Linear(6, 5)), [2, 2, 1, 1, 2, 3], False),
     "shuffle": (shuffle, dict(a=conv(3, 6), fc=nn.Linear(6 * 64, 5)), [6], False),
-    "shuffles": (shuffles, dict(a=conv(3, 6), shuffle=nn.ChannelShuffle(3), b=conv(6, 8, stride=8), fc=nn.Linear(8, 5)), [6, 8], False),
-    "halves": (halves, dict(a=conv(3, 8), b=conv(4, 4, groups=4), bn=nn.BatchNorm2d(4), c=conv(4, 4, 1), d=conv(8, 6),
-                            fc=nn.Linear(6, 5)), [4, 4, 4, 6], False),
+    "shuffles": (
+        shuffles,
+        dict(a=conv(3, 6), shuffle=nn.ChannelShuffle(3), b=conv(6, 8, stride=8), fc=nn.Linear(8, 5)),
+        [6, 8],
+        False,
+    ),
+    "halves": (
+        halves,
+        dict(
+            a=conv(3, 8),
+            b=conv(4, 4, groups=4),
+            bn=nn.BatchNorm2d(4),
+            c=conv(4, 4, 1),
+            d=conv(8, 6),
+            fc=nn.Linear(6, 5),
+        ),
+        [4, 4, 4, 6],
+        False,
+    ),
     "pieces": (pieces, dict(a=conv(3, 8), b=conv(2, 3), fc=nn.Linear(11, 5)), [2, 3, 1, 3], False),
     "scalars": (scalars, dict(a=conv(3, 6), prelu=nn.PReLU(6), fc=nn.Linear(6, 5)), [6], True),
     "unused": (unused, dict(a=conv(3, 6), aside=nn.Linear(4, 4), fc=nn.Linear(6, 5)), [6], True),
@@ -400,16 +458,34 @@ def test_functions_that_give_back_what_they_are_given():
 
 def test_genes_that_only_some_values_hold_are_groups_of_their_own():
     space = trace(small_net("halves")[0], IMAGES)
-    assert [(g.name, g.modules, g.size) for g in space.groups[:3]] == [("a", ("a",), 4), ("a (2)", ("a",), 4), ("c", ("c",), 4)]
+    assert [(g.name, g.modules, g.size) for g in space.groups[:3]] == [
+        ("a", ("a",), 4),
+        ("a (2)", ("a",), 4),
+        ("c", ("c",), 4),
+    ]
     masks = space.repair(torch.zeros(1, space.num_genes, dtype=torch.bool))
     assert masks.sum() == 4, "each half keeps one"
 
 
 def test_torch_modules_as_a_sequential():
-    model = lively(nn.Sequential(
-        conv(3, 6), nn.BatchNorm2d(6), nn.Hardswish(), nn.AvgPool2d(2), nn.Dropout2d(), conv(6, 4, bias=False), nn.ELU(),
-        nn.Upsample(scale_factor=2), nn.Flatten(), nn.Linear(4 * 64, 7), nn.BatchNorm1d(7), nn.GELU(), nn.Linear(7, 5),
-        nn.LogSoftmax(1)))
+    model = lively(
+        nn.Sequential(
+            conv(3, 6),
+            nn.BatchNorm2d(6),
+            nn.Hardswish(),
+            nn.AvgPool2d(2),
+            nn.Dropout2d(),
+            conv(6, 4, bias=False),
+            nn.ELU(),
+            nn.Upsample(scale_factor=2),
+            nn.Flatten(),
+            nn.Linear(4 * 64, 7),
+            nn.BatchNorm1d(7),
+            nn.GELU(),
+            nn.Linear(7, 5),
+            nn.LogSoftmax(1),
+        )
+    )
     space = trace(model, IMAGES)
     assert [g.modules for g in space.groups] == [("0",), ("5",), ("9",)]
     check(model, IMAGES, space, some_masks(space))
@@ -452,8 +528,12 @@ def test_wrong_masks():
     space = network("lenet")[2]
     mask = space.ones(1)
     for wrong, error, says in (
-            (mask.float(), TypeError, "torch.bool"), (mask[:, :-1], ValueError, r"\[P, 570\]"),
-            (mask[:0], ValueError, "P = 0"), (mask[None], ValueError, r"\[1, 1, 570\]"), ([True], TypeError, "list")):
+        (mask.float(), TypeError, "torch.bool"),
+        (mask[:, :-1], ValueError, r"\[P, 570\]"),
+        (mask[:0], ValueError, "P = 0"),
+        (mask[None], ValueError, r"\[1, 1, 570\]"),
+        ([True], TypeError, "list"),
+    ):
         for f in (space.macs, space.parameters, space.channels, space.repair, space.check):
             with pytest.raises(error, match=says):
                 f(wrong)
@@ -548,11 +628,19 @@ def noise(self, x):
 
 REFUSED = {
     "by_data": (by_data, {}, r"cannot be traced: .*test_population.py:\d+: if x.sum\(\) > 0"),
-    "one_channel": (one_channel, dict(fc=nn.Linear(3, 5)), r"index of other dimensions .*test_population.py:\d+: return tail\(self, self.a\(x\)\[:, 3\]"),
+    "one_channel": (
+        one_channel,
+        dict(fc=nn.Linear(3, 5)),
+        r"index of other dimensions .*test_population.py:\d+: return tail\(self, self.a\(x\)\[:, 3\]",
+    ),
     "channel_mean": (channel_mean, {}, "mean over the dimensions 1, not H and W"),
     "own_weight": (own_weight, {}, "the tensor a.weight used outside a module"),
     "twice": (twice, dict(b=conv(6, 6)), "b called twice"),
-    "normalise_zeros": (normalise_zeros, dict(bn=nn.BatchNorm2d(8), fc=nn.Linear(8, 5)), "BatchNorm2d bn of channels that are constantly zero"),
+    "normalise_zeros": (
+        normalise_zeros,
+        dict(bn=nn.BatchNorm2d(8), fc=nn.Linear(8, 5)),
+        "BatchNorm2d bn of channels that are constantly zero",
+    ),
     "shift_zeros": (shift_zeros, dict(fc=nn.Linear(8, 5)), "add of channels that are constantly zero"),
     "attention": (attention, {}, "softmax of channels along several dimensions"),
     "mixed_up": (mixed_up, {}, "transpose of channels along several dimensions"),
@@ -560,12 +648,20 @@ REFUSED = {
     "batch_split": (batch_split, {}, "split along dimension 0"),
     "layer_norm": (layer_norm, dict(norm=nn.LayerNorm([6, 8, 8])), "LayerNorm norm is not supported"),
     "group_norm": (layer_norm, dict(norm=nn.GroupNorm(2, 6)), "GroupNorm norm is not supported"),
-    "batch_statistics": (layer_norm, dict(norm=nn.BatchNorm2d(6, track_running_stats=False)), "without running statistics"),
+    "batch_statistics": (
+        layer_norm,
+        dict(norm=nn.BatchNorm2d(6, track_running_stats=False)),
+        "without running statistics",
+    ),
     "spatial_gate": (spatial_gate, dict(gate=conv(6, 1)), "mul of values"),
     "active_dropout": (active_dropout, {}, "training=self.training"),
     "two_results": (two_results, dict(fc=nn.Linear(3, 5)), "must return one tensor"),
     "transposed": (layer_norm, dict(norm=nn.ConvTranspose2d(6, 6, 3)), "ConvTranspose2d norm"),
-    "weight_norm": (layer_norm, dict(norm=nn.utils.parametrizations.weight_norm(conv(6, 6))), "ParametrizedConv2d norm is not supported"),
+    "weight_norm": (
+        layer_norm,
+        dict(norm=nn.utils.parametrizations.weight_norm(conv(6, 6))),
+        "ParametrizedConv2d norm is not supported",
+    ),
     "constant": (noise, {}, "tensor.* used outside a module"),
 }
 
@@ -583,7 +679,10 @@ def test_refusals_name_the_module_and_its_line():
         def forward(self, x):
             return torch.cumsum(x, 1)
 
-    with pytest.raises(UnsupportedModelError, match=r"cumsum is not supported, in 1 \(.*test_population.py:\d+: return torch.cumsum\(x, 1\)\)"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"cumsum is not supported, in 1 \(.*test_population.py:\d+: return torch.cumsum\(x, 1\)\)",
+    ):
         trace(nn.Sequential(conv(3, 6), Block()).double().eval(), IMAGES)
 
 
@@ -701,7 +800,7 @@ def test_torch_pruning_removes_the_same(name):
         module = oracle.get_submodule(group.modules[0])
         prune = tp.prune_conv_out_channels if isinstance(module, nn.Conv2d) else tp.prune_linear_out_channels
         graph.get_pruning_group(module, prune, idxs=[1, 2]).prune()
-        mask[group.start + 1: group.start + 3] = False
+        mask[group.start + 1 : group.start + 3] = False
     small = compact(model, mask, space)
     theirs = oracle.state_dict()
     for key, value in small.state_dict().items():
@@ -710,10 +809,23 @@ def test_torch_pruning_removes_the_same(name):
         assert torch.equal(small(x), oracle(x))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "mobilenet_v3_small", "squeezenet1_1", "regnet_y_400mf",
-                                  "efficientnet_b0", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "densenet121",
+        "googlenet",
+        "mobilenet_v3_small",
+        "squeezenet1_1",
+        "regnet_y_400mf",
+        "efficientnet_b0",
+        "shufflenet_v2_x0_5",
+    ],
+)
 def test_networks_of_torchvision(name):
-    models = pytest.importorskip("torchvision", reason="torchvision is not installed", exc_type=(ImportError, RuntimeError)).models
+    models = pytest.importorskip(
+        "torchvision", reason="torchvision is not installed", exc_type=(ImportError, RuntimeError)
+    ).models
     more = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model = lively(models.get_model(name, weights=None, **more))
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -735,21 +847,42 @@ def test_groups_of_resnet50():
 def networks(draw):
     """A stack of steps of random kinds, each of which fits what came before."""
     channels, size, steps, modules = 3, 8, [], {}
-    kinds = ("conv", "strided", "depthwise", "grouped", "residual", "option_a", "concat", "gate", "pool", "shuffle", "halves")
+    kinds = (
+        "conv",
+        "strided",
+        "depthwise",
+        "grouped",
+        "residual",
+        "option_a",
+        "concat",
+        "gate",
+        "pool",
+        "shuffle",
+        "halves",
+    )
     for i, kind in enumerate(draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))):
         width = draw(st.integers(1, 4)) * 2
         name = f"m{i}"
-        if (kind == "option_a" and channels == 3) or (kind in ("strided", "option_a", "pool") and size < 4) or \
-                (kind in ("grouped", "shuffle", "halves") and channels % 2):
+        if (
+            (kind == "option_a" and channels == 3)
+            or (kind in ("strided", "option_a", "pool") and size < 4)
+            or (kind in ("grouped", "shuffle", "halves") and channels % 2)
+        ):
             kind = "conv"
         if kind == "depthwise":
             modules[name] = conv(channels, channels, groups=channels)
         elif kind == "residual":
-            modules[name] = nn.Sequential(conv(channels, width), nn.BatchNorm2d(width), nn.ReLU(True), conv(width, channels))
+            modules[name] = nn.Sequential(
+                conv(channels, width), nn.BatchNorm2d(width), nn.ReLU(True), conv(width, channels)
+            )
         elif kind == "gate":
-            modules[name] = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(channels, 2, 1), nn.ReLU(), conv(2, channels, 1), nn.Sigmoid())
+            modules[name] = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), conv(channels, 2, 1), nn.ReLU(), conv(2, channels, 1), nn.Sigmoid()
+            )
         elif kind == "option_a":
-            modules[name] = nn.Sequential(conv(channels, channels + 2, stride=2, bias=False), nn.BatchNorm2d(channels + 2))
+            modules[name] = nn.Sequential(
+                conv(channels, channels + 2, stride=2, bias=False), nn.BatchNorm2d(channels + 2)
+            )
             channels, size = channels + 2, size // 2
         elif kind == "pool":
             size //= 2
@@ -757,8 +890,11 @@ def networks(draw):
             modules[name] = conv(channels // 2, width)
             channels = channels // 2 + width
         elif kind != "shuffle":
-            modules[name] = nn.Sequential(conv(channels, width, stride=2 if kind == "strided" else 1, groups=2 if kind == "grouped" else 1),
-                                          nn.BatchNorm2d(width), nn.SiLU())
+            modules[name] = nn.Sequential(
+                conv(channels, width, stride=2 if kind == "strided" else 1, groups=2 if kind == "grouped" else 1),
+                nn.BatchNorm2d(width),
+                nn.SiLU(),
+            )
             channels = channels + width if kind == "concat" else width
             size = (size + 1) // 2 if kind == "strided" else size
         steps.append((kind, name))
@@ -798,7 +934,9 @@ def test_any_network(model, density, k_min, seed):
     masks = space.repair(space.random(2, density, torch.Generator().manual_seed(seed)), k_min)
     full, limits = space.channels(space.ones(1)), Limits(space)
     for cost in COSTS:
-        assert torch.equal(limits.costs(limits.counts(masks), cost), getattr(space, cost)(masks)), "counts of groups are enough"
+        assert torch.equal(limits.costs(limits.counts(masks), cost), getattr(space, cost)(masks)), (
+            "counts of groups are enough"
+        )
     assert bool((space.channels(masks) >= full.clamp(max=k_min)).all())
     with torch.no_grad():
         whole = model(IMAGES)

@@ -29,8 +29,9 @@ def test_any_graph_against_reference(data):
     if not bipartite:
         options["norm_by"] = data.draw(st.sampled_from(("dst", "src")))
     if data.draw(st.booleans()):
-        weight = data.draw(st.lists(st.sampled_from((0.0, 0.1, 1.0, 7.0)), min_size=edges.shape[1],
-                                    max_size=edges.shape[1]))
+        weight = data.draw(
+            st.lists(st.sampled_from((0.0, 0.1, 1.0, 7.0)), min_size=edges.shape[1], max_size=edges.shape[1])
+        )
         options["edge_weight"] = torch.tensor(weight, dtype=torch.float64)
 
     def side(w, s):
@@ -44,8 +45,9 @@ def test_any_graph_against_reference(data):
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert (a >= 0).all()
     cotangent = torch.ones_like(a)
-    for ours, theirs in zip(torch.autograd.grad(a, leaves, cotangent),
-                            torch.autograd.grad(b, leaves, cotangent), strict=True):
+    for ours, theirs in zip(
+        torch.autograd.grad(a, leaves, cotangent), torch.autograd.grad(b, leaves, cotangent), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
@@ -73,8 +75,9 @@ def test_distance_kernels_ignore_translation(n, seed, shift):
     x = features(n, 4, torch.float64, seed=seed)
     t = features(n, 4, torch.float64, seed=seed + 1)
     for kernel in ("rbf", "euclidean", "laplacian"):
-        torch.testing.assert_close(lsp_loss(x + shift, t, edges, kernel=kernel),
-                                   lsp_loss(x, t, edges, kernel=kernel), rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(
+            lsp_loss(x + shift, t, edges, kernel=kernel), lsp_loss(x, t, edges, kernel=kernel), rtol=1e-7, atol=1e-10
+        )
         y = (x + shift).requires_grad_()
         grad = torch.autograd.grad(lsp_loss(y, t, edges, kernel=kernel, reduction="sum"), y)[0]
         assert grad.sum(0).abs().max() < 1e-9  # no net force

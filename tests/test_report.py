@@ -24,25 +24,63 @@ T95 = {2: 12.7062, 3: 4.30265}  # Student's t, by the number of seeds
 
 
 def network(test, seed, losses=(), parameters=1234, epochs=20):
-    history = [{"epoch": e, "loss": 2.0 / (e + 1), "val": test - 40 / (e + 1) + 0.1 * seed, "seconds": 0.01 * e,
-                "terms": {"task": 1.0 / (e + 1), **{name: 0.1 / (e + 1) for name in losses}}} for e in range(epochs)]
-    return {"test": test, "val": history[-1]["val"], "best_epoch": epochs - 1, "epochs": epochs, "seconds": 3.0 + seed,
-            "parameters": parameters, "peak_memory_mb": 10.0 + seed, "history": history,
-            "cost": {"parameters": parameters, "mmacs": parameters / 100, "latency_ms": 0.5 + seed, "threads": 2,
-                     "peak_memory_mb": None}}
+    history = [
+        {
+            "epoch": e,
+            "loss": 2.0 / (e + 1),
+            "val": test - 40 / (e + 1) + 0.1 * seed,
+            "seconds": 0.01 * e,
+            "terms": {"task": 1.0 / (e + 1), **{name: 0.1 / (e + 1) for name in losses}},
+        }
+        for e in range(epochs)
+    ]
+    return {
+        "test": test,
+        "val": history[-1]["val"],
+        "best_epoch": epochs - 1,
+        "epochs": epochs,
+        "seconds": 3.0 + seed,
+        "parameters": parameters,
+        "peak_memory_mb": 10.0 + seed,
+        "history": history,
+        "cost": {
+            "parameters": parameters,
+            "mmacs": parameters / 100,
+            "latency_ms": 0.5 + seed,
+            "threads": 2,
+            "peak_memory_mb": None,
+        },
+    }
 
 
 def record(test, seed, losses, data="cora", picture=False, hidden=8):
     model = lambda hidden: {"model": {"name": "gcn", "args": {"hidden": hidden}}, "train": {"epochs": 20}}
-    out = {"schema": 1, "seed": seed, "student": network(test, seed, losses), "teacher": network(95.5, 0, (), 98765),
-           "config": {"data": data, "teacher": model(64), "student": model(hidden), "task_weight": 1.0,
-                      "losses": losses, "teacher_seed": 0},
-           "environment": {"fastkd": "9.8.7", "torch": "2.13.0", "threads": 2}}
+    out = {
+        "schema": 1,
+        "seed": seed,
+        "student": network(test, seed, losses),
+        "teacher": network(95.5, 0, (), 98765),
+        "config": {
+            "data": data,
+            "teacher": model(64),
+            "student": model(hidden),
+            "task_weight": 1.0,
+            "losses": losses,
+            "teacher_seed": 0,
+        },
+        "environment": {"fastkd": "9.8.7", "torch": "2.13.0", "threads": 2},
+    }
     if picture:
         points = [[math.cos(i), math.sin(2 * i), 0.1 * (i % 3)] for i in range(60)]
         distance = [i / 59 for i in range(60)]
-        out["picture"] = {"points": points, "at": 0, "teacher": distance, "student": distance[::-1],
-                          "teacher_layer": "layers.1", "student_layer": "layers.0"}
+        out["picture"] = {
+            "points": points,
+            "at": 0,
+            "teacher": distance,
+            "student": distance[::-1],
+            "teacher_layer": "layers.1",
+            "student_layer": "layers.0",
+        }
     return out
 
 
@@ -56,8 +94,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for row, tests in TESTS.items():
         for seed, test in enumerate(tests):
-            save(folder / row / f"seed{seed}" / "result.json",
-                 record(test, seed, LOSSES[row], picture=seed == 0 and row != "kd + lsp"))
+            save(
+                folder / row / f"seed{seed}" / "result.json",
+                record(test, seed, LOSSES[row], picture=seed == 0 and row != "kd + lsp"),
+            )
     save(folder / "lsp" / "seed7" / "result.json", json.dumps(record(1.0, 7, LOSSES["lsp"]))[:-300])
     return folder
 
@@ -85,7 +125,7 @@ def test_the_table_has_the_figures(page):
         for cell, values in zip(rows[row], (tests, val), strict=False):
             mean = f"{sum(values) / n:.2f}"
             if n > 1:
-                mean += f" ± {T95[n] * statistics.stdev(values) / n ** 0.5:.2f}"
+                mean += f" ± {T95[n] * statistics.stdev(values) / n**0.5:.2f}"
             assert cell == mean
         seconds = 3.0 + (n - 1) / 2
         assert rows[row][2:] == [str(n), "1,234", "12.3", f"{0.5 + (n - 1) / 2:.3g}", f"{10 + n - 1}", f"{seconds:.3g}"]
@@ -95,15 +135,24 @@ def test_the_table_has_the_figures(page):
 
 def test_the_summary(page):
     mean, alone = (statistics.mean(TESTS[row]) for row in ("lsp", "student-alone"))
-    assert (f"Best of 3 rows is lsp with {mean:.2f} ± 0.52 % (mean and 95 % interval of 3 seeds), {mean - alone:.2f} points "
-            "above student-alone") in page
+    assert (
+        f"Best of 3 rows is lsp with {mean:.2f} ± 0.52 % (mean and 95 % interval of 3 seeds), {mean - alone:.2f} points "
+        "above student-alone"
+    ) in page
     assert "The two 95 % intervals are separated." in page
 
 
 def test_everything_else_is_there(page):
-    for heading in ("Validation score over training", "Training losses", "Local structure preserving loss per layer",
-                    "Test scores, seed by seed", "Distances between features on one shape", "Cost of a forward pass",
-                    "Configuration", "Environment"):
+    for heading in (
+        "Validation score over training",
+        "Training losses",
+        "Local structure preserving loss per layer",
+        "Test scores, seed by seed",
+        "Distances between features on one shape",
+        "Cost of a forward pass",
+        "Configuration",
+        "Environment",
+    ):
         assert heading in page
     assert "lsp/seed7/result.json is left out" in page
     assert "teacher_layer: layers.1" in page and "9.8.7" in page
@@ -130,7 +179,7 @@ def test_the_pictures_are_for_paper(runs, page):
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         width, height = struct.unpack(">II", content[16:24])
         assert 1200 <= width <= 2400 and 300 <= height <= 2400
-        dots = struct.unpack(">I", content[content.index(b"pHYs") + 4:][:4])[0] * 0.0254
+        dots = struct.unpack(">I", content[content.index(b"pHYs") + 4 :][:4])[0] * 0.0254
         assert dots > 150
         pixels = imread(runs / "pictures" / f"{name}.png")[..., :3]
         assert pixels.mean() > 0.5 and pixels.std() > 0.02
@@ -149,16 +198,21 @@ def test_same_records_same_report(runs, page, tmp_path):
 def test_cells_with_their_plan(tmp_path):
     for row, tests in {"alone": [80.0, 81.0], "with-lsp-100": [80.5, 81.5]}.items():
         for seed, test in enumerate(tests):
-            save(tmp_path / "cells" / "first" / row / f"{seed}.json",
-                 record(test, seed, {} if row == "alone" else {"lsp": LSP}))
+            save(
+                tmp_path / "cells" / "first" / row / f"{seed}.json",
+                record(test, seed, {} if row == "alone" else {"lsp": LSP}),
+            )
     save(tmp_path / "cells" / "second" / "kd" / "0.json", record(70.0, 0, {"kd": {"weight": 1.0}}, data="ppi"))
-    save(tmp_path / "plan.yaml", """
+    save(
+        tmp_path / "plan.yaml",
+        """
 experiments:
   later: {recipe: cora, rows: {kd: {}}}
   second: {title: "PPI & more", recipe: ppi, priority: 2, rows: {kd: {}}}
   first: {title: Citations, recipe: cora, seeds: 3, note: Of papers.,
           rows: {"with LSP, 100": {}, alone: {}, "never <run>": {}}}
-""")
+""",
+    )
     text = fastkd.report.write(tmp_path).read_text()
     assert re.findall(r"<h2 id.*?>(.*?)</h2>", text) == ["Citations", "PPI &amp; more"]
     rows = rows_of(text)
@@ -188,15 +242,18 @@ def test_labels_without_row_folders(tmp_path):
 
 
 def test_data_sets_and_configurations_are_not_mixed(tmp_path):
-    saved = read(tmp_path, seed0=record(80.0, 0, {}), seed1=record(81.0, 1, {}, hidden=16),
-                 other=record(50.0, 0, {}, data="ppi"))
+    saved = read(
+        tmp_path, seed0=record(80.0, 0, {}), seed1=record(81.0, 1, {}, hidden=16), other=record(50.0, 0, {}, data="ppi")
+    )
     assert [len(section.rows) for section in saved.sections] == [2, 1]
     assert [row.label[-17:] for row in saved.sections[0].rows] == ["(configuration 1)", "(configuration 2)"]
     assert any("2 configurations" in notice for notice in saved.notices)
 
 
 def test_folders_above_all_rows_name_no_row(tmp_path):
-    files = {f"cora/new/{row}/seed{seed}": record(80.0, seed, LOSSES[row]) for row in ("kd + lsp", "lsp") for seed in (0, 1)}
+    files = {
+        f"cora/new/{row}/seed{seed}": record(80.0, seed, LOSSES[row]) for row in ("kd + lsp", "lsp") for seed in (0, 1)
+    }
     saved = read(tmp_path, **files, **{"ppi/seed0": record(50.0, 0, {}, data="ppi")})
     assert [[row.label for row in section.rows] for section in saved.sections] == [["kd + lsp", "lsp"], ["ppi"]]
 
@@ -208,11 +265,18 @@ def test_what_a_single_seed_cannot_say(tmp_path):
     assert "No distilled student is better on average than a" in html.summary(saved.sections[0])
 
 
-@pytest.mark.parametrize("damage", [
-    lambda r: "", lambda r: "[1, 2]", lambda r: {**r, "student": None}, lambda r: {**r, "config": {}},
-    lambda r: {**r, "student": {**r["student"], "test": float("nan")}},
-    lambda r: {k: v for k, v in r.items() if k != "teacher"}, lambda r: {**r, "picture": {"points": [[0, 0]]}},
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: "",
+        lambda r: "[1, 2]",
+        lambda r: {**r, "student": None},
+        lambda r: {**r, "config": {}},
+        lambda r: {**r, "student": {**r["student"], "test": float("nan")}},
+        lambda r: {k: v for k, v in r.items() if k != "teacher"},
+        lambda r: {**r, "picture": {"points": [[0, 0]]}},
+    ],
+)
 def test_damaged_files_are_named_and_left_out(tmp_path, damage):
     save(tmp_path / "seed1" / "result.json", damage(record(80.0, 1, {}, picture=True)))
     with pytest.warns(UserWarning, match=r"seed1.result\.json"):
@@ -244,8 +308,13 @@ fastkd.report.write(sys.argv[1], sys.argv[2])
 loaded = {"fastkd.distill", "fastkd.models", "fastkd.data", "torch_geometric", "pydantic", "matplotlib.pyplot"}
 assert not loaded & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, runs / "student-alone", tmp_path],
-                          capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, runs / "student-alone", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +331,9 @@ def test_what_is_not_there_is_left_out(tmp_path):
     assert {p.stem for p in (tmp_path / "bare" / "pictures").iterdir()} == {"scores", "cost"}
     assert rows_of(text)["bare"] == ["80.00", "78.00", "1", "1,234", "–", "–", "–", "3"]
     text = fastkd.report.write(tmp_path / "short").read_text()
-    assert "There is no run of the student alone" in text and len(list((tmp_path / "short" / "pictures").iterdir())) == 6
+    assert (
+        "There is no run of the student alone" in text and len(list((tmp_path / "short" / "pictures").iterdir())) == 6
+    )
 
 
 def test_errors(tmp_path):
@@ -284,12 +355,18 @@ def compressed(algorithm="ecs", seed=0, test=91.0, tuned=True, genes=(6, 10), sc
     size = sum(genes)
 
     def costs(share):
-        return {"parameters": round(1000 * share), "macs": round(40000 * share), "filters": 10, "bytes": round(4000 * share),
-                "latency_ms": {"1": 0.5 * share, "64": 9.0 * share}, "peak_memory_mb": {"1": share, "64": 20 * share}}
+        return {
+            "parameters": round(1000 * share),
+            "macs": round(40000 * share),
+            "filters": 10,
+            "bytes": round(4000 * share),
+            "latency_ms": {"1": 0.5 * share, "64": 9.0 * share},
+            "peak_memory_mb": {"1": share, "64": 20 * share},
+        }
 
     searched = algorithm not in ("l1", "torch-pruning")
     n = 40 if searched else 1
-    ids = [f"{rng.randrange(16 ** 12):012x}" for _ in range(n)]
+    ids = [f"{rng.randrange(16**12):012x}" for _ in range(n)]
     columns = {"quality": [rng.random() for _ in ids], "cost": [rng.randrange(1, 16000) for _ in ids]}
     mask = lambda: bytes(rng.randrange(256) for _ in range(-(-size // 8))).hex()
     stages = {"masked": {"test": 50.0, "val": 51.0}, "recalibrated": {"test": test - 3, "val": 89.0}}
@@ -297,20 +374,49 @@ def compressed(algorithm="ecs", seed=0, test=91.0, tuned=True, genes=(6, 10), sc
     history = [{"epoch": e, "loss": 1 / (e + 1), "val": 90 + e, "lr": 0.1} for e in range(3)] if tuned else []
     last = list(stages.values())[-1]
     return {
-        "schema": 1, "kind": "compress", "seed": seed, "score": score, "environment": {"fastkd": "9.8.7", "threads": 2},
+        "schema": 1,
+        "kind": "compress",
+        "seed": seed,
+        "score": score,
+        "environment": {"fastkd": "9.8.7", "threads": 2},
         "config": {"data": "mnist", "model": {"name": "lenet", "args": {}}, "algorithm": {"name": algorithm}},
         "dense": {**costs(1.0), "test": 93.25 + seed, "val": 94.0, "seconds": 5.0, "history": []},
         "compact": {**costs(0.25), **last, "stages": stages, "seconds": 3.0, "history": history},
         "int8": {"test": 90.5, "val": 90.0, "bytes": 500, "latency_ms": {"1": 0.05, "64": 1.0}} if int8 else None,
         "onnx": None,
         "layers": [{"name": f"conv{k}", "size": g, "kept": g // 2} for k, g in enumerate(genes)],
-        "search": {"algorithm": algorithm, "quality": "accuracy", "cost": "macs", "full_quality": 0.97, "full_cost": 40000,
-                   "evaluations": n, "seconds": 12.5, "chosen": ids[-1], "mask": mask(),
-                   "history": [{"generation": g + 1, "best": 0.8 + g / 100, "quality": 0.8, "cost": 9000, "mean": 0.7,
-                                "diversity": 0.4, "hypervolume": 0.5 + g / 100, "evaluations": 10 * g, "seconds": g,
-                                "mask": mask()} for g in range(4)] if searched else [],
-                   "individuals": {"id": ids, **columns}, "front": {"id": ids[:2], **{k: v[:2] for k, v in columns.items()}},
-                   "l1": {"density": [0.5, 1.0], "quality": [0.6, 0.97], "cost": [11000, 40000]}}}
+        "search": {
+            "algorithm": algorithm,
+            "quality": "accuracy",
+            "cost": "macs",
+            "full_quality": 0.97,
+            "full_cost": 40000,
+            "evaluations": n,
+            "seconds": 12.5,
+            "chosen": ids[-1],
+            "mask": mask(),
+            "history": [
+                {
+                    "generation": g + 1,
+                    "best": 0.8 + g / 100,
+                    "quality": 0.8,
+                    "cost": 9000,
+                    "mean": 0.7,
+                    "diversity": 0.4,
+                    "hypervolume": 0.5 + g / 100,
+                    "evaluations": 10 * g,
+                    "seconds": g,
+                    "mask": mask(),
+                }
+                for g in range(4)
+            ]
+            if searched
+            else [],
+            "individuals": {"id": ids, **columns},
+            "front": {"id": ids[:2], **{k: v[:2] for k, v in columns.items()}},
+            "l1": {"density": [0.5, 1.0], "quality": [0.6, 0.97], "cost": [11000, 40000]},
+        },
+    }
 
 
 def test_a_compressed_network(tmp_path):
@@ -350,11 +456,14 @@ def test_methods_of_a_plan(tmp_path):
             save(tmp_path / "cells" / "lenet" / row / f"{seed}.json", compressed(names[row], seed, test, int8=False))
     for seed in range(2):  # beside one of distillation
         save(tmp_path / "cells" / "cora" / "lsp" / f"{seed}.json", record(92.0 + seed, seed, LOSSES["lsp"]))
-    save(tmp_path / "plan.yaml", """experiments:
+    save(
+        tmp_path / "plan.yaml",
+        """experiments:
   lenet:
     {title: LeNet made small, compress: lenet-mnist, seeds: 3, note: To a quarter.,
      rows: {ECS: {}, random search: {}, uniform L1: {}, Torch-Pruning: {}}}
-  cora: {title: Cora, recipe: cora, seeds: 2, rows: {lsp: {}}}""")
+  cora: {title: Cora, recipe: cora, seeds: 2, rows: {lsp: {}}}""",
+    )
     text = fastkd.report.write(tmp_path).read_text()
     rows = rows_of(text)
     assert rows["ECS"][:4] == ["88.10 ± 0.25", "91.10 ± 0.25", "92.50 ± 0.00", "3"]
@@ -378,10 +487,18 @@ def test_separated_methods(tmp_path):
     assert "mnist, lenet made smaller" in text and "finetuning" not in text
 
 
-@pytest.mark.parametrize("damage", [
-    lambda r: r.pop("score"), lambda r: r["dense"].pop("macs"), lambda r: r["compact"].update(test="high"),
-    lambda r: r["search"]["front"]["cost"].pop(), lambda r: r["search"]["history"][0].update(mask="ff"),
-    lambda r: r["search"]["history"][0].update(best=float("nan")), lambda r: r["layers"][0].pop("kept")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("score"),
+        lambda r: r["dense"].pop("macs"),
+        lambda r: r["compact"].update(test="high"),
+        lambda r: r["search"]["front"]["cost"].pop(),
+        lambda r: r["search"]["history"][0].update(mask="ff"),
+        lambda r: r["search"]["history"][0].update(best=float("nan")),
+        lambda r: r["layers"][0].pop("kept"),
+    ],
+)
 def test_a_record_of_compression_that_is_not_whole(tmp_path, damage):
     save(tmp_path / "a" / "result.json", compressed())
     broken = compressed()

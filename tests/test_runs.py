@@ -24,8 +24,10 @@ from fastkd.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HOLDS = "import sys\nfrom pathlib import Path\nfrom fastkd.checkpoint import alone\n" \
-        "with alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+HOLDS = (
+    "import sys\nfrom pathlib import Path\nfrom fastkd.checkpoint import alone\n"
+    "with alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
+)
 SMALL = ["teacher.train.epochs=1", "student.train.epochs=1", "teacher.model.args.hidden=16"]
 
 
@@ -35,8 +37,13 @@ def hold():
     started = []
 
     def start(folder):
-        process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDS, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -50,14 +57,20 @@ def hold():
 def searched(folder, **options):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 2)).eval()
     space = trace(model, torch.zeros(1, 1, 4, 4))
-    return evolve(space, lambda masks: masks.double().mean(1), population=4, generations=2, checkpoint=folder,
-                  **options)
+    return evolve(
+        space, lambda masks: masks.double().mean(1), population=4, generations=2, checkpoint=folder, **options
+    )
 
 
 def trained(folder):
     task = data.load("digits")
-    return Distiller(models.build("gcn", task.num_features, task.num_classes, hidden=8), None, task,
-                     train=TrainConfig(epochs=1), directory=folder).fit()
+    return Distiller(
+        models.build("gcn", task.num_features, task.num_classes, hidden=8),
+        None,
+        task,
+        train=TrainConfig(epochs=1),
+        directory=folder,
+    ).fit()
 
 
 def distilled(folder):
@@ -65,9 +78,14 @@ def distilled(folder):
 
 
 def compressed(folder):
-    return compress.compress(compress.load_config("digits", ["algorithm.name=l1", "train.epochs=1",
-                                                             "finetune.epochs=0", "export.onnx=false",
-                                                             "export.int8=false"]), 0, folder)
+    return compress.compress(
+        compress.load_config(
+            "digits",
+            ["algorithm.name=l1", "train.epochs=1", "finetune.epochs=0", "export.onnx=false", "export.int8=false"],
+        ),
+        0,
+        folder,
+    )
 
 
 @pytest.mark.parametrize("run", [searched, trained, distilled, compressed])
@@ -161,8 +179,17 @@ def test_what_another_process_has_done_is_not_done_again(tmp_path, hold, plan):
 
 def test_two_processes_share_a_plan(tmp_path, plan):
     command = [sys.executable, "-m", "fastkd", "grid", "plan.yaml", "--work", "work"]
-    both = [subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for _ in range(2)
+    ]
     told = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert not plan.missing()
@@ -172,23 +199,38 @@ def test_two_processes_share_a_plan(tmp_path, plan):
 
 # --- devices ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("count", "device", "told"), [
-    (0, "gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
-    (0, "cuda", "device = 'cuda': this machine has none that torch can use; device can be cpu"),
-    (2, "cuda:2", "device = 'cuda:2': this machine has 2, numbered from 0; device can be cpu, cuda, or cuda:0 to cuda:1")])
+
+@pytest.mark.parametrize(
+    ("count", "device", "told"),
+    [
+        (0, "gpu", "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (0, "cuda", "device = 'cuda': this machine has none that torch can use; device can be cpu"),
+        (
+            2,
+            "cuda:2",
+            "device = 'cuda:2': this machine has 2, numbered from 0; device can be cpu, cuda, or cuda:0 to cuda:1",
+        ),
+    ],
+)
 def test_a_device_that_is_not_there(tmp_path, monkeypatch, count, device, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     task = data.load("digits")
     (tmp_path / "plan.yaml").write_text("experiments: {a: {recipe: digits, rows: {b: {}}}}")
-    for call in (lambda: World(device=device), lambda: World.from_environment(device),
-                 lambda: Distiller(models.build("gcn", task.num_features, task.num_classes), None, task, device=device),
-                 lambda: searched(tmp_path / "out", device=device),
-                 lambda: grid.run(grid.Plan(tmp_path / "plan.yaml"), tmp_path / "work", device=device)):
+    for call in (
+        lambda: World(device=device),
+        lambda: World.from_environment(device),
+        lambda: Distiller(models.build("gcn", task.num_features, task.num_classes), None, task, device=device),
+        lambda: searched(tmp_path / "out", device=device),
+        lambda: grid.run(grid.Plan(tmp_path / "plan.yaml"), tmp_path / "work", device=device),
+    ):
         with pytest.raises(ValueError, match=re.escape(told)):
             call()
-    for command in (["distill", "digits", "--out"], ["compress", "digits", "--out"],
-                    ["grid", str(tmp_path / "plan.yaml"), "--work"]):
+    for command in (
+        ["distill", "digits", "--out"],
+        ["compress", "digits", "--out"],
+        ["grid", str(tmp_path / "plan.yaml"), "--work"],
+    ):
         done = CliRunner().invoke(cli.app, [*command, str(tmp_path / "out"), "--device", device])
         assert done.exit_code == 2 and told in done.stderr
     assert not (tmp_path / "out").exists()

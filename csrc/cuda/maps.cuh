@@ -153,7 +153,9 @@ struct TransferLayer {
     std::int64_t images, pixels, channels;
 };
 
-FASTKD_HD std::int64_t map_rows(int pitch) { return pitch >= kElements ? 1 : kElements / pitch; }  // per block
+FASTKD_HD std::int64_t map_rows(int pitch) {
+    return pitch >= kElements ? 1 : kElements / pitch;
+}  // per block
 inline std::int64_t conv_tiles(const ConvTask& t, std::int64_t rows, int tile) {
     return ceil_div(rows, 128) * ceil_div(t.width, tile);
 }

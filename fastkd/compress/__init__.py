@@ -14,5 +14,14 @@ from ..world import RankLost, World
 from .config import CompressConfig, load_config, recipes
 from .run import compress
 
-__all__ = ["CheckpointError", "CompressConfig", "ConfigError", "RankLost", "Stopped", "World", "compress",
-           "load_config", "recipes"]
+__all__ = [
+    "CheckpointError",
+    "CompressConfig",
+    "ConfigError",
+    "RankLost",
+    "Stopped",
+    "World",
+    "compress",
+    "load_config",
+    "recipes",
+]

@@ -59,8 +59,14 @@ def _depgraph(model: nn.Module, example_input: Tensor, space: GeneSpace, ratio: 
     mask = torch.ones(space.num_genes, dtype=torch.bool)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pruner = tp.pruner.MetaPruner(model, example_input, importance=tp.importance.GroupMagnitudeImportance(p=2),
-                                      global_pruning=True, pruning_ratio=ratio, ignored_layers=fixed)
+        pruner = tp.pruner.MetaPruner(
+            model,
+            example_input,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=True,
+            pruning_ratio=ratio,
+            ignored_layers=fixed,
+        )
         for group in pruner.step(interactive=True):
             for dependency, index in group:
                 name = names.get(dependency.target.module)

@@ -34,8 +34,9 @@ def costs(model: nn.Module, example_input: Tensor, batches: Sequence[int] = BATC
     return _measured([model], example_input, batches)[0]
 
 
-def compare(full: nn.Module, small: nn.Module, example_input: Tensor,
-            batches: Sequence[int] = BATCHES) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(
+    full: nn.Module, small: nn.Module, example_input: Tensor, batches: Sequence[int] = BATCHES
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two networks cost in eval mode: parameters, macs (of one image), bytes (of their tensors), and by batch
     size latency_ms (the median of forward passes, those of the two in turn, so that a busy machine delays both) and
     peak_memory_mb (see :func:`fastkd.measure.peak_memory`); threads.
@@ -50,10 +51,16 @@ def compare(full: nn.Module, small: nn.Module, example_input: Tensor,
 
 def _measured(networks: Sequence[nn.Module], example_input: Tensor, batches: Sequence[int]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = [
-        {"parameters": sum(p.numel() for p in model.parameters()),
-         "macs": measure.multiply_adds(model, (example_input[:1],)),
-         "bytes": sum(x.nbytes for x in model.state_dict().values()),
-         "latency_ms": {}, "peak_memory_mb": {}, "threads": torch.get_num_threads()} for model in networks]
+        {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "macs": measure.multiply_adds(model, (example_input[:1],)),
+            "bytes": sum(x.nbytes for x in model.state_dict().values()),
+            "latency_ms": {},
+            "peak_memory_mb": {},
+            "threads": torch.get_num_threads(),
+        }
+        for model in networks
+    ]
     for batch in batches:
         x = _repeated(example_input, batch)
         for own, model in zip(out, networks, strict=True):  # before the times: also the pass that warms up
@@ -99,8 +106,10 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
                 found.append((predict(part, x) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         difference = float(torch.stack(found).max())  # NaN if any is, unlike Python's max
         if not difference <= TOLERANCE:
-            raise ArithmeticError(f"the ONNX file of {type(model).__name__} gives logits that differ by "
-                                  f"{difference:.2g} of the largest one from torch's; at most {TOLERANCE:g} is allowed")
+            raise ArithmeticError(
+                f"the ONNX file of {type(model).__name__} gives logits that differ by "
+                f"{difference:.2g} of the largest one from torch's; at most {TOLERANCE:g} is allowed"
+            )
 
     replace(path, write)
     return {**_costs(path, example_input), "max_difference": difference}
@@ -123,8 +132,10 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
     """
     _need("onnx", "onnxruntime")
     if calibration.dtype != torch.float32 or calibration.dim() != 4 or not len(calibration):
-        raise ValueError("calibration must be float32 [n, C, H, W] with at least one image, got "
-                         f"{str(calibration.dtype).removeprefix('torch.')} {list(calibration.shape)}")
+        raise ValueError(
+            "calibration must be float32 [n, C, H, W] with at least one image, got "
+            f"{str(calibration.dtype).removeprefix('torch.')} {list(calibration.shape)}"
+        )
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -141,9 +152,16 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
             ready = Path(folder) / "ready.onnx"
             quant_pre_process(str(path), str(ready), skip_symbolic_shape=True)
             # Weights of seven bits: processors without VNNI add pairs of products in 16 bits, and larger ones saturate.
-            quantization.quantize_static(str(ready), str(part), Reader(), quant_format=quantization.QuantFormat.QDQ,
-                                         per_channel=True, weight_type=quantization.QuantType.QInt8,
-                                         activation_type=quantization.QuantType.QUInt8, reduce_range=True)
+            quantization.quantize_static(
+                str(ready),
+                str(part),
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                weight_type=quantization.QuantType.QInt8,
+                activation_type=quantization.QuantType.QUInt8,
+                reduce_range=True,
+            )
 
     replace(quantised, write)
     return _costs(quantised, calibration[:1])
@@ -161,8 +179,9 @@ def predict(path: Path, x: Tensor, batch: int = 250) -> Tensor:
     """
     _need("onnxruntime")
     session = _session(path)
-    return torch.cat([torch.from_numpy(session.run(None, {"images": piece.float().cpu().numpy()})[0])
-                      for piece in x.split(batch)])
+    return torch.cat(
+        [torch.from_numpy(session.run(None, {"images": piece.float().cpu().numpy()})[0]) for piece in x.split(batch)]
+    )
 
 
 def _costs(path: Path, example_input: Tensor) -> dict[str, Any]:
@@ -205,8 +224,10 @@ def _need(*packages: str) -> None:
         except ModuleNotFoundError as error:  # one that is there and broken tells what it lacks itself
             if error.name != package:
                 raise
-            raise ImportError(f'the export needs the package {package}: pip install "fastkd[compress]", or leave it '
-                              "out with --set export.onnx=false --set export.int8=false") from None
+            raise ImportError(
+                f'the export needs the package {package}: pip install "fastkd[compress]", or leave it '
+                "out with --set export.onnx=false --set export.int8=false"
+            ) from None
 
 
 @contextlib.contextmanager

@@ -74,10 +74,17 @@ def build(model: ModelConfig) -> nn.Module:
     return out
 
 
-def compress(config: CompressConfig, seed: int = 0, directory: str | Path = "runs/compress", *,
-             shared: str | Path | None = None, progress: Progress | None = None,
-             callback: Callable[[Result], object] | None = None, device: torch.device | str = "cpu",
-             world: World | None = None) -> dict[str, Any]:
+def compress(
+    config: CompressConfig,
+    seed: int = 0,
+    directory: str | Path = "runs/compress",
+    *,
+    shared: str | Path | None = None,
+    progress: Progress | None = None,
+    callback: Callable[[Result], object] | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+) -> dict[str, Any]:
     """Trains or loads a network, searches for the filters it can do without, and makes the smaller one.
 
     In `directory`: result.json (the record), weights.safetensors (see :func:`fastkd.population.load`), model.onnx and
@@ -103,8 +110,15 @@ def compress(config: CompressConfig, seed: int = 0, directory: str | Path = "run
         Stopped: Ctrl-C or SIGTERM came; what was reached is saved.
         RankLost: another of several ranks has ended.
     """
-    return _Run(config, seed, Path(directory), None if shared is None else Path(shared), progress, callback,
-                world or World(device=device)).run()
+    return _Run(
+        config,
+        seed,
+        Path(directory),
+        None if shared is None else Path(shared),
+        progress,
+        callback,
+        world or World(device=device),
+    ).run()
 
 
 def measure_again(record: dict[str, Any], device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -124,13 +138,25 @@ def measure_again(record: dict[str, Any], device: torch.device | str = "cpu") ->
     space = trace(model, example)
     small = compact(model, _unhex(record["search"]["mask"], space.num_genes), space)
     full, less = export.compare(model, small, example)
-    return {**record, "dense": {**record["dense"], **full}, "compact": {**record["compact"], **less},
-            "measured": environment(device)}
+    return {
+        **record,
+        "dense": {**record["dense"], **full},
+        "compact": {**record["compact"], **less},
+        "measured": environment(device),
+    }
 
 
 class _Run:
-    def __init__(self, config: CompressConfig, seed: int, directory: Path, shared: Path | None,
-                 progress: Progress | None, callback: Callable[[Result], object] | None, world: World) -> None:
+    def __init__(
+        self,
+        config: CompressConfig,
+        seed: int,
+        directory: Path,
+        shared: Path | None,
+        progress: Progress | None,
+        callback: Callable[[Result], object] | None,
+        world: World,
+    ) -> None:
         self.config, self.seed, self.directory, self.world = config, seed, directory, world
         self.shared, self.callback = shared or directory, callback
         self.told: Progress = progress if progress is not None and world.rank == 0 else lambda *_: None
@@ -138,8 +164,10 @@ class _Run:
         self.algorithm = config.algorithm.name
         if self.algorithm not in ALGORITHMS and self.algorithm not in CONTROLS:
             valid = [*ALGORITHMS, *CONTROLS]
-            raise ConfigError(f"algorithm.name must be one of {', '.join(valid)}, got {self.algorithm!r}"
-                              + suggestion(self.algorithm, valid))
+            raise ConfigError(
+                f"algorithm.name must be one of {', '.join(valid)}, got {self.algorithm!r}"
+                + suggestion(self.algorithm, valid)
+            )
 
     def run(self) -> dict[str, Any]:
         self.world.same("configuration", {**self.own, "seed": self.seed})
@@ -186,9 +214,11 @@ class _Run:
             for path in (folder / "weights" / f"{given}{suffix}" for suffix in (".npz", ".safetensors")):
                 if path.is_file():
                     return path
-        raise FileNotFoundError(f"weights = {given!r}: no {given}.npz or .safetensors in "
-                                f"{' or '.join(str(f / 'weights') for f in folders)}: give a file with --weights, or "
-                                "train with --set weights=null --set train.epochs=100")
+        raise FileNotFoundError(
+            f"weights = {given!r}: no {given}.npz or .safetensors in "
+            f"{' or '.join(str(f / 'weights') for f in folders)}: give a file with --weights, or "
+            "train with --set weights=null --set train.epochs=100"
+        )
 
     def _trained(self, weights: Path | None, tick: Callable[[], object]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """State and record of the full network; trained only if it is not there yet."""
@@ -200,9 +230,17 @@ class _Run:
 
         def train() -> tuple[dict[str, Tensor], dict[str, Any]]:
             start, epochs, own = time.perf_counter(), self.config.train.epochs, folder / "training.safetensors"
-            history = fit(self.model, self.data, ["train"], self.config.train, self.seed, own,
-                          lambda model: self._accuracy(model, "val"), tick=tick,
-                          told=lambda epoch, latest: self.told("training the full network", epoch, epochs, latest))
+            history = fit(
+                self.model,
+                self.data,
+                ["train"],
+                self.config.train,
+                self.seed,
+                own,
+                lambda model: self._accuracy(model, "val"),
+                tick=tick,
+                told=lambda epoch, latest: self.told("training the full network", epoch, epochs, latest),
+            )
             record = {"seconds": time.perf_counter() - start, "history": history}
             files.save(kept, self.model.state_dict(), record)
             own.unlink(missing_ok=True)
@@ -246,11 +284,13 @@ class _Run:
         self._calibration()
         batch = self._batch("fitness", own.images)
         if not isinstance(batch, tuple) and own.quality in ("accuracy", "loss"):
-            raise ConfigError(f"fitness.quality = {own.quality!r} needs labels, and data {self.data.name} has none: "
-                              "take agreement")
+            raise ConfigError(
+                f"fitness.quality = {own.quality!r} needs labels, and data {self.data.name} has none: take agreement"
+            )
         cost = latency(self.model, self.example) if own.cost == "latency" else own.cost
-        return Fitness(own.quality, [batch], cost=cost, weight=own.weight, budget=self.config.budget,
-                       k_min=self.config.k_min)
+        return Fitness(
+            own.quality, [batch], cost=cost, weight=own.weight, budget=self.config.budget, k_min=self.config.k_min
+        )
 
     def _batch(self, part: str, images: int) -> Any:
         """What a fitness takes: images, and labels if there are any."""
@@ -269,11 +309,15 @@ class _Run:
         identity = {**self._dense_identity(), **{k: self.own[k] for k in keys}, "seed": self.seed}
         folder = self.shared / f"search-{_key(identity)}"
         file = folder / "search.json"
-        return self.world.once(folder, lambda: json.loads(file.read_text()) if file.exists() else None,
-                               lambda: self._searched(evaluator, fitness, limits, folder))
+        return self.world.once(
+            folder,
+            lambda: json.loads(file.read_text()) if file.exists() else None,
+            lambda: self._searched(evaluator, fitness, limits, folder),
+        )
 
-    def _searched(self, evaluator: PopulationEvaluator, fitness: Fitness, limits: Limits,
-                  folder: Path) -> dict[str, Any]:
+    def _searched(
+        self, evaluator: PopulationEvaluator, fitness: Fitness, limits: Limits, folder: Path
+    ) -> dict[str, Any]:
         own, space = self.config.algorithm, evaluator.space
         start = time.perf_counter()
         algorithm = self._algorithm()
@@ -283,18 +327,35 @@ class _Run:
             masks = mask[None]
             values = fitness.measure(evaluator, limits, masks)
             alone = _columns([mask_id(mask)], values[:, 0], values[:, 1], masks)
-            record = {"evaluations": 1, "seconds": time.perf_counter() - start, "history": [], "individuals": alone,
-                      "front": dict(alone)}
+            record = {
+                "evaluations": 1,
+                "seconds": time.perf_counter() - start,
+                "history": [],
+                "individuals": alone,
+                "front": dict(alone),
+            }
         else:
-            result = evolve(evaluator, fitness, algorithm, own.population, own.generations, self.seed,
-                            initial=self._initial(space, limits), checkpoint=folder, callback=self._heard(),
-                            world=self.world)
+            result = evolve(
+                evaluator,
+                fitness,
+                algorithm,
+                own.population,
+                own.generations,
+                self.seed,
+                initial=self._initial(space, limits),
+                checkpoint=folder,
+                callback=self._heard(),
+                world=self.world,
+            )
             mask, front, seen = result.best.cpu(), result.front, result.seen
             masks = front.masks.cpu()
-            record = {"evaluations": result.evaluations, "seconds": result.history[-1]["seconds"],
-                      "history": result.history,
-                      "individuals": _columns(seen.ids, seen.quality, seen.cost),
-                      "front": _columns([mask_id(m) for m in front.masks], front.quality, front.cost, front.masks)}
+            record = {
+                "evaluations": result.evaluations,
+                "seconds": result.history[-1]["seconds"],
+                "history": result.history,
+                "individuals": _columns(seen.ids, seen.quality, seen.cost),
+                "front": _columns([mask_id(m) for m in front.masks], front.quality, front.cost, front.masks),
+            }
 
         def write(tick: Callable[[], object]) -> dict[str, Any]:
             densities = [(k + 1) / DENSITIES for k in range(DENSITIES)]
@@ -307,14 +368,25 @@ class _Run:
                 parts.append(held_out.measure(evaluator, limits, some)[:, 0])
                 tick()
             tested = torch.cat(parts).tolist()
-            record["front"]["test"] = tested[:len(masks)]
-            record.update({
-                "algorithm": self.algorithm, "population": own.population if algorithm is not None else 1,
-                "generations": own.generations if algorithm is not None else 1, "quality": self.config.fitness.quality,
-                "cost": self.config.fitness.cost, "full_quality": float(steps[-1, 0]),
-                "full_cost": float(steps[-1, 1]), "chosen": mask_id(mask), "mask": _hex(mask),
-                "l1": {"density": densities, **_columns(None, steps[:, 0], steps[:, 1]),
-                       "test": tested[len(masks):]}})
+            record["front"]["test"] = tested[: len(masks)]
+            record.update(
+                {
+                    "algorithm": self.algorithm,
+                    "population": own.population if algorithm is not None else 1,
+                    "generations": own.generations if algorithm is not None else 1,
+                    "quality": self.config.fitness.quality,
+                    "cost": self.config.fitness.cost,
+                    "full_quality": float(steps[-1, 0]),
+                    "full_cost": float(steps[-1, 1]),
+                    "chosen": mask_id(mask),
+                    "mask": _hex(mask),
+                    "l1": {
+                        "density": densities,
+                        **_columns(None, steps[:, 0], steps[:, 1]),
+                        "test": tested[len(masks) :],
+                    },
+                }
+            )
             files.write_json(folder / "search.json", record)
             for name in ("checkpoint.safetensors", "previous.safetensors"):
                 (folder / name).unlink(missing_ok=True)
@@ -339,8 +411,9 @@ class _Run:
 
     # --- what comes after ----------------------------------------------------------------------------
 
-    def _finished(self, space: GeneSpace, limits: Limits, search: dict[str, Any],
-                  tick: Callable[[], object]) -> dict[str, Any]:
+    def _finished(
+        self, space: GeneSpace, limits: Limits, search: dict[str, Any], tick: Callable[[], object]
+    ) -> dict[str, Any]:
         config = self.config
         mask = _unhex(search["mask"], space.num_genes)
         small = compact(self.model, mask, space).eval()
@@ -354,9 +427,18 @@ class _Run:
         start, tuned = time.perf_counter(), self.directory / "finetuning.safetensors"
         if config.finetune.epochs:
             # The search is over: the images that it looked at are training data again.
-            history = fit(small, self.data, ["train", "fitness"], config.finetune, self.seed, tuned,
-                          lambda model: self._scores(model, ("val",))["val"], teacher=self.model, tick=tick,
-                          told=lambda epoch, latest: self.told("fine-tuning", epoch, config.finetune.epochs, latest))
+            history = fit(
+                small,
+                self.data,
+                ["train", "fitness"],
+                config.finetune,
+                self.seed,
+                tuned,
+                lambda model: self._scores(model, ("val",))["val"],
+                teacher=self.model,
+                tick=tick,
+                told=lambda epoch, latest: self.told("fine-tuning", epoch, config.finetune.epochs, latest),
+            )
             stages["finetuned"] = self._scores(small)
         seconds = time.perf_counter() - start
         tick()
@@ -365,14 +447,27 @@ class _Run:
         on, off = limits.counts(mask[None])[0].tolist(), limits.sizes.tolist()
         filters = limits.costs(limits.counts(mask[None]), "filters")
         record: dict[str, Any] = {
-            "schema": SCHEMA, "kind": "compress", "seed": self.seed, "config": self.own,
-            "environment": {**environment(self.world.device), "processes": self.world.size}, "score": self.score,
+            "schema": SCHEMA,
+            "kind": "compress",
+            "seed": self.seed,
+            "config": self.own,
+            "environment": {**environment(self.world.device), "processes": self.world.size},
+            "score": self.score,
             "dense": {**self._scores(self.model), **full, "filters": limits.full["filters"], **self.dense},
-            "compact": {**list(stages.values())[-1], **less, "filters": int(filters), "stages": stages,
-                        "seconds": seconds, "history": history},
-            "layers": [{"name": g.name, "size": size, "kept": kept}
-                       for g, size, kept in zip(space.groups, off, on, strict=True)],
-            "search": search}
+            "compact": {
+                **list(stages.values())[-1],
+                **less,
+                "filters": int(filters),
+                "stages": stages,
+                "seconds": seconds,
+                "history": history,
+            },
+            "layers": [
+                {"name": g.name, "size": size, "kept": kept}
+                for g, size, kept in zip(space.groups, off, on, strict=True)
+            ],
+            "search": search,
+        }
         record |= self._exported(small, tick)
         shape = list(self.example.shape[1:])
         save(self.directory / "weights.safetensors", small.cpu(), mask, config=self.own["model"], input_shape=shape)
@@ -390,8 +485,10 @@ class _Run:
         tick()
         if wanted.int8:
             quantised = self.directory / "model-int8.onnx"
-            out["int8"] = {**export.to_int8(path, quantised, self._ranges()),
-                           **self._scored(lambda x: export.predict(quantised, x).argmax(1))}
+            out["int8"] = {
+                **export.to_int8(path, quantised, self._ranges()),
+                **self._scored(lambda x: export.predict(quantised, x).argmax(1)),
+            }
             tick()
         return out
 
@@ -407,8 +504,7 @@ class _Run:
         """Percent, by part."""
         return self._scored(lambda x: predictions(model, x), parts)
 
-    def _scored(self, predict: Callable[[Tensor], Tensor],
-                parts: Sequence[str] = ("val", "test")) -> dict[str, float]:
+    def _scored(self, predict: Callable[[Tensor], Tensor], parts: Sequence[str] = ("val", "test")) -> dict[str, float]:
         out = {}
         for part in parts:
             x, y = self.data.part(part)
@@ -436,8 +532,13 @@ def _of_norm(limits: Limits, count: int) -> Tensor:
     norm, count_of = group_norm(limits.space)
     ladders = [partial(strongest, limits.space, norm * count_of**power, k_min=limits.k_min) for power in COUPLED]
     most = [largest(limits, ladder) for ladder in ladders]
-    masks = torch.cat([limits.repair(ladder(density * (1 - step / 10)))
-                       for step in range(10) for ladder, density in zip(ladders, most, strict=True)])
+    masks = torch.cat(
+        [
+            limits.repair(ladder(density * (1 - step / 10)))
+            for step in range(10)
+            for ladder, density in zip(ladders, most, strict=True)
+        ]
+    )
     return masks[~_duplicates(masks)][:count]
 
 
@@ -454,8 +555,9 @@ def _unhex(text: str, genes: int) -> Tensor:
     return torch.from_numpy(bits.astype(bool))
 
 
-def _columns(ids: list[str] | None, quality: Tensor, cost: Tensor | None,
-             masks: Tensor | None = None) -> dict[str, Any]:
+def _columns(
+    ids: list[str] | None, quality: Tensor, cost: Tensor | None, masks: Tensor | None = None
+) -> dict[str, Any]:
     out: dict[str, Any] = {} if ids is None else {"id": ids}
     out |= {"quality": quality.tolist(), "cost": [] if cost is None else cost.tolist()}
     return out if masks is None else {**out, "mask": [_hex(m) for m in masks]}

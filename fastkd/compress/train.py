@@ -24,10 +24,19 @@ __all__ = ["accuracy", "fit", "predictions", "recalibrate"]
 EVALUATED = 500  # images of a forward pass without gradients
 
 
-def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfig, seed: int, file: Path,
-        score: Callable[[nn.Module], float], *, teacher: nn.Module | None = None,
-        told: Callable[[int, dict[str, Any]], object] | None = None,
-        tick: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
+def fit(
+    model: nn.Module,
+    data: Images,
+    parts: Iterable[str],
+    config: TrainConfig,
+    seed: int,
+    file: Path,
+    score: Callable[[nn.Module], float],
+    *,
+    teacher: nn.Module | None = None,
+    told: Callable[[int, dict[str, Any]], object] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
     """Trains, and leaves the weights of the epoch of the best score.
 
     Can be stopped or killed, and called again: the epochs that `file` knows are not run again, and the result
@@ -54,8 +63,10 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
     parts = list(parts)
     labelled = all(part in data.labels for part in parts)
     if not labelled and not kd:
-        raise ConfigError(f"data {data.name} has no labels: nothing can be trained without kd, the weight of the full "
-                          "network's knowledge")
+        raise ConfigError(
+            f"data {data.name} has no labels: nothing can be trained without kd, the weight of the full "
+            "network's knowledge"
+        )
     device = next(model.parameters()).device
     low = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -67,15 +78,22 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
     labels = torch.cat([data.labels[part] for part in parts]).to(device) if labelled else None
     steps = -(-len(images) // config.batch_size)
     optimizer = _optimizer(model, config)
-    identity = {"train": config.model_dump(), "seed": seed, "images": len(images),
-                "shapes": {name: list(x.shape) for name, x in model.state_dict().items()}}
+    identity = {
+        "train": config.model_dump(),
+        "seed": seed,
+        "images": len(images),
+        "shapes": {name: list(x.shape) for name, x in model.state_dict().items()},
+    }
     history: list[dict[str, Any]] = []
     best = copy.deepcopy(model.state_dict())
     if file.exists():
         tensors, state = files.load(file)
         if differences := files.differences(state["identity"], identity):
-            raise files.CheckpointError(f"{file} belongs to another configuration: " + "; ".join(differences)
-                                        + ". Take another directory, or the configuration of the checkpoint")
+            raise files.CheckpointError(
+                f"{file} belongs to another configuration: "
+                + "; ".join(differences)
+                + ". Take another directory, or the configuration of the checkpoint"
+            )
         history = state["history"]
         model.load_state_dict({name: tensors[f"model.{name}"] for name in best})
         best = {name: tensors[f"best.{name}"] for name in best}
@@ -103,8 +121,12 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
                     with torch.no_grad(), low():
                         theirs = teacher(x).float()
                     t = config.temperature
-                    loss = loss + kd * t * t * F.kl_div(F.log_softmax(logits / t, 1), F.log_softmax(theirs / t, 1),
-                                                        reduction="batchmean", log_target=True)
+                    loss = loss + kd * t * t * F.kl_div(
+                        F.log_softmax(logits / t, 1),
+                        F.log_softmax(theirs / t, 1),
+                        reduction="batchmean",
+                        log_target=True,
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 if config.clip_norm is not None:
@@ -115,15 +137,23 @@ def fit(model: nn.Module, data: Images, parts: Iterable[str], config: TrainConfi
             model.eval()
             mean = float(total) / len(images)
             if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or "
-                                         f"clip_norm ({config.clip_norm}) too loose")
+                raise FloatingPointError(
+                    f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or "
+                    f"clip_norm ({config.clip_norm}) too loose"
+                )
             history.append({"epoch": epoch, "loss": mean, "val": score(model), "lr": optimizer.param_groups[0]["lr"]})
             if history[-1]["val"] > max((look["val"] for look in history[:-1]), default=-math.inf):
                 best = copy.deepcopy(model.state_dict())
             own = model.state_dict()
-            files.save(file, {**{f"model.{name}": x for name, x in own.items()},
-                              **{f"best.{name}": x for name, x in best.items()}, **_saved(optimizer)},
-                       {"identity": identity, "history": history})
+            files.save(
+                file,
+                {
+                    **{f"model.{name}": x for name, x in own.items()},
+                    **{f"best.{name}": x for name, x in best.items()},
+                    **_saved(optimizer),
+                },
+                {"identity": identity, "history": history},
+            )
             if told is not None:
                 told(epoch + 1, history[-1])
             if stop.is_set() and epoch + 1 < config.epochs:

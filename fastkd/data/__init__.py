@@ -82,5 +82,6 @@ def load(name: str, root: str | Path | None = None) -> Task:
     if name in graphs.SETS or (name.startswith("tu:") and name != "tu:<NAME>"):
         return graphs.load(name, root)
     close = difflib.get_close_matches(name, names(), 1)
-    raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}"
-                     + (f" (did you mean {close[0]!r}?)" if close else ""))
+    raise ValueError(
+        f"name must be one of {', '.join(names())}, got {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    )

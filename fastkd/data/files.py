@@ -56,19 +56,25 @@ class Task:
             if self.kind == "shapes":
                 shapes, labels = len(self.points.get(part, ())), len(self.labels.get(part, ()))
                 if shapes == 0 or shapes != labels:
-                    raise ValueError(f"{self.name}: each of train, val and test needs shapes, and as many labels, got "
-                                     f"{shapes} shapes and {labels} labels for {part!r}")
+                    raise ValueError(
+                        f"{self.name}: each of train, val and test needs shapes, and as many labels, got "
+                        f"{shapes} shapes and {labels} labels for {part!r}"
+                    )
                 continue
             if not self.graphs.get(part):
-                raise ValueError(f"{self.name}: graphs must have one or more under each of train, val and test, got "
-                                 f"none under {part!r}")
+                raise ValueError(
+                    f"{self.name}: graphs must have one or more under each of train, val and test, got "
+                    f"none under {part!r}"
+                )
             mask = f"{part}_mask"
             for graph in self.graphs[part]:
                 needed = ("x", "y", "edge_index", "adj_t", *(() if self.inductive else (mask,)))
                 missing = [key for key in needed if getattr(graph, key, None) is None]
                 if missing:
-                    raise ValueError(f"{self.name}: a graph of the part {part!r} has no {', '.join(missing)}: needed "
-                                     f"are {', '.join(needed)}")
+                    raise ValueError(
+                        f"{self.name}: a graph of the part {part!r} has no {', '.join(missing)}: needed "
+                        f"are {', '.join(needed)}"
+                    )
                 if not self.inductive and not bool(graph[mask].any()):
                     raise ValueError(f"{self.name}: {mask} holds no node")
 
@@ -77,8 +83,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTKD_CACHE") or Path.home() / ".cache" / "fastkd")
 
 
-def find(name: str, stems: tuple[str, ...], root: str | Path | None,
-         fetch: Callable[[Path], Arrays] | None, hint: str) -> tuple[Arrays, str]:
+def find(
+    name: str, stems: tuple[str, ...], root: str | Path | None, fetch: Callable[[Path], Arrays] | None, hint: str
+) -> tuple[Arrays, str]:
     """The arrays of a data set, and where they are from.
 
     Args:
@@ -110,7 +117,8 @@ def find(name: str, stems: tuple[str, ...], root: str | Path | None,
         raise FileNotFoundError(
             f"{where}; the download into {cache_folder() / name.replace(':', '_')} failed: "
             f"{type(error).__name__}: {error}. Put the npz into a folder and set FASTKD_DATA to it, or the official "
-            "raw files into that download folder (remove what an interrupted download left there)") from error
+            "raw files into that download folder (remove what an interrupted download left there)"
+        ) from error
     path = cache_folder() / f"{stems[-1]}.npz"
     write(path, arrays)
     return arrays, str(path)
@@ -122,15 +130,18 @@ def read(path: Path, folder: Path) -> Arrays:
     if stated is not None:
         actual = _sha256(path)
         if actual != stated[0]:
-            raise ValueError(f"{path} has the sha256 {actual}, but {stated[1]} states {stated[0]}: the file is damaged "
-                             "or another one. It was left as it is; replace it, or correct the sum")
+            raise ValueError(
+                f"{path} has the sha256 {actual}, but {stated[1]} states {stated[0]}: the file is damaged "
+                "or another one. It was left as it is; replace it, or correct the sum"
+            )
     try:
         with np.load(path, allow_pickle=False) as content:
             return {key: content[key] for key in content.files}
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         pickled = " (fastkd unpickles nothing)" if "pickle" in str(error) else ""
-        raise ValueError(f"{path} is not a complete npz of plain arrays{pickled}: {error}. It was left as it "
-                         "is") from error
+        raise ValueError(
+            f"{path} is not a complete npz of plain arrays{pickled}: {error}. It was left as it is"
+        ) from error
 
 
 def _sha256(path: str | Path) -> str:
@@ -159,14 +170,19 @@ def write(path: Path, arrays: Arrays) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, suffix=".part") as folder:
             new, listed = Path(folder) / path.name, Path(folder) / sums.name
             np.savez_compressed(new, **arrays)  # type: ignore[arg-type]
-            kept = [line for line in (sums.read_text().splitlines() if sums.exists() else ())
-                    if line.split()[-1:] != [path.name]]
+            kept = [
+                line
+                for line in (sums.read_text().splitlines() if sums.exists() else ())
+                if line.split()[-1:] != [path.name]
+            ]
             listed.write_text("\n".join([*kept, f"{_sha256(new)}  {path.name}"]) + "\n")
             os.replace(listed, sums)
             os.replace(new, path)
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}): make room there, or set "
-                                   "FASTKD_CACHE to another folder") from error
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror}): make room there, or set FASTKD_CACHE to another folder",
+        ) from error
 
 
 def official(dataset: Any) -> Any:
@@ -177,11 +193,14 @@ def official(dataset: Any) -> Any:
 
     def download(self: Any) -> None:
         raise ConnectionError(f"{dataset.__name__} would download, but FASTKD_OFFLINE is set")
+
     return type(dataset.__name__, (dataset,), {"download": download})
 
 
 def require(arrays: Arrays, keys: tuple[str, ...], source: str) -> None:
     missing = [key for key in keys if key not in arrays]
     if missing:
-        raise ValueError(f"{source} has no {', '.join(missing)}: needed are {', '.join(keys)}; the file has "
-                         f"{', '.join(arrays) or 'nothing'}")
+        raise ValueError(
+            f"{source} has no {', '.join(missing)}: needed are {', '.join(keys)}; the file has "
+            f"{', '.join(arrays) or 'nothing'}"
+        )

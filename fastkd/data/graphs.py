@@ -40,8 +40,12 @@ def _bag(x: Tensor) -> Arrays:
     """Dense counts or weights as CSR parts."""
     rows, cols = np.nonzero(x.numpy())
     indptr = np.concatenate(([0], np.cumsum(np.bincount(rows, minlength=len(x)))))
-    return {"x_data": x.numpy()[rows, cols], "x_indices": cols.astype(np.int32),
-            "x_indptr": indptr.astype(np.int64), "x_shape": np.array(x.shape, np.int64)}
+    return {
+        "x_data": x.numpy()[rows, cols],
+        "x_indices": cols.astype(np.int32),
+        "x_indptr": indptr.astype(np.int64),
+        "x_shape": np.array(x.shape, np.int64),
+    }
 
 
 def _masked(data: Data) -> Arrays:
@@ -52,8 +56,12 @@ def _planetoid(name: str, folder: Path) -> Arrays:
     from torch_geometric.datasets import Planetoid
 
     data = official(Planetoid)(str(folder), name, force_reload=True)[0]
-    return {**_bag(data.x), "y": data.y.numpy(), "edge_index": _both_ways(data.edge_index, len(data.y)),
-            **_masked(data)}
+    return {
+        **_bag(data.x),
+        "y": data.y.numpy(),
+        "edge_index": _both_ways(data.edge_index, len(data.y)),
+        **_masked(data),
+    }
 
 
 def _drawn(y: np.ndarray) -> Arrays:
@@ -61,8 +69,10 @@ def _drawn(y: np.ndarray) -> Arrays:
     rng = np.random.RandomState(0)
     of_class = [rng.permutation(np.flatnonzero(y == c)) for c in range(int(y.max()) + 1)]
     ends = ((0, 20), (20, 50), (50, None))
-    return {f"{part}_idx": np.concatenate([nodes[a:b] for nodes in of_class])
-            for part, (a, b) in zip(PARTS, ends, strict=True)}
+    return {
+        f"{part}_idx": np.concatenate([nodes[a:b] for nodes in of_class])
+        for part, (a, b) in zip(PARTS, ends, strict=True)
+    }
 
 
 def _gnn_benchmark(dataset: str, name: str, folder: Path) -> Arrays:
@@ -80,9 +90,13 @@ def _joined(graphs: dict[str, list[Data]]) -> Arrays:
     ptr = np.concatenate(([0], np.cumsum(sizes)))
     edges = [_both_ways(data.edge_index, n) + start for data, n, start in zip(every, sizes, ptr[:-1], strict=True)]
     bounds = np.cumsum([0, *(len(graphs[part]) for part in PARTS)])
-    return {"x": torch.cat([data.x for data in every]).numpy(), "y": torch.cat([data.y for data in every]).numpy(),
-            "edge_index": np.concatenate(edges, 1).astype(np.int32), "graph_ptr": ptr.astype(np.int64),
-            **{f"{part}_graphs": np.arange(bounds[i], bounds[i + 1]) for i, part in enumerate(PARTS)}}
+    return {
+        "x": torch.cat([data.x for data in every]).numpy(),
+        "y": torch.cat([data.y for data in every]).numpy(),
+        "edge_index": np.concatenate(edges, 1).astype(np.int32),
+        "graph_ptr": ptr.astype(np.int64),
+        **{f"{part}_graphs": np.arange(bounds[i], bounds[i + 1]) for i, part in enumerate(PARTS)},
+    }
 
 
 def _ppi(folder: Path) -> Arrays:
@@ -96,8 +110,9 @@ def _twitch(folder: Path) -> Arrays:
     from torch_geometric.datasets import Twitch
 
     countries = {"train": ["DE"], "val": ["EN"], "test": ["ES", "FR", "PT", "RU"]}
-    return _joined({part: [official(Twitch)(str(folder), c, force_reload=True)[0] for c in of]
-                    for part, of in countries.items()})
+    return _joined(
+        {part: [official(Twitch)(str(folder), c, force_reload=True)[0] for c in of] for part, of in countries.items()}
+    )
 
 
 def _tenths(count: int) -> dict[str, np.ndarray]:
@@ -132,9 +147,14 @@ def _ogbn(name: str, folder: Path) -> Arrays:
     dataset = ogb.NodePropPredDataset(name, root=str(folder))
     graph, y = dataset[0]
     split = dataset.get_idx_split()
-    return {"x": graph["node_feat"], "y": y[:, 0],
-            "edge_index": _both_ways(torch.from_numpy(graph["edge_index"]), graph["num_nodes"]),
-            "train_idx": split["train"], "val_idx": split["valid"], "test_idx": split["test"]}
+    return {
+        "x": graph["node_feat"],
+        "y": y[:, 0],
+        "edge_index": _both_ways(torch.from_numpy(graph["edge_index"]), graph["num_nodes"]),
+        "train_idx": split["train"],
+        "val_idx": split["valid"],
+        "test_idx": split["test"],
+    }
 
 
 def _digits() -> Arrays:
@@ -150,8 +170,14 @@ def _digits() -> Arrays:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     train = torch.cat([order[y[order] == c][:20] for c in range(10)])
     rest = order[~torch.isin(order, train)]
-    arrays = {"x": x, "y": y, "edge_index": near.union(near.reversed()).edge_index, "train_idx": train,
-              "val_idx": rest[:500], "test_idx": rest[500:]}
+    arrays = {
+        "x": x,
+        "y": y,
+        "edge_index": near.union(near.reversed()).edge_index,
+        "train_idx": train,
+        "val_idx": rest[:500],
+        "test_idx": rest[500:],
+    }
     return {key: value.numpy() for key, value in arrays.items()}
 
 
@@ -216,8 +242,7 @@ def to_task(name: str, chosen: _Set, arrays: Arrays, source: str) -> Task:
     if edges.dim() != 2 or edges.shape[0] != 2 or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < n):
         raise ValueError(f"{source}: edge_index must be [2, E] with entries in [0, {n}), the length of y")
 
-    parts = {part: torch.from_numpy(arrays[key].astype(np.int64))
-             for part, key in zip(PARTS, part_keys, strict=True)}
+    parts = {part: torch.from_numpy(arrays[key].astype(np.int64)) for part, key in zip(PARTS, part_keys, strict=True)}
     of_node = None
     count = n
     if inductive:
@@ -245,13 +270,24 @@ def to_task(name: str, chosen: _Set, arrays: Arrays, source: str) -> Task:
         data = _data(x, y, edges, masks)
         graphs = {part: [data] for part in PARTS}
     else:
+
         def of_part(part: str) -> list[Data]:
             groups = [parts[part]] if chosen.union else [g[None] for g in parts[part]]
             return [_selected(x, y, edges, of_node, group, part) for group in groups]
+
         graphs = {part: of_part(part) for part in PARTS}
     classes = y.shape[1] if multilabel else int(y.max()) + 1
-    return Task(name, "nodes", x.shape[1], classes, multilabel, inductive, graphs, f"{source}; split: {chosen.split}",
-                known_counts=chosen.known_counts)
+    return Task(
+        name,
+        "nodes",
+        x.shape[1],
+        classes,
+        multilabel,
+        inductive,
+        graphs,
+        f"{source}; split: {chosen.split}",
+        known_counts=chosen.known_counts,
+    )
 
 
 def _mask(n: int, nodes: Tensor) -> Tensor:

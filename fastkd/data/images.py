@@ -124,15 +124,18 @@ def _cifar10(root: str | Path | None, folder: Path) -> Arrays:
                 file = archive.extractfile(f"cifar-10-batches-bin/{batch}.bin")
                 assert file is not None
                 parts["test" if batch == "test_batch" else "train"].append(
-                    np.frombuffer(file.read(), np.uint8).reshape(-1, 3073))
+                    np.frombuffer(file.read(), np.uint8).reshape(-1, 3073)
+                )
         out = {}
         for part, batches in parts.items():
             records = np.concatenate(batches)
             out[f"y_{part}"] = records[:, 0]
             out[f"x_{part}"] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return out
-    return {**{f"x_{part}": unpack(packed[f"r_{part}"]).transpose(0, 2, 3, 1) for part in ("train", "test")},
-            **{f"y_{part}": packed[f"y_{part}"] for part in ("train", "test")}}
+    return {
+        **{f"x_{part}": unpack(packed[f"r_{part}"]).transpose(0, 2, 3, 1) for part in ("train", "test")},
+        **{f"y_{part}": packed[f"y_{part}"] for part in ("train", "test")},
+    }
 
 
 def _mnist(root: str | Path | None, folder: Path) -> Arrays:
@@ -146,8 +149,9 @@ def _mnist(root: str | Path | None, folder: Path) -> Arrays:
     return out
 
 
-def _found(name: str, fetch: Callable[[str | Path | None, Path], Arrays],
-           root: str | Path | None) -> tuple[Arrays, str]:
+def _found(
+    name: str, fetch: Callable[[str | Path | None, Path], Arrays], root: str | Path | None
+) -> tuple[Arrays, str]:
     return find(name, (name,), root, partial(fetch, root), "")
 
 
@@ -161,8 +165,12 @@ def _digits(root: str | Path | None) -> tuple[Arrays, str]:
     x = (digits.images * (255 / 16)).round().astype(np.uint8)
     x = np.pad(x.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
     test = _share(torch.from_numpy(digits.target.astype(np.int64)), 4, torch.Generator().manual_seed(0)).numpy()
-    return {"x_train": x[~test], "y_train": digits.target[~test], "x_test": x[test], "y_test": digits.target[test]}, \
-        "scikit-learn's load_digits"
+    return {
+        "x_train": x[~test],
+        "y_train": digits.target[~test],
+        "x_test": x[test],
+        "y_test": digits.target[test],
+    }, "scikit-learn's load_digits"
 
 
 def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
@@ -171,15 +179,26 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
         from PIL import Image
     except ImportError as error:
         raise ImportError("imagenet_sample needs the package pillow: pip install pillow") from error
-    packed, source = find("imagenet_sample", ("imagenet_sample1000_224",), root, None,
-                          "Put the npz with arrays jpeg (uint8, the files one after the other), offset [n + 1] and "
-                          "label [n] there")
+    packed, source = find(
+        "imagenet_sample",
+        ("imagenet_sample1000_224",),
+        root,
+        None,
+        "Put the npz with arrays jpeg (uint8, the files one after the other), offset [n + 1] and label [n] there",
+    )
     require(packed, ("jpeg", "offset", "label"), source)
     content, ends, n = packed["jpeg"].tobytes(), packed["offset"], packed["label"].size
-    if (ends.dtype.kind not in "iu" or ends.shape != (n + 1,) or ends[0] != 0 or ends[-1] != len(content)
-            or (ends[1:] <= ends[:-1]).any()):
-        raise ValueError(f"{source}: offset must be {n + 1} rising integers from 0 to {len(content)}, as there are "
-                         f"{n} labels and so many bytes of jpeg, got {ends.dtype} {list(ends.shape)}: {ends}")
+    if (
+        ends.dtype.kind not in "iu"
+        or ends.shape != (n + 1,)
+        or ends[0] != 0
+        or ends[-1] != len(content)
+        or (ends[1:] <= ends[:-1]).any()
+    ):
+        raise ValueError(
+            f"{source}: offset must be {n + 1} rising integers from 0 to {len(content)}, as there are "
+            f"{n} labels and so many bytes of jpeg, got {ends.dtype} {list(ends.shape)}: {ends}"
+        )
     x = np.empty((n, 224, 224, 3), np.uint8)
     for k, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
         try:
@@ -191,8 +210,10 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
         x[k] = np.asarray(image)
     order = np.random.default_rng(0).permutation(len(x))
     parts = dict(zip(PARTS, np.split(order, [len(x) * k // 10 for k in (2, 5, 7)]), strict=True))
-    return {**{f"x_{part}": x[rows] for part, rows in parts.items()},
-            **{f"y_{part}": packed["label"][rows] for part, rows in parts.items()}}, source
+    return {
+        **{f"x_{part}": x[rows] for part, rows in parts.items()},
+        **{f"y_{part}": packed["label"][rows] for part, rows in parts.items()},
+    }, source
 
 
 @dataclass(frozen=True)
@@ -248,8 +269,10 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     name = str(name)
     if name not in SETS:
         close = difflib.get_close_matches(name, SETS, 1)
-        raise ValueError(f"name must be one of {', '.join(SETS)}, or a path to an npz, got {name!r}"
-                         + (f" (did you mean {close[0]!r}?)" if close else ""))
+        raise ValueError(
+            f"name must be one of {', '.join(SETS)}, or a path to an npz, got {name!r}"
+            + (f" (did you mean {close[0]!r}?)" if close else "")
+        )
     chosen = SETS[name]
     arrays, source = chosen.arrays(root)
     parts = PARTS if "x_val" in arrays else ("train", "test")
@@ -270,8 +293,10 @@ def _images(arrays: Arrays, part: str, shape: tuple[int, ...], source: str) -> T
     """uint8 [n, C, H, W]."""
     images = arrays[f"x_{part}"]
     if images.dtype != np.uint8 or images.shape[1:] != shape or not images.size:
-        raise ValueError(f"{source}: x_{part} must be uint8 [n, {', '.join(map(str, shape))}] with n > 0, "
-                         f"got {images.dtype} {list(images.shape)}")
+        raise ValueError(
+            f"{source}: x_{part} must be uint8 [n, {', '.join(map(str, shape))}] with n > 0, "
+            f"got {images.dtype} {list(images.shape)}"
+        )
     return torch.from_numpy(images.copy()).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -279,12 +304,15 @@ def _labels(arrays: Arrays, part: str, classes: int | None, source: str) -> Tens
     """int64 [n]."""
     labels, n = arrays[f"y_{part}"], len(arrays[f"x_{part}"])
     if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        raise ValueError(f"{source}: y_{part} must be integers [{n}] as x_{part} has images, got "
-                         f"{labels.dtype} {list(labels.shape)}")
+        raise ValueError(
+            f"{source}: y_{part} must be integers [{n}] as x_{part} has images, got {labels.dtype} {list(labels.shape)}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (classes is not None and high >= classes):
-        raise ValueError(f"{source}: y_{part} must be in [0, {'...' if classes is None else classes - 1}], got "
-                         f"{low if low < 0 else high}")
+        raise ValueError(
+            f"{source}: y_{part} must be in [0, {'...' if classes is None else classes - 1}], got "
+            f"{low if low < 0 else high}"
+        )
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -293,16 +321,20 @@ def _own(path: Path) -> Images:
         raise FileNotFoundError(f"no file {path}")
     arrays = read(path, path.parent)
     if "x_fitness" not in arrays:
-        raise ValueError(f"{path} has no fitness split: it needs x_fitness (and y_fitness), images that choose between "
-                         "individuals, apart from those that train, validate and test")
+        raise ValueError(
+            f"{path} has no fitness split: it needs x_fitness (and y_fitness), images that choose between "
+            "individuals, apart from those that train, validate and test"
+        )
     require(arrays, tuple(f"x_{part}" for part in PARTS), str(path))
     labelled = any(key.startswith("y_") for key in arrays)
     if labelled:
         require(arrays, tuple(f"y_{part}" for part in PARTS), str(path))
     shape = arrays["x_train"].shape[1:]
     if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C] with H, W, C > 0, got "
-                         f"{list(arrays['x_train'].shape)}")
+        raise ValueError(
+            f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C] with H, W, C > 0, got "
+            f"{list(arrays['x_train'].shape)}"
+        )
     x = {part: _images(arrays, part, shape, str(path)) for part in PARTS}
     y = {part: _labels(arrays, part, None, str(path)) for part in PARTS if labelled}
     channels = x["train"].shape[1]
@@ -314,10 +346,23 @@ def _own(path: Path) -> Images:
     stated = {"mean": mean.numpy(), "std": std.numpy()}
     for key in stated:
         own = arrays.get(key, stated[key])
-        if (own.dtype.kind not in "iuf" or own.shape != (channels,) or not np.isfinite(own).all()
-                or (key == "std" and (own <= 0).any())):
-            raise ValueError(f"{path}: {key} must be {channels} finite numbers"
-                             f"{' above 0' if key == 'std' else ''}, one per channel, got {own.tolist()}")
+        if (
+            own.dtype.kind not in "iuf"
+            or own.shape != (channels,)
+            or not np.isfinite(own).all()
+            or (key == "std" and (own <= 0).any())
+        ):
+            raise ValueError(
+                f"{path}: {key} must be {channels} finite numbers"
+                f"{' above 0' if key == 'std' else ''}, one per channel, got {own.tolist()}"
+            )
         stated[key] = own
-    return Images(path.stem, max((int(labels.max()) + 1 for labels in y.values()), default=0),
-                  f"{path}; its own split", x, y, tuple(stated["mean"].tolist()), tuple(stated["std"].tolist()))
+    return Images(
+        path.stem,
+        max((int(labels.max()) + 1 for labels in y.values()), default=0),
+        f"{path}; its own split",
+        x,
+        y,
+        tuple(stated["mean"].tolist()),
+        tuple(stated["std"].tolist()),
+    )

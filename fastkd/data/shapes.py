@@ -19,8 +19,15 @@ __all__ = ["SETS", "augment", "load"]
 POINTS = 1024
 
 
-def augment(points: Tensor, generator: torch.Generator | None = None, *, scale: float = 1.5, shift: float = 0.2,
-            jitter: float = 0.0, drop: float = 0.0) -> Tensor:
+def augment(
+    points: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    scale: float = 1.5,
+    shift: float = 0.2,
+    jitter: float = 0.0,
+    drop: float = 0.0,
+) -> Tensor:
     """Every shape at random scaled and moved along each axis, as DGCNN does.
 
     Args:
@@ -92,9 +99,11 @@ def _modelnet(name: str, folder: Path) -> Arrays:
 
     dataset = official(Sampled)
     parts = [dataset(str(folder), name, train=True, force_reload=True), dataset(str(folder), name, train=False)]
-    return {"points": torch.cat([p._data.pos for p in parts]).numpy(),
-            "label": torch.cat([p._data.y for p in parts]).numpy(),
-            "split": np.repeat([0, 1], [len(p) for p in parts])}
+    return {
+        "points": torch.cat([p._data.pos for p in parts]).numpy(),
+        "label": torch.cat([p._data.y for p in parts]).numpy(),
+        "split": np.repeat([0, 1], [len(p) for p in parts]),
+    }
 
 
 def _digits() -> Arrays:
@@ -149,8 +158,10 @@ def load(name: str, root: str | Path | None) -> Task:
     if name == "digits_points":
         arrays, source = _digits(), "scikit-learn"
     else:
-        hint = (f"Make {(*chosen.stems, '')[0]}.npz with points [n, P, 3], label [n] and split [n] (0 train, 1 test), "
-                "and set FASTKD_DATA to its folder")
+        hint = (
+            f"Make {(*chosen.stems, '')[0]}.npz with points [n, P, 3], label [n] and split [n] (0 train, 1 test), "
+            "and set FASTKD_DATA to its folder"
+        )
         arrays, source = find(name, chosen.stems, root, chosen.fetch, hint)
     if "surface_ijk" in arrays:
         arrays = _from_voxels(arrays, source)
@@ -162,13 +173,24 @@ def to_task(name: str, split: str, arrays: Arrays, source: str) -> Task:
     points = torch.from_numpy(arrays["points"].astype(np.float32))
     label, test = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("label", "split"))
     if points.dim() != 3 or points.shape[2] != 3 or not len(points) == len(label) == len(test):
-        raise ValueError(f"{source}: points, label and split must have shapes [n, P, 3], [n] and [n], got "
-                         f"{tuple(points.shape)}, {tuple(label.shape)} and {tuple(test.shape)}")
+        raise ValueError(
+            f"{source}: points, label and split must have shapes [n, P, 3], [n] and [n], got "
+            f"{tuple(points.shape)}, {tuple(label.shape)} and {tuple(test.shape)}"
+        )
     if not bool(((test == 0) | (test == 1)).all()):
         raise ValueError(f"{source}: split must be 0 (train) or 1 (test)")
     train = (test == 0).nonzero()[:, 0]
     held = _share(label[train], 10, torch.Generator().manual_seed(0))
     rows: dict[str, Any] = {"train": train[~held], "val": train[held], "test": (test == 1).nonzero()[:, 0]}
-    return Task(name, "shapes", 3, int(label.max()) + 1, False, True, {},
-                f"{source}; split: {split}, a tenth of the training part to validate",
-                {part: points[r] for part, r in rows.items()}, {part: label[r] for part, r in rows.items()})
+    return Task(
+        name,
+        "shapes",
+        3,
+        int(label.max()) + 1,
+        False,
+        True,
+        {},
+        f"{source}; split: {split}, a tenth of the training part to validate",
+        {part: points[r] for part, r in rows.items()},
+        {part: label[r] for part, r in rows.items()},
+    )

@@ -42,16 +42,22 @@ class Batch:
         """The rows that count for the labels, and their labels."""
         y = self.y
         if self.seeds is not None:
-            return logits[:self.seeds], y[:self.seeds]
+            return logits[: self.seeds], y[: self.seeds]
         if self.masks is not None:
             mask = self.masks[split or self.split]
             return logits[mask], y[mask]
         return logits, y
 
 
-def batches(task: Task, split: str, train: TrainConfig, generator: torch.Generator | None,
-            device: torch.device, whole: dict[int, Batch],
-            world: World | None = None) -> Iterator[Batch]:
+def batches(
+    task: Task,
+    split: str,
+    train: TrainConfig,
+    generator: torch.Generator | None,
+    device: torch.device,
+    whole: dict[int, Batch],
+    world: World | None = None,
+) -> Iterator[Batch]:
     """The batches of a part; in random order, and augmented, with a generator. Of several ranks, each gets
     its share of every such batch; what is in order all ranks get.
 
@@ -83,11 +89,12 @@ def _shares(order: Tensor, size: int, world: World, least: int = 1) -> Iterator[
         raise ValueError(f"train.batch_size must be at least {least * world.size} for {world.size} ranks, got {size}")
     for rows in order.split(size):
         if len(rows) >= least * world.size:
-            yield rows[world.rank::world.size], rows
+            yield rows[world.rank :: world.size], rows
 
 
-def _several(task: Task, split: str, size: int, generator: torch.Generator, device: torch.device,
-             world: World) -> Iterator[Batch]:
+def _several(
+    task: Task, split: str, size: int, generator: torch.Generator, device: torch.device, world: World
+) -> Iterator[Batch]:
     """Some of many graphs, as one of several components."""
     from torch_geometric.data import Batch as Union
     from torch_geometric.loader import DataLoader
@@ -96,17 +103,23 @@ def _several(task: Task, split: str, size: int, generator: torch.Generator, devi
         graphs = task.graphs[split]
         for own, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
             data = Union.from_data_list([graphs[i] for i in own.tolist()]).to(device)
-            yield Batch((data.x, data.adj_t), data.y, None, split,
-                        Graph.from_edge_index(data.edge_index, data.num_nodes),
-                        share=data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist()))
+            yield Batch(
+                (data.x, data.adj_t),
+                data.y,
+                None,
+                split,
+                Graph.from_edge_index(data.edge_index, data.num_nodes),
+                share=data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist()),
+            )
         return
     for data in DataLoader(task.graphs[split], size, shuffle=True, generator=generator):
         data = data.to(device)
         yield Batch((data.x, data.adj_t), data.y, None, split, Graph.from_edge_index(data.edge_index, data.num_nodes))
 
 
-def _neighbours(task: Task, split: str, train: TrainConfig, generator: torch.Generator,
-                device: torch.device, world: World) -> Iterator[Batch]:
+def _neighbours(
+    task: Task, split: str, train: TrainConfig, generator: torch.Generator, device: torch.device, world: World
+) -> Iterator[Batch]:
     """Seed nodes with sampled neighbourhoods: the seeds come first, and only they are destinations of
     the local structure, since only they have their neighbours with them."""
     from torch_geometric.data import Data
@@ -124,8 +137,9 @@ def _neighbours(task: Task, split: str, train: TrainConfig, generator: torch.Gen
                 yield replace(of_neighbours(sample(own), data, split, device), share=len(own) / len(rows))
             continue
         # Its workers draw from torch's global generator.
-        loader = NeighborLoader(edges, train.neighbors, input_nodes=nodes, batch_size=train.batch_size or 1024,
-                                shuffle=True)
+        loader = NeighborLoader(
+            edges, train.neighbors, input_nodes=nodes, batch_size=train.batch_size or 1024, shuffle=True
+        )
         for part in loader:
             yield of_neighbours(part, data, split, device)
 
@@ -145,14 +159,17 @@ def check_sampler(train: TrainConfig) -> None:
 
     if train.neighbors is not None and not (typing.WITH_PYG_LIB or typing.WITH_TORCH_SPARSE):
         version = torch.__version__.split("+")[0]
-        raise ImportError(f"train.neighbors = {train.neighbors} needs pyg-lib (or torch-sparse), with which PyG "
-                          "samples neighbours: pip install pyg-lib -f "
-                          f"https://data.pyg.org/whl/torch-{version}+cpu.html, or +cu126 and so on; "
-                          "train.neighbors = null takes whole graphs")
+        raise ImportError(
+            f"train.neighbors = {train.neighbors} needs pyg-lib (or torch-sparse), with which PyG "
+            "samples neighbours: pip install pyg-lib -f "
+            f"https://data.pyg.org/whl/torch-{version}+cpu.html, or +cu126 and so on; "
+            "train.neighbors = null takes whole graphs"
+        )
 
 
-def _shapes(task: Task, split: str, train: TrainConfig, generator: torch.Generator | None,
-            device: torch.device, world: World) -> Iterator[Batch]:
+def _shapes(
+    task: Task, split: str, train: TrainConfig, generator: torch.Generator | None, device: torch.device, world: World
+) -> Iterator[Batch]:
     points, labels = task.points[split], task.labels[split]
     size = train.batch_size or SHAPES
     order = torch.arange(len(points)) if generator is None else torch.randperm(len(points), generator=generator)
@@ -160,12 +177,20 @@ def _shapes(task: Task, split: str, train: TrainConfig, generator: torch.Generat
     for own, rows in _shares(order, size, world, least):
         chosen = points[rows]
         if train.points is not None and train.points < points.shape[1]:
-            some = torch.arange(train.points) if generator is None else torch.randperm(
-                points.shape[1], generator=generator)[:train.points]
+            some = (
+                torch.arange(train.points)
+                if generator is None
+                else torch.randperm(points.shape[1], generator=generator)[: train.points]
+            )
             chosen = chosen[:, some]
         if generator is not None and train.augment:
             chosen = augment(chosen, generator)
         # Drawn for all shapes, then shared: the generator stays the same on all ranks.
-        chosen = chosen[world.rank::world.size]
-        yield Batch((chosen.to(device),), labels[own].to(device), None, split,
-                    share=len(own) / len(rows) if world.size > 1 else None)
+        chosen = chosen[world.rank :: world.size]
+        yield Batch(
+            (chosen.to(device),),
+            labels[own].to(device),
+            None,
+            split,
+            share=len(own) / len(rows) if world.size > 1 else None,
+        )

@@ -33,13 +33,17 @@ class LSPPart:
         if loss.shuffle:  # the wrong graph of all destinations, and not a wrong one of the own
             graph = loss.shuffled(graph, generator)
         begin, end = int(graph.rowptr[rows.start]), int(graph.rowptr[rows.stop])
-        rowptr = graph.rowptr[rows.start:rows.stop + 1] - graph.rowptr[rows.start]
+        rowptr = graph.rowptr[rows.start : rows.stop + 1] - graph.rowptr[rows.start]
         own = Graph.from_csr(rowptr, graph.col[begin:end], graph.num_src)
         self.rows = rows
         self.criterion = loss.criterion
         self.structure = teacher_structure((teacher, teacher[rows]), own, loss.criterion.teacher_kernel)
-        count = {"sum": lambda g: 1, "mean": lambda g: g.num_dst, "mean_edges": lambda g: g.num_edges,
-                 "mean_active": lambda g: int((g.in_degree() > 0).sum())}[loss.criterion.reduction]
+        count = {
+            "sum": lambda g: 1,
+            "mean": lambda g: g.num_dst,
+            "mean_edges": lambda g: g.num_edges,
+            "mean_active": lambda g: int((g.in_degree() > 0).sum()),
+        }[loss.criterion.reduction]
         self.share = count(own) / max(count(graph), 1)
 
     def __call__(self, student: Tensor) -> Tensor:

@@ -56,8 +56,14 @@ class DistillationLoss(nn.Module):
     rowwise: ClassVar[bool] = False
     max_nodes: int | None = None
 
-    def forward(self, student: Tensor, teacher: Tensor | TeacherStructure, graph: Graph | None = None,
-                generator: torch.Generator | None = None, teacher_graph: Graph | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | TeacherStructure,
+        graph: Graph | None = None,
+        generator: torch.Generator | None = None,
+        teacher_graph: Graph | None = None,
+    ) -> Tensor:
         """The loss, a scalar in float32 (float64 if either side is float64).
 
         Args:
@@ -75,8 +81,9 @@ class DistillationLoss(nn.Module):
                 raise ValueError(f"{side} must have shape [N, D] with N >= 1, got {tuple(x.shape)}")
         assert isinstance(teacher, Tensor)
         if student.shape[0] != teacher.shape[0]:
-            raise ValueError(f"student and teacher must have the same nodes, got {student.shape[0]} and "
-                             f"{teacher.shape[0]} rows")
+            raise ValueError(
+                f"student and teacher must have the same nodes, got {student.shape[0]} and {teacher.shape[0]} rows"
+            )
         teacher = teacher.detach()
         if self.max_nodes is not None:
             student, teacher = _sample(self.max_nodes, generator, student, teacher)
@@ -84,8 +91,9 @@ class DistillationLoss(nn.Module):
         with torch.autocast(student.device.type, enabled=False):  # it would multiply in half precision
             return self.compare(student.to(dtype), teacher.to(dtype), generator)
 
-    def prepare(self, teacher: Tensor, graph: Graph | None = None,
-                generator: torch.Generator | None = None) -> Tensor | TeacherStructure:
+    def prepare(
+        self, teacher: Tensor, graph: Graph | None = None, generator: torch.Generator | None = None
+    ) -> Tensor | TeacherStructure:
         """What :meth:`forward` may be given in place of the same teacher features on the same graph, so
         that the teacher's share of the work is done once."""
         return teacher
@@ -115,18 +123,27 @@ class LSP(DistillationLoss):
 
     name = "lsp"
 
-    def __init__(self, *, kernel: str | Kernel | None = None, kernel_args: dict[str, Any] | None = None,
-                 divergence: Divergence | None = None,
-                 reduction: Literal["mean", "mean_active", "mean_edges", "sum"] | None = None,
-                 preset: Literal["paper", "distillgcn", "efficient_gnns"] | None = None,
-                 graph: Literal["student", "union"] = "union", shuffle: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        kernel: str | Kernel | None = None,
+        kernel_args: dict[str, Any] | None = None,
+        divergence: Divergence | None = None,
+        reduction: Literal["mean", "mean_active", "mean_edges", "sum"] | None = None,
+        preset: Literal["paper", "distillgcn", "efficient_gnns"] | None = None,
+        graph: Literal["student", "union"] = "union",
+        shuffle: bool = False,
+    ) -> None:
         super().__init__()
         _one_of("graph", graph, ("student", "union"))
         if reduction is not None:
             _one_of("reduction", reduction, ("mean", "mean_active", "mean_edges", "sum"))
         if preset is None:
-            self.criterion = LSPLoss("rbf" if kernel is None else kernel,
-                                     divergence=divergence or "student||teacher", reduction=reduction or "mean")
+            self.criterion = LSPLoss(
+                "rbf" if kernel is None else kernel,
+                divergence=divergence or "student||teacher",
+                reduction=reduction or "mean",
+            )
         else:
             for argument, value in (("divergence", divergence), ("reduction", reduction)):
                 if value is not None:
@@ -145,8 +162,14 @@ class LSP(DistillationLoss):
             self.register_buffer("shuffle_seed", torch.tensor(-1))
             self._shuffled: WeakKeyDictionary[Graph, Graph] = WeakKeyDictionary()
 
-    def forward(self, student: Tensor, teacher: Tensor | TeacherStructure, graph: Graph | None = None,
-                generator: torch.Generator | None = None, teacher_graph: Graph | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | TeacherStructure,
+        graph: Graph | None = None,
+        generator: torch.Generator | None = None,
+        teacher_graph: Graph | None = None,
+    ) -> Tensor:
         """As :meth:`DistillationLoss.forward`; a TeacherStructure must be of the graph compared over."""
         if not isinstance(graph, Graph):
             raise TypeError(f"graph must be a fastkd.Graph for lsp, got {type(graph).__name__}")
@@ -154,17 +177,21 @@ class LSP(DistillationLoss):
             teacher_graph = None
         if self.shuffle:
             if isinstance(teacher, TeacherStructure) and teacher.graph is graph:
-                raise ValueError("teacher must be features with shuffle=True, or a TeacherStructure of "
-                                 "shuffled(graph), got one of the graph itself")
+                raise ValueError(
+                    "teacher must be features with shuffle=True, or a TeacherStructure of "
+                    "shuffled(graph), got one of the graph itself"
+                )
             graph = self.shuffled(graph if teacher_graph is None else graph.union(teacher_graph), generator)
             teacher_graph = None
         return self.criterion(student, teacher, graph, teacher_graph=teacher_graph)
 
-    def prepare(self, teacher: Tensor, graph: Graph | None = None,
-                generator: torch.Generator | None = None) -> Tensor | TeacherStructure:
+    def prepare(
+        self, teacher: Tensor, graph: Graph | None = None, generator: torch.Generator | None = None
+    ) -> Tensor | TeacherStructure:
         assert graph is not None
-        return teacher_structure(teacher, self.shuffled(graph, generator) if self.shuffle else graph,
-                                 self.criterion.teacher_kernel)
+        return teacher_structure(
+            teacher, self.shuffled(graph, generator) if self.shuffle else graph, self.criterion.teacher_kernel
+        )
 
     def shuffled(self, graph: Graph, generator: torch.Generator | None = None) -> Graph:
         """A wrong graph with as many in-edges and out-edges at every node: the sources permuted among
@@ -204,12 +231,15 @@ class KD(DistillationLoss):
 
     def compare(self, student: Tensor, teacher: Tensor, generator: torch.Generator | None) -> Tensor:
         if student.shape != teacher.shape:
-            raise ValueError(f"student and teacher must have the same classes, got {student.shape[1]} and "
-                             f"{teacher.shape[1]} columns")
+            raise ValueError(
+                f"student and teacher must have the same classes, got {student.shape[1]} and {teacher.shape[1]} columns"
+            )
         s, t = student / self.temperature, teacher / self.temperature
         if self.multilabel:
-            loss = (t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
-                    + (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))).mean()
+            loss = (
+                t.sigmoid() * (F.logsigmoid(t) - F.logsigmoid(s))
+                + (-t).sigmoid() * (F.logsigmoid(-t) - F.logsigmoid(-s))
+            ).mean()
         else:
             loss = F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)
         return self.temperature**2 * loss
@@ -266,8 +296,14 @@ class RKD(DistillationLoss):
 
     name = "rkd"
 
-    def __init__(self, *, distance_weight: float = 25.0, angle_weight: float = 50.0, max_nodes: int = 1024,
-                 max_angle_nodes: int = 128) -> None:
+    def __init__(
+        self,
+        *,
+        distance_weight: float = 25.0,
+        angle_weight: float = 50.0,
+        max_nodes: int = 1024,
+        max_angle_nodes: int = 128,
+    ) -> None:
         super().__init__()
         self.distance_weight = _number("distance_weight", distance_weight, low=0.0)
         self.angle_weight = _number("angle_weight", angle_weight, low=0.0)
@@ -280,8 +316,9 @@ class RKD(DistillationLoss):
         student, teacher = _sample(self.max_angle_nodes, generator, student, teacher)
         m = student.shape[0]
         angle = F.smooth_l1_loss(_angles(student), _angles(teacher), reduction="sum")
-        return (self.distance_weight * distance / max(n * (n - 1), 1)
-                + self.angle_weight * angle / max(m * (m - 1) * (m - 2), 1))
+        return self.distance_weight * distance / max(n * (n - 1), 1) + self.angle_weight * angle / max(
+            m * (m - 1) * (m - 2), 1
+        )
 
 
 class SimilarityPreserving(DistillationLoss):
@@ -346,8 +383,15 @@ class GCRD(DistillationLoss):
 
     name = "gcrd"
 
-    def __init__(self, *, student_dim: int, teacher_dim: int, proj_dim: int = 128, temperature: float = 0.075,
-                 max_nodes: int = 4096) -> None:
+    def __init__(
+        self,
+        *,
+        student_dim: int,
+        teacher_dim: int,
+        proj_dim: int = 128,
+        temperature: float = 0.075,
+        max_nodes: int = 4096,
+    ) -> None:
         super().__init__()
         self.temperature = _number("temperature", temperature)
         self.max_nodes = _integer("max_nodes", max_nodes, 2)
@@ -399,8 +443,9 @@ def kind(name: str) -> type[DistillationLoss]:
     return LOSSES[name]
 
 
-def build(name: str, *, student_dim: int | None = None, teacher_dim: int | None = None,
-          **hyperparameters: Any) -> DistillationLoss:
+def build(
+    name: str, *, student_dim: int | None = None, teacher_dim: int | None = None, **hyperparameters: Any
+) -> DistillationLoss:
     """The loss of that name in :data:`LOSSES`.
 
     Args:
@@ -419,8 +464,10 @@ def build(name: str, *, student_dim: int | None = None, teacher_dim: int | None 
     known = sorted(valid - dims.keys())
     for argument in hyperparameters:
         if argument not in valid:
-            raise TypeError(f"loss {name!r} has no hyperparameter {argument!r}{_did_you_mean(argument, known)}; "
-                            f"it has {_listed(known) or 'none'}")
+            raise TypeError(
+                f"loss {name!r} has no hyperparameter {argument!r}{_did_you_mean(argument, known)}; "
+                f"it has {_listed(known) or 'none'}"
+            )
     return loss(**hyperparameters)
 
 

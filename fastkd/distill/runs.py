@@ -33,8 +33,14 @@ def build(network: NetworkConfig, task: Task, seed: int) -> nn.Module:
     return models.build(network.model.name, task.num_features, task.num_classes, **network.model.args)
 
 
-def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progress | None = None,
-               device: torch.device | str = "cpu", world: World | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def teacher_of(
+    config: RunConfig,
+    task: Task,
+    directory: Path,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """The trained teacher, and its record; trained only if the directory does not hold it."""
     identity = {"network": config.teacher.model_dump(), "seed": config.teacher_seed, "data": config.data}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -44,9 +50,17 @@ def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progres
     world = world or World()
 
     def trained() -> tuple[dict[str, Tensor], Any]:
-        distiller = Distiller(model, None, task, train=config.teacher.train, seed=config.teacher_seed,
-                              directory=folder, device=device, identity={"model": config.teacher.model.model_dump()},
-                              world=world)
+        distiller = Distiller(
+            model,
+            None,
+            task,
+            train=config.teacher.train,
+            seed=config.teacher_seed,
+            directory=folder,
+            device=device,
+            identity={"model": config.teacher.model.model_dump()},
+            world=world,
+        )
         result = distiller.fit(_told(progress, "teacher", config.teacher.train, world))
 
         def write() -> tuple[dict[str, Tensor], Any]:
@@ -61,9 +75,17 @@ def teacher_of(config: RunConfig, task: Task, directory: Path, progress: Progres
     return model, record
 
 
-def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None = None,
-           progress: Progress | None = None, device: torch.device | str = "cpu",
-           teachers: Path | None = None, world: World | None = None) -> dict[str, Any]:
+def distil(
+    config: RunConfig,
+    seed: int,
+    directory: Path,
+    *,
+    task: Task | None = None,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+    teachers: Path | None = None,
+    world: World | None = None,
+) -> dict[str, Any]:
     """Trains one student, after its teacher if need be; returns, and writes, the record.
 
     In `directory`: result.json, weights.safetensors, and while it runs checkpoint.safetensors. If
@@ -88,17 +110,30 @@ def distil(config: RunConfig, seed: int, directory: Path, *, task: Task | None =
         data = task or load_data(config.data)
         teacher, teacher_record = teacher_of(config, data, teachers or directory.parent, progress, device, world)
         student = build(config.student, data, seed)
-        distiller = Distiller(student, teacher if config.losses else None, data, losses=config.losses,
-                              train=config.student.train, task_weight=config.task_weight, seed=seed,
-                              directory=directory, device=device,
-                              identity={"model": config.student.model.model_dump()}, world=world)
+        distiller = Distiller(
+            student,
+            teacher if config.losses else None,
+            data,
+            losses=config.losses,
+            train=config.student.train,
+            task_weight=config.task_weight,
+            seed=seed,
+            directory=directory,
+            device=device,
+            identity={"model": config.student.model.model_dump()},
+            world=world,
+        )
         result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train, world))
 
         def write() -> dict[str, Any]:
-            record = {"schema": SCHEMA, "seed": seed, "config": own,
-                      "student": _record(result, student, data, config.student.train),
-                      "teacher": teacher_record,
-                      "environment": {**environment(distiller.device), "processes": world.size}}
+            record = {
+                "schema": SCHEMA,
+                "seed": seed,
+                "config": own,
+                "student": _record(result, student, data, config.student.train),
+                "teacher": teacher_record,
+                "environment": {**environment(distiller.device), "processes": world.size},
+            }
             if data.kind == "shapes" and (picture := _picture(config, teacher, student, data)) is not None:
                 record["picture"] = picture
             checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
@@ -135,7 +170,7 @@ def _picture(config: RunConfig, teacher: nn.Module, student: nn.Module, task: Ta
     radius, axes = centred.norm(dim=2), torch.linalg.svdvals(centred)
     shape = int((radius.std(1) / radius.mean(1) * (axes[:, 1] > 0.5 * axes[:, 0])).argmax())
     at = int(radius[shape].argmax())
-    points = task.points["test"][shape:shape + 1]
+    points = task.points["test"][shape : shape + 1]
     out: dict[str, Any] = {"points": _rounded(points[0]), "at": at}
     for name, model, layer in (("teacher", teacher, lsp.teacher_layer), ("student", student, lsp.student_layer)):
         taps = Taps(model, [layer], name)

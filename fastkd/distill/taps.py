@@ -51,12 +51,15 @@ class Taps:
         def hook(module: nn.Module, args: object, output: object) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if not isinstance(value, Tensor):
-                raise TypeError(f"layer {name!r} of the {self.role} returned {type(value).__name__}, which is "
-                                "no tensor: tap a module that returns one")
+                raise TypeError(
+                    f"layer {name!r} of the {self.role} returned {type(value).__name__}, which is "
+                    "no tensor: tap a module that returns one"
+                )
             self._repeated |= self._caught[name] is not None
             self._caught[name] = value
             if self._stop and all(x is not None for x in self._caught.values()):
                 raise _Enough
+
         return hook
 
     @contextlib.contextmanager
@@ -91,4 +94,5 @@ class Taps:
             value = self._caught[name]
             shown = "not called yet" if value is None else f"{list(value.shape)} {str(value.dtype)[6:]}"
             return f"{name}: {type(self._modules[name]).__name__} -> {shown}"
+
         return "; ".join(line(name) for name in self._caught) or "none"

@@ -85,11 +85,21 @@ class Distiller:
         ImportError: PyG lacks what it samples neighbours with (train.neighbors).
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, task: Task, *,
-                 losses: dict[str, LossConfig] | None = None, train: TrainConfig | None = None,
-                 task_weight: float = 1.0, seed: int = 0, directory: str | Path | None = None,
-                 device: torch.device | str = "cpu", identity: dict[str, Any] | None = None,
-                 world: World | None = None) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        task: Task,
+        *,
+        losses: dict[str, LossConfig] | None = None,
+        train: TrainConfig | None = None,
+        task_weight: float = 1.0,
+        seed: int = 0,
+        directory: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        identity: dict[str, Any] | None = None,
+        world: World | None = None,
+    ) -> None:
         self.world = world or World()
         self.device = usable(device)
         self.student = student.to(self.device)
@@ -104,9 +114,14 @@ class Distiller:
         if self.terms and teacher is None:
             raise ValueError(f"losses {', '.join(self.terms)} need a teacher, got None")
         self.identity = {
-            "schema": SCHEMA, "task": task.name, "train": self.train.model_dump(), "task_weight": task_weight,
-            "losses": {name: c.model_dump() for name, c in self.terms.items()}, "seed": seed,
-            "student": _shapes(student), "teacher": None if teacher is None else _fingerprint(teacher),
+            "schema": SCHEMA,
+            "task": task.name,
+            "train": self.train.model_dump(),
+            "task_weight": task_weight,
+            "losses": {name: c.model_dump() for name, c in self.terms.items()},
+            "seed": seed,
+            "student": _shapes(student),
+            "teacher": None if teacher is None else _fingerprint(teacher),
             **(identity or {}),
         }
 
@@ -146,8 +161,10 @@ class Distiller:
             for side, model in (("student", self.student), ("teacher", self.teacher)):
                 if model is not None and getattr(config, f"{side}_layer") is None:
                     known = ", ".join(n for n, _ in model.named_modules() if n)
-                    raise ValueError(f"losses.{name}.{side}_layer is missing: the loss {name!r} compares "
-                                     f"features, and the {side} has the layers {known}")
+                    raise ValueError(
+                        f"losses.{name}.{side}_layer is missing: the loss {name!r} compares "
+                        f"features, and the {side} has the layers {known}"
+                    )
         dims: dict[str, tuple[int, int]] = {}
         if self.teacher is not None and any(kind.uses == "features" for kind in kinds.values()):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -160,8 +177,10 @@ class Distiller:
                     continue
                 s, t = self._taps_s[config.student_layer], self._taps_t[config.teacher_layer]
                 if len(s) != len(t):
-                    raise ValueError(f"losses.{name}: the student's {config.student_layer!r} has {len(s)} rows, the "
-                                     f"teacher's {config.teacher_layer!r} {len(t)}: both must be on the same nodes")
+                    raise ValueError(
+                        f"losses.{name}: the student's {config.student_layer!r} has {len(s)} rows, the "
+                        f"teacher's {config.teacher_layer!r} {len(t)}: both must be on the same nodes"
+                    )
                 dims[name] = (s.shape[1], t.shape[1])
         out = nn.ModuleDict()
         for name, config in self.terms.items():
@@ -177,16 +196,19 @@ class Distiller:
         return kind(self.parameters, c.lr, weight_decay=c.weight_decay)
 
     def _batches(self, split: str, training: bool) -> Iterator[Batch]:
-        return batches(self.task, split, self.train, self.generator if training else None, self.device, self._whole,
-                       self.world)
+        return batches(
+            self.task, split, self.train, self.generator if training else None, self.device, self._whole, self.world
+        )
 
     def _call(self, model: nn.Module, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.amp):
             logits = model(*batch.inputs).float()
         if len(logits) != len(batch.y):
             who = "teacher" if model is self.teacher else "student"
-            raise ValueError(f"the {who} gives {len(logits)} rows of logits, but the task has {len(batch.y)} nodes or "
-                             "shapes: teacher and student must both be on these")
+            raise ValueError(
+                f"the {who} gives {len(logits)} rows of logits, but the task has {len(batch.y)} nodes or "
+                "shapes: teacher and student must both be on these"
+            )
         return logits
 
     # --- one step -------------------------------------------------------------------------------
@@ -204,8 +226,7 @@ class Distiller:
                 out["logits"] = self._call(teacher, batch)
             for layer in self._layers("teacher"):
                 out[layer] = self._taps_t[layer].detach()
-            out["graphs"] = {layer: batch.graph or _own_graph(teacher, layer)
-                             for layer in self._layers("teacher")}
+            out["graphs"] = {layer: batch.graph or _own_graph(teacher, layer) for layer in self._layers("teacher")}
         self._taps_t.clear()
         if batch.key is not None:
             self._kept[batch.key] = out
@@ -229,7 +250,7 @@ class Distiller:
             if loss.uses == "logits":
                 s, t = logits, teacher["logits"]
                 if batch.seeds is not None:
-                    s, t = s[:batch.seeds], t[:batch.seeds]
+                    s, t = s[: batch.seeds], t[: batch.seeds]
                 terms[name] = self._part(loss, batch, s, t)
             else:
                 terms[name] = self._feature_loss(name, loss, config, batch, teacher)
@@ -241,8 +262,9 @@ class Distiller:
         self._taps_s.clear()
         return total, terms
 
-    def _feature_loss(self, name: str, loss: nn.Module, config: LossConfig, batch: Batch,
-                      teacher: dict[str, Any]) -> Tensor:
+    def _feature_loss(
+        self, name: str, loss: nn.Module, config: LossConfig, batch: Batch, teacher: dict[str, Any]
+    ) -> Tensor:
         layer_s, layer_t = config.student_layer, config.teacher_layer
         assert layer_s is not None and layer_t is not None  # the constructor has seen to it
         s: Any = self._taps_s[layer_s].float()
@@ -268,8 +290,9 @@ class Distiller:
                 return t(s)
         return self._part(loss, batch, s, t, graph, teacher_graph)
 
-    def _part(self, loss: nn.Module, batch: Batch, s: Any, t: Any, graph: Any = None,
-              teacher_graph: Any = None) -> Tensor:
+    def _part(
+        self, loss: nn.Module, batch: Batch, s: Any, t: Any, graph: Any = None, teacher_graph: Any = None
+    ) -> Tensor:
         """A loss; where every rank has the whole batch, this rank's part of it."""
         assert isinstance(loss, losses.DistillationLoss)
         generator = self.generator
@@ -282,8 +305,7 @@ class Distiller:
 
     def _task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         logits, y = batch.labelled(logits)
-        loss: Callable[..., Tensor] = (F.binary_cross_entropy_with_logits if self.task.multilabel
-                                       else F.cross_entropy)
+        loss: Callable[..., Tensor] = F.binary_cross_entropy_with_logits if self.task.multilabel else F.cross_entropy
         return loss(logits, y) if batch.share is not None else self.world.part_of_mean(loss, logits, y)
 
     def step(self, epoch: int) -> dict[str, float]:
@@ -307,8 +329,10 @@ class Distiller:
         self.world.broadcast([x for x in self.student.buffers() if x.is_floating_point()])
         out = {name: float(value) / count for name, value in sums.items()}
         if not all(torch.isfinite(torch.tensor(list(out.values())))):
-            raise FloatingPointError(f"epoch {epoch}: the loss is not finite ({out}); lower train.lr = "
-                                     f"{self.train.lr}, or set train.clip_norm")
+            raise FloatingPointError(
+                f"epoch {epoch}: the loss is not finite ({out}); lower train.lr = "
+                f"{self.train.lr}, or set train.clip_norm"
+            )
         return out
 
     @torch.no_grad()
@@ -350,18 +374,27 @@ class Distiller:
             with self.world.alone(self.directory):
                 return self._fit(file, progress)
         except RankLost as error:
-            remedy = ("no checkpoint had been written yet: start anew" if file is None or not file.exists() else
-                      f"the checkpoint {file} is whole: the same command, or --resume, goes on from there, with any "
-                      "number of processes")
+            remedy = (
+                "no checkpoint had been written yet: start anew"
+                if file is None or not file.exists()
+                else f"the checkpoint {file} is whole: the same command, or --resume, goes on from there, with any "
+                "number of processes"
+            )
             raise RankLost(f"{error}; {remedy}") from None
         finally:
             self.close()
 
     def _fit(self, file: Path | None, progress: Callable[[int, dict[str, Any]], None] | None) -> Result:
         if self.world.size > 1:
-            self.world.same("configuration and initial weights", {
-                **self.identity, "writes checkpoints": file is not None,
-                "student's weights": _fingerprint(self.student), "losses' weights": _fingerprint(self.losses)})
+            self.world.same(
+                "configuration and initial weights",
+                {
+                    **self.identity,
+                    "writes checkpoints": file is not None,
+                    "student's weights": _fingerprint(self.student),
+                    "losses' weights": _fingerprint(self.losses),
+                },
+            )
         if file is not None and self.world.first(file.exists):
             self._restore(file)
         else:
@@ -386,8 +419,16 @@ class Distiller:
         if file is not None:
             self._save(file)
         self.student.load_state_dict(self.best)
-        return Result(self.evaluate("test"), self.best_val, self.best_epoch, self.epoch, self.seconds,
-                      sum(p.numel() for p in self.student.parameters()), peak, self.history)
+        return Result(
+            self.evaluate("test"),
+            self.best_val,
+            self.best_epoch,
+            self.epoch,
+            self.seconds,
+            sum(p.numel() for p in self.student.parameters()),
+            peak,
+            self.history,
+        )
 
     def _epoch(self) -> None:
         epoch, c = self.epoch, self.train
@@ -398,8 +439,16 @@ class Distiller:
         if (epoch + 1) % c.eval_every == 0 or epoch + 1 == c.epochs:
             val = self.evaluate("val")
             total = terms.pop("loss")
-            self.history.append({"epoch": epoch, "loss": total, "terms": terms, "val": val, "seconds": self.seconds,
-                                 "lr": self.optimizer.param_groups[0]["lr"]})
+            self.history.append(
+                {
+                    "epoch": epoch,
+                    "loss": total,
+                    "terms": terms,
+                    "val": val,
+                    "seconds": self.seconds,
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                }
+            )
             if val > self.best_val:
                 self.best_val, self.best_epoch = val, epoch
                 self.best = {name: x.detach().clone() for name, x in self.student.state_dict().items()}
@@ -429,8 +478,15 @@ class Distiller:
         tensors["rng.own"] = self.generator.get_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        state = {"identity": self.identity, "epoch": self.epoch, "history": self.history, "optimizer": scalars,
-                 "best_epoch": self.best_epoch, "best_val": self.best_val, "seconds": self.seconds}
+        state = {
+            "identity": self.identity,
+            "epoch": self.epoch,
+            "history": self.history,
+            "optimizer": scalars,
+            "best_epoch": self.best_epoch,
+            "best_val": self.best_val,
+            "seconds": self.seconds,
+        }
         checkpoint.save(file, tensors, state)
 
     def _read(self, file: Path) -> tuple[dict[str, Tensor], Any]:
@@ -438,15 +494,17 @@ class Distiller:
         differences = checkpoint.differences(state["identity"], json.loads(json.dumps(self.identity)))
         if differences:
             raise checkpoint.CheckpointError(
-                f"{file} belongs to another configuration: " + "; ".join(differences)
-                + ". Take another directory, or the configuration of the checkpoint")
+                f"{file} belongs to another configuration: "
+                + "; ".join(differences)
+                + ". Take another directory, or the configuration of the checkpoint"
+            )
         return tensors, state
 
     def _restore(self, file: Path) -> None:
         tensors, state = self.world.first(lambda: self._read(file))
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) + 1:]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+            return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
 
         self.student.load_state_dict(part("student"))
         self.losses.load_state_dict(part("losses"))
@@ -484,8 +542,10 @@ def _own_graph(model: nn.Module, layer: str) -> Any:
     """The graph that a dynamic model made for a layer in its last forward pass."""
     make = getattr(model, "graph", None)
     if not callable(make):
-        raise ValueError(f"{type(model).__name__} makes no graphs of its own and the task has none: a loss over "
-                         "neighbourhoods needs model.graph(layer), as in fastkd.models.DGCNN")
+        raise ValueError(
+            f"{type(model).__name__} makes no graphs of its own and the task has none: a loss over "
+            "neighbourhoods needs model.graph(layer), as in fastkd.models.DGCNN"
+        )
     return make(layer)
 
 

@@ -63,11 +63,16 @@ class Pymoo(Algorithm):
             told = hashlib.sha256(pickle.dumps(self.algorithm)).hexdigest()[:16]
         except Exception:  # what it is made of cannot be pickled, and is not compared
             told = ""
-        return {"name": self.name, "algorithm": f"{kind.__module__}.{kind.__qualname__}", "options": told,
-                "objectives": self.objectives}
+        return {
+            "name": self.name,
+            "algorithm": f"{kind.__module__}.{kind.__qualname__}",
+            "options": told,
+            "objectives": self.objectives,
+        }
 
-    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
-                device: torch.device) -> Tensor:
+    def initial(
+        self, limits: Limits, population: int, objectives: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         from pymoo.core.problem import Problem
         from pymoo.core.termination import NoTermination
 

@@ -40,8 +40,9 @@ class Algorithm:
         """All options, for JSON."""
         raise NotImplementedError
 
-    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
-                device: torch.device) -> Tensor:
+    def initial(
+        self, limits: Limits, population: int, objectives: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         """bool [population, genes] of limits.space; what is not within the limits is repaired."""
         raise NotImplementedError
 
@@ -75,8 +76,9 @@ class _Drawn(Algorithm):
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
 
-    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
-                device: torch.device) -> Tensor:
+    def initial(
+        self, limits: Limits, population: int, objectives: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         return operators.initial(population, limits.space.num_genes, self.density, generator, device)
 
 
@@ -114,8 +116,9 @@ class ECS(_Drawn):
         for name in ("copy", "crossover", "mutation"):
             _probability(name, getattr(self, name))
         if abs(self.copy + self.crossover + self.mutation - 1) > 1e-9:
-            raise ValueError(f"copy + crossover + mutation must be 1, got {self.copy} + {self.crossover} + "
-                             f"{self.mutation}")
+            raise ValueError(
+                f"copy + crossover + mutation must be 1, got {self.copy} + {self.crossover} + {self.mutation}"
+            )
         _check_operators(self)
         _one_of("mutation_by", self.mutation_by, operators.MUTATIONS)
 
@@ -126,7 +129,7 @@ class ECS(_Drawn):
         drawn = torch.rand(wanted, generator=generator, dtype=torch.float64)
         kind = (drawn >= self.copy).long() + (drawn >= self.copy + self.crossover).long()
         made = 1 + (kind == 1).long()
-        at = (made.cumsum(0) - made + self.elites)
+        at = made.cumsum(0) - made + self.elites
         kind, at = kind[at < population].to(device), at[at < population].to(device)
         first, second = operators.SELECTIONS[self.selection](score, 2 * len(kind), generator).view(2, -1)
 
@@ -161,8 +164,9 @@ class _Sized(_Drawn):
         super().__post_init__()
         _one_of("genome", self.genome, GENOMES)
 
-    def initial(self, limits: Limits, population: int, objectives: int, generator: torch.Generator,
-                device: torch.device) -> Tensor:
+    def initial(
+        self, limits: Limits, population: int, objectives: int, generator: torch.Generator, device: torch.device
+    ) -> Tensor:
         if self.genome == "filters" or not isinstance(self.density, str):
             masks = super().initial(limits, population, objectives, generator, device)
             return masks if self.genome == "filters" else self._of(limits, limits.counts(masks))
@@ -217,8 +221,9 @@ class _Mating(_Sized):
         if not 0 <= self.spread <= 10:
             raise ValueError(f"spread must be in [0, 10], got {self.spread}")
 
-    def _children(self, limits: Limits, masks: Tensor, score: Tensor, count: int, generator: torch.Generator,
-                  out: Tensor) -> None:
+    def _children(
+        self, limits: Limits, masks: Tensor, score: Tensor, count: int, generator: torch.Generator, out: Tensor
+    ) -> None:
         """Writes `count` into the first rows of out [count + 1, genes]."""
         space, widths = limits.space, self.genome == "widths"
         pairs, adaptive = -(-count // 2), self.rates == "adaptive"
@@ -256,7 +261,7 @@ class GA(_Mating):
         out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
         out[:elites] = masks[scores.score.argsort(descending=True, stable=True)[:elites]]
         self._children(limits, masks, scores.score, len(masks) - elites, generator, out[elites:])
-        return out[:len(masks)]
+        return out[: len(masks)]
 
 
 @dataclass(frozen=True)
@@ -284,7 +289,7 @@ class NSGA2(_Mating):
         place[order] = torch.arange(len(masks), 0, -1, dtype=torch.float64, device=masks.device)
         out = torch.empty(len(masks) + 1, masks.shape[1], dtype=torch.bool, device=masks.device)
         self._children(limits, masks, place, len(masks), generator, out)
-        return out[:len(masks)]
+        return out[: len(masks)]
 
     def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
         return pareto.survivors(scores.objectives, len(children), _duplicates(torch.cat((masks, children))))
@@ -305,9 +310,14 @@ class Random(_Sized):
 
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
-    "ecs": ECS, "ga": GA, "ga-widths": partial(GA, genome="widths"), "nsga2": NSGA2,
-    "nsga2-widths": partial(NSGA2, genome="widths"), "random": Random,
-    "random-widths": partial(Random, genome="widths")}
+    "ecs": ECS,
+    "ga": GA,
+    "ga-widths": partial(GA, genome="widths"),
+    "nsga2": NSGA2,
+    "nsga2-widths": partial(NSGA2, genome="widths"),
+    "random": Random,
+    "random-widths": partial(Random, genome="widths"),
+}
 
 
 def _duplicates(masks: Tensor) -> Tensor:

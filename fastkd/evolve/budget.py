@@ -38,8 +38,9 @@ class Limits:
             least that is possible.
     """
 
-    def __init__(self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1, *,
-                 fill: bool = True) -> None:
+    def __init__(
+        self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1, *, fill: bool = True
+    ) -> None:
         if isinstance(k_min, bool) or not isinstance(k_min, int):
             raise TypeError(f"k_min must be an int, got {k_min!r}")
         if k_min < 1:
@@ -67,23 +68,25 @@ class Limits:
             if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
                 raise TypeError(f"budget[{name!r}] must be a number, got {fraction!r}")
             if not 0 < fraction <= 1:
-                raise ValueError(f"budget[{name!r}] must be in (0, 1], a fraction of the full network's, "
-                                 f"got {fraction}")
+                raise ValueError(
+                    f"budget[{name!r}] must be in (0, 1], a fraction of the full network's, got {fraction}"
+                )
             self.budget[name] = math.floor(Fraction(str(fraction)) * self.full[name])  # 0.1 means a tenth
             least = int(self.costs(self.least[None], name))
             if least > self.budget[name]:
                 up = math.ceil(least / self.full[name] * 1e4) / 1e4
                 raise ValueError(
                     f"budget[{name!r}] = {fraction} ({self.budget[name]:,} of {self.full[name]:,}) can be met by no "
-                    f"mask: with k_min = {k_min} in every group the least possible is {least:,}, a fraction of {up:g}")
+                    f"mask: with k_min = {k_min} in every group the least possible is {least:,}, a fraction of {up:g}"
+                )
 
         # The order of removal: the weakest filters of every group first, by their place in the group relative to its
         # size, so that all groups shrink alike. Within the group: ascending l1, equal ones by number.
         self._by = torch.empty(space.num_genes, dtype=torch.int64)  # group by group, weakest first
         place = torch.empty(space.num_genes, dtype=torch.float64)
         for start, size in zip(self._ends.tolist(), self.sizes.tolist(), strict=False):
-            self._by[start:start + size] = start + space.l1[start:start + size].argsort(stable=True)
-            place[start:start + size] = (torch.arange(size) + 0.5) / size
+            self._by[start : start + size] = start + space.l1[start : start + size].argsort(stable=True)
+            place[start : start + size] = (torch.arange(size) + 0.5) / size
         self.order = self._by[place.argsort(stable=True)]
         """int64 [genes]: what a repair removes first."""
         self._back = self._by.argsort()
@@ -101,8 +104,13 @@ class Limits:
             rows, out = masks.contiguous().view(torch.uint8).numpy(), np.empty((len(masks), len(self.sizes)), np.int64)
             step = max(1, BLOCK // (8 * self.space.num_genes))
             for first in range(0, len(rows), step):  # reduceat makes int64 of all that it is given
-                np.add.reduceat(rows[first:first + step], self._ends[:-1].numpy(), axis=1, dtype=np.int64,
-                                out=out[first:first + step])
+                np.add.reduceat(
+                    rows[first : first + step],
+                    self._ends[:-1].numpy(),
+                    axis=1,
+                    dtype=np.int64,
+                    out=out[first : first + step],
+                )
             return torch.from_numpy(out)
         return torch.stack([x.sum(1) for x in masks.split(self.sizes.tolist(), 1)], 1)
 
@@ -127,7 +135,7 @@ class Limits:
         """int64 [genes]: places within groups by :func:`group_norm`, 0 for the largest, equal ones by number."""
         norm, place = group_norm(self.space)[0], torch.empty(self.space.num_genes, dtype=torch.int64)
         for g in self.space.groups:
-            largest_first = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)
+            largest_first = norm[g.start : g.start + g.size].argsort(descending=True, stable=True)
             place[g.start + largest_first] = torch.arange(g.size)
         return place
 
@@ -136,7 +144,7 @@ class Limits:
         place, counts = self.by_norm.int().to(counts.device), counts.int()
         out = torch.empty(len(counts), len(place), dtype=torch.bool, device=counts.device)
         for k, g in enumerate(self.space.groups):
-            torch.lt(place[g.start:g.start + g.size], counts[:, k:k + 1], out=out[:, g.start:g.start + g.size])
+            torch.lt(place[g.start : g.start + g.size], counts[:, k : k + 1], out=out[:, g.start : g.start + g.size])
         return out
 
     def scaled(self, widths: Tensor, up: bool = False) -> Tensor:
@@ -182,8 +190,9 @@ class Limits:
 
     def _repaired(self, masks: Tensor) -> Tensor:
         device = masks.device
-        by, back, ends, least, among = (x.to(device) for x in (self._by, self._back, self._ends, self.least,
-                                                               self._among))
+        by, back, ends, least, among = (
+            x.to(device) for x in (self._by, self._back, self._ends, self.least, self._among)
+        )
         group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
         on = masks.index_select(1, by)
         before = self._before(on)
@@ -239,7 +248,7 @@ def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Ten
     out = torch.zeros(len(d), space.num_genes, dtype=torch.bool)
     for g in space.groups:
         keep = (d * g.size + 0.5).floor().clamp(min=min(k_min, g.size))
-        strongest = space.l1[g.start:g.start + g.size].argsort(descending=True, stable=True)
+        strongest = space.l1[g.start : g.start + g.size].argsort(descending=True, stable=True)
         out[:, g.start + strongest] = torch.arange(g.size) < keep
     return out
 
@@ -275,7 +284,7 @@ def strongest(space: GeneSpace, norm: Tensor, density: float | Tensor, k_min: in
     place[norm.argsort(descending=True, stable=True)] = torch.arange(space.num_genes)
     out = place < (d * space.num_genes + 0.5).floor()
     for g in space.groups:
-        first = norm[g.start:g.start + g.size].argsort(descending=True, stable=True)[:k_min]
+        first = norm[g.start : g.start + g.size].argsort(descending=True, stable=True)[:k_min]
         out[:, g.start + first] = True
     return out
 
@@ -325,6 +334,6 @@ def group_norm(space: GeneSpace) -> tuple[Tensor, Tensor]:
             add(op.inputs[0], squares.reshape(groups, -1, squares.shape[1]).sum(1).flatten())
     norm = total / count.clamp(min=1)
     for g in space.groups:
-        own = norm[g.start:g.start + g.size]
+        own = norm[g.start : g.start + g.size]
         own /= own.mean().clamp(min=torch.finfo(torch.float64).tiny)
     return norm, count

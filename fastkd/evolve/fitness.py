@@ -65,10 +65,20 @@ class Fitness:
             rotate than there are.
     """
 
-    def __init__(self, quality: str | Measure = "accuracy", batches: Iterable[Any] | None = None, *,
-                 cost: str | Measure | None = None, weight: float = 0.0, form: str = "removed",
-                 budget: Mapping[str, float] | None = None, k_min: int = 1, layers: Sequence[str] | None = None,
-                 rotate: int | None = None, reference: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        quality: str | Measure = "accuracy",
+        batches: Iterable[Any] | None = None,
+        *,
+        cost: str | Measure | None = None,
+        weight: float = 0.0,
+        form: str = "removed",
+        budget: Mapping[str, float] | None = None,
+        k_min: int = 1,
+        layers: Sequence[str] | None = None,
+        rotate: int | None = None,
+        reference: tuple[float, float] | None = None,
+    ) -> None:
         if not callable(quality) and quality not in QUALITIES:
             raise ValueError(f"quality must be one of {', '.join(QUALITIES)}, or a callable, got {quality!r}")
         if cost is not None and not callable(cost) and cost not in COSTS:
@@ -85,8 +95,12 @@ class Fitness:
             raise ValueError("batches are for a quality by name, but quality is a callable")
         if not callable(quality) and batches is None:
             raise ValueError(f"quality = {quality!r} needs batches: a fitness split, apart from the validation split")
-        if isinstance(batches, Tensor) or (isinstance(batches, tuple) and len(batches) == 2
-                                           and isinstance(batches[0], Tensor) and isinstance(batches[1], Tensor)):
+        if isinstance(batches, Tensor) or (
+            isinstance(batches, tuple)
+            and len(batches) == 2
+            and isinstance(batches[0], Tensor)
+            and isinstance(batches[1], Tensor)
+        ):
             batches = [batches]
         if layers is not None and quality not in ("reconstruction", "lsp"):
             raise ValueError(f'layers are for quality "reconstruction" or "lsp", got {_name(quality)!r}')
@@ -115,10 +129,18 @@ class Fitness:
 
     def identity(self) -> dict[str, Any]:
         """For JSON; data by a fingerprint."""
-        return {"quality": _name(self.quality), "cost": _name(self.cost), "weight": self.weight, "form": self.form,
-                "budget": self.budget, "k_min": self.k_min, "reference": self.reference,
-                "layers": self.layers, "rotate": self.rotate,
-                "data": None if self.batches is None else _fingerprint(self.batches)}
+        return {
+            "quality": _name(self.quality),
+            "cost": _name(self.cost),
+            "weight": self.weight,
+            "form": self.form,
+            "budget": self.budget,
+            "k_min": self.k_min,
+            "reference": self.reference,
+            "layers": self.layers,
+            "rotate": self.rotate,
+            "data": None if self.batches is None else _fingerprint(self.batches),
+        }
 
     def part(self, generation: int) -> int | None:
         """The first of the images that a generation, counted from 1, is measured on; None: on all of them."""
@@ -156,8 +178,11 @@ class Fitness:
             raise TypeError(f"quality = {self.quality!r} needs a PopulationEvaluator, got {type(evaluator).__name__}")
         if self.cost is None:
             return quality[:, None]
-        cost = _asked("cost", self.cost, masks) if callable(self.cost) else \
-            limits.costs(limits.counts(masks), self.cost).cpu()
+        cost = (
+            _asked("cost", self.cost, masks)
+            if callable(self.cost)
+            else limits.costs(limits.counts(masks), self.cost).cpu()
+        )
         return torch.stack((quality, cost.double()), 1)
 
     def full_cost(self, limits: Limits) -> float:
@@ -190,8 +215,10 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Me
 
     def milliseconds(masks: Tensor) -> Tensor:
         # One network at a time is what is measured.
-        return torch.tensor([latency_ms(compact(model, mask, example_input), (example_input,), repeats)
-                             for mask in masks], dtype=torch.float64)
+        return torch.tensor(
+            [latency_ms(compact(model, mask, example_input), (example_input,), repeats) for mask in masks],
+            dtype=torch.float64,
+        )
 
     milliseconds.__qualname__ = f"latency(batch={len(example_input)}, repeats={repeats})"
     return milliseconds

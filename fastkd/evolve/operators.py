@@ -18,9 +18,29 @@ from torch import Tensor
 
 from ..population import GeneSpace
 
-__all__ = ["CROSSOVERS", "MUTATIONS", "SELECTIONS", "Pattern", "adaptive_rates", "bits", "crossover", "exchanged",
-           "fair", "flip", "groupwise", "initial", "mutate", "occurrences", "packed", "rank", "roulette", "scattered",
-           "segment", "tournament", "unpacked"]
+__all__ = [
+    "CROSSOVERS",
+    "MUTATIONS",
+    "SELECTIONS",
+    "Pattern",
+    "adaptive_rates",
+    "bits",
+    "crossover",
+    "exchanged",
+    "fair",
+    "flip",
+    "groupwise",
+    "initial",
+    "mutate",
+    "occurrences",
+    "packed",
+    "rank",
+    "roulette",
+    "scattered",
+    "segment",
+    "tournament",
+    "unpacked",
+]
 
 Pattern = Callable[[slice], Tensor]
 """Which genes an operator touches: called once for each block of rows, in order; gives bool [rows, genes]."""
@@ -63,7 +83,10 @@ def tournament(score: Tensor, count: int, generator: torch.Generator, size: int 
 
 
 SELECTIONS: dict[str, Callable[[Tensor, int, torch.Generator], Tensor]] = {
-    "roulette": roulette, "rank": rank, "tournament": tournament}
+    "roulette": roulette,
+    "rank": rank,
+    "tournament": tournament,
+}
 
 
 def _spin(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -147,7 +170,10 @@ def _genes(words: Tensor, genes: int) -> Tensor:
 
 
 CROSSOVERS: dict[str, Callable[[int, GeneSpace, torch.Generator, torch.device], Pattern]] = {
-    "two_point": segment, "uniform": fair, "group": groupwise}
+    "two_point": segment,
+    "uniform": fair,
+    "group": groupwise,
+}
 MUTATIONS = ("segment", "bit")
 
 
@@ -216,12 +242,16 @@ def adaptive_rates(score: Tensor, chosen: Tensor, most: float) -> Tensor:
     return most * ((best - chosen) / (best - mean)).clamp(0, 1)
 
 
-def initial(population: int, genes: int, density: float | str, generator: torch.Generator,
-            device: torch.device | str = "cpu") -> Tensor:
+def initial(
+    population: int, genes: int, density: float | str, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> Tensor:
     """bool [population, genes]: Bernoulli(density), or with density="random" one density in [0, 1) per individual."""
     out = torch.empty(population, genes, dtype=torch.bool, device=device)
-    each = torch.rand(population, 1, generator=generator) if isinstance(density, str) else \
-        torch.full((population, 1), density)
+    each = (
+        torch.rand(population, 1, generator=generator)
+        if isinstance(density, str)
+        else torch.full((population, 1), density)
+    )
     for which in blocks(population, genes):
         rows = which.stop - which.start
         if density == 0.5:
@@ -240,7 +270,7 @@ def occurrences(masks: Tensor) -> Tensor:
         return masks.sum(0).cpu()
     out, rows = np.zeros(masks.shape[1], np.int64), masks.contiguous().view(torch.uint8).numpy()
     for first in range(0, len(rows), 255):  # sums that fit a byte are many times as fast
-        out += np.add.reduce(rows[first:first + 255], 0, dtype=np.uint8)
+        out += np.add.reduce(rows[first : first + 255], 0, dtype=np.uint8)
     return torch.from_numpy(out)
 
 

@@ -75,12 +75,13 @@ def crowding_distance(objectives: Tensor, front: Tensor) -> Tensor:
         order = x.argsort(stable=True)
         order = order[front[order].argsort(stable=True)]  # by front, then by value
         f, y = front[order], x[order]
-        low, high = (out.new_zeros(fronts).scatter_reduce_(0, f, y, how, include_self=False)
-                     for how in ("amin", "amax"))
+        low, high = (
+            out.new_zeros(fronts).scatter_reduce_(0, f, y, how, include_self=False) for how in ("amin", "amax")
+        )
         extent = (high - low)[f]
         new = f[1:] != f[:-1]
         edge = torch.cat((new.new_ones(1), new)) | torch.cat((new, new.new_ones(1)))
-        apart = torch.cat((inf, y[2:] - y[:-2], inf))[:len(y)]
+        apart = torch.cat((inf, y[2:] - y[:-2], inf))[: len(y)]
         apart = torch.where(extent > 0, apart / extent.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
         out[order] += torch.where(edge, torch.inf, apart)
     return out
@@ -122,8 +123,10 @@ def hypervolume(objectives: Tensor, reference: Sequence[float] | Tensor) -> floa
 
 def _check(objectives: Tensor) -> None:
     if not isinstance(objectives, Tensor) or not objectives.is_floating_point():
-        raise TypeError("objectives must be a floating-point tensor, got "
-                        f"{objectives.dtype if isinstance(objectives, Tensor) else type(objectives).__name__}")
+        raise TypeError(
+            "objectives must be a floating-point tensor, got "
+            f"{objectives.dtype if isinstance(objectives, Tensor) else type(objectives).__name__}"
+        )
     if objectives.dim() != 2 or objectives.shape[1] < 1:
         raise ValueError(f"objectives must have shape [P, K], got {list(objectives.shape)}")
     if bool(objectives.isnan().any()):

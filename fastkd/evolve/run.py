@@ -99,10 +99,21 @@ class Result:
 Callback = Callable[[Result], object]
 
 
-def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measure, algorithm: str | Algorithm = "ecs",
-           population: int = 32, generations: int = 50, seed: int = 0, *, initial: Tensor | None = None,
-           checkpoint: str | Path | None = None, callback: Callback | Sequence[Callback] = (), progress: bool = False,
-           world: World | None = None, device: torch.device | str = "cpu") -> Result:
+def evolve(
+    evaluator: PopulationEvaluator | GeneSpace,
+    fitness: Fitness | Measure,
+    algorithm: str | Algorithm = "ecs",
+    population: int = 32,
+    generations: int = 50,
+    seed: int = 0,
+    *,
+    initial: Tensor | None = None,
+    checkpoint: str | Path | None = None,
+    callback: Callback | Sequence[Callback] = (),
+    progress: bool = False,
+    world: World | None = None,
+    device: torch.device | str = "cpu",
+) -> Result:
     """Searches for the masks of the largest fitness.
 
     >>> evaluator = fastkd.PopulationEvaluator(model, images[:1])
@@ -138,22 +149,46 @@ def evolve(evaluator: PopulationEvaluator | GeneSpace, fitness: Fitness | Measur
         Stopped: Ctrl-C or SIGTERM came, with a checkpoint; the generation was finished, and it was written.
         RankLost: another of several ranks has ended.
     """
-    run = _Run(evaluator, fitness, algorithm, population, generations, seed, initial,
-               None if checkpoint is None else Path(checkpoint), world or World(), usable(device))
+    run = _Run(
+        evaluator,
+        fitness,
+        algorithm,
+        population,
+        generations,
+        seed,
+        initial,
+        None if checkpoint is None else Path(checkpoint),
+        world or World(),
+        usable(device),
+    )
     callbacks: Sequence[Callback] = (callback,) if callable(callback) else tuple(callback)
     try:
         with run.world.alone(None if checkpoint is None else Path(checkpoint)):
             return run.run(callbacks, progress)
     except RankLost as error:
-        remedy = ("no checkpoint had been written yet: start anew" if run.file is None or not run.file.exists() else
-                  f"the checkpoint {run.file} is whole: the same command goes on from there, with any number of "
-                  "processes")
+        remedy = (
+            "no checkpoint had been written yet: start anew"
+            if run.file is None or not run.file.exists()
+            else f"the checkpoint {run.file} is whole: the same command goes on from there, with any number of "
+            "processes"
+        )
         raise RankLost(f"{error}; {remedy}") from None
 
 
 class _Run:
-    def __init__(self, evaluator: Any, fitness: Any, algorithm: Any, population: int, generations: int, seed: int,
-                 initial: Tensor | None, directory: Path | None, world: World, device: torch.device) -> None:
+    def __init__(
+        self,
+        evaluator: Any,
+        fitness: Any,
+        algorithm: Any,
+        population: int,
+        generations: int,
+        seed: int,
+        initial: Tensor | None,
+        directory: Path | None,
+        world: World,
+        device: torch.device,
+    ) -> None:
         for name, value, least in (("population", population, 1), ("generations", generations, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -161,24 +196,30 @@ class _Run:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if isinstance(algorithm, str):
             if algorithm not in ALGORITHMS:
-                raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, or an Algorithm, "
-                                 f"got {algorithm!r}")
+                raise ValueError(
+                    f"algorithm must be one of {', '.join(ALGORITHMS)}, or an Algorithm, got {algorithm!r}"
+                )
             algorithm = ALGORITHMS[algorithm]()
         if not isinstance(algorithm, Algorithm):
             raise TypeError(f"algorithm must be a name or an Algorithm, got {type(algorithm).__name__}")
         if not isinstance(evaluator, (PopulationEvaluator, GeneSpace)):
-            raise TypeError("evaluator must be a PopulationEvaluator, or a GeneSpace where the quality is a callable, "
-                            f"got {type(evaluator).__name__}")
+            raise TypeError(
+                "evaluator must be a PopulationEvaluator, or a GeneSpace where the quality is a callable, "
+                f"got {type(evaluator).__name__}"
+            )
         if not isinstance(fitness, Fitness):
             if not callable(fitness):
                 raise TypeError(f"fitness must be a Fitness or a callable, got {type(fitness).__name__}")
             fitness = Fitness(fitness)
         if isinstance(algorithm, NSGA2) and fitness.cost is None:
-            raise ValueError("algorithm 'nsga2' weighs the quality against a cost: name one, as in "
-                             "Fitness(..., cost='macs')")
+            raise ValueError(
+                "algorithm 'nsga2' weighs the quality against a cost: name one, as in Fitness(..., cost='macs')"
+            )
         if algorithm.replayed and fitness.rotate is not None:
-            raise ValueError(f"fitness must be without rotate for algorithm {algorithm.name!r}, which keeps scores of "
-                             f"other generations, got rotate = {fitness.rotate}")
+            raise ValueError(
+                f"fitness must be without rotate for algorithm {algorithm.name!r}, which keeps scores of "
+                f"other generations, got rotate = {fitness.rotate}"
+            )
         self.evaluator, self.fitness, self.algorithm = evaluator, fitness, algorithm
         self.space: GeneSpace = evaluator if isinstance(evaluator, GeneSpace) else evaluator.space
         if self.space.num_genes == 0:
@@ -190,19 +231,33 @@ class _Run:
             raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
         if initial is not None:
             if not isinstance(initial, Tensor) or initial.dtype != torch.bool:
-                raise TypeError("initial must be a torch.bool tensor, got "
-                                f"{initial.dtype if isinstance(initial, Tensor) else type(initial).__name__}")
+                raise TypeError(
+                    "initial must be a torch.bool tensor, got "
+                    f"{initial.dtype if isinstance(initial, Tensor) else type(initial).__name__}"
+                )
             if initial.dim() != 2 or initial.shape[1] != self.space.num_genes:
                 raise ValueError(f"initial must have shape [n, {self.space.num_genes}], got {list(initial.shape)}")
             if len(initial) > population:
                 raise ValueError(f"initial must have at most population = {population} individuals, got {len(initial)}")
         self.initial = None if initial is None else initial.to(device)
-        own = evaluator.identity() if isinstance(evaluator, PopulationEvaluator) else {
-            "genes": self.space.num_genes, "order": _digest(self.limits.order.numpy()).hex()}
-        self.identity = json.loads(json.dumps({
-            "schema": SCHEMA, "algorithm": algorithm.identity(), "population": population, "seed": seed,
-            "initial": None if self.initial is None else _digest(packed(self.initial).numpy()).hex(),
-            "fitness": fitness.identity(), "evaluator": {**own, "costs": self.limits.full}}))
+        own = (
+            evaluator.identity()
+            if isinstance(evaluator, PopulationEvaluator)
+            else {"genes": self.space.num_genes, "order": _digest(self.limits.order.numpy()).hex()}
+        )
+        self.identity = json.loads(
+            json.dumps(
+                {
+                    "schema": SCHEMA,
+                    "algorithm": algorithm.identity(),
+                    "population": population,
+                    "seed": seed,
+                    "initial": None if self.initial is None else _digest(packed(self.initial).numpy()).hex(),
+                    "fitness": fitness.identity(),
+                    "evaluator": {**own, "costs": self.limits.full},
+                }
+            )
+        )
 
         self.generator = torch.Generator().manual_seed(seed)
         columns = len(fitness.columns)
@@ -214,16 +269,19 @@ class _Run:
         self.best, self.best_values = self.masks, self.values
         self.front, self.front_values = self.masks, self.values
         self.full_cost = 1.0
-        self.reference: list[float] | None = None if fitness.reference is None else [-fitness.reference[0],
-                                                                                    fitness.reference[1]]
+        self.reference: list[float] | None = (
+            None if fitness.reference is None else [-fitness.reference[0], fitness.reference[1]]
+        )
         self.generation, self.seconds = 0, 0.0
         self.history: list[dict[str, Any]] = []
 
     # --- generations -------------------------------------------------------------------------------
 
     def run(self, callbacks: Sequence[Callback], progress: bool) -> Result:
-        self.world.same("configuration", {**self.identity, "generations": self.generations,
-                                          "writes checkpoints": self.file is not None})
+        self.world.same(
+            "configuration",
+            {**self.identity, "generations": self.generations, "writes checkpoints": self.file is not None},
+        )
         found = None if self.file is None else self.world.first(self._found)
         if found is not None:
             self._restore(*found)
@@ -232,8 +290,10 @@ class _Run:
         if self.file is not None and self.world.rank == 0:
             lines = [json.dumps(record) + "\n" for record in self.history]
             files.replace(self.file.parent / "history.jsonl", lambda part: part.write_text("".join(lines)))
-        with _bar(progress and self.world.rank == 0, self.algorithm.name, self.generations, self.generation) as bar, \
-                stop_requests(self.file is not None) as stop:
+        with (
+            _bar(progress and self.world.rank == 0, self.algorithm.name, self.generations, self.generation) as bar,
+            stop_requests(self.file is not None) as stop,
+        ):
             while self.generation < self.generations:
                 begin = time.perf_counter()
                 self._step()
@@ -257,16 +317,17 @@ class _Run:
             there = Scores(scores.score.to(device), scores.objectives.to(device))
             children = self.algorithm.ask(self.limits, self.masks, there, self.generator)
         else:
-            children = self.algorithm.initial(self.limits, self.population, scores.objectives.shape[1], self.generator,
-                                              device)
+            children = self.algorithm.initial(
+                self.limits, self.population, scores.objectives.shape[1], self.generator, device
+            )
             if self.initial is not None:
-                children[:len(self.initial)] = self.initial
+                children[: len(self.initial)] = self.initial
         children = self.limits.repair(children)
         values = self._measured(children) if self.fitness.rotate is None else self._rotated(children)
         masks, values = torch.cat((self.masks, children)), torch.cat((self.values, values))
         scores = self._scores(values)
         stay = self.algorithm.tell(self.masks, children, Scores(scores.score.to(device), scores.objectives.to(device)))
-        self._remember(children, values[len(self.values):])
+        self._remember(children, values[len(self.values) :])
         self.masks, self.values = masks[stay], values[stay.cpu()]
 
     def _rotated(self, children: Tensor) -> Tensor:
@@ -286,7 +347,7 @@ class _Run:
         self.part = None
         masks = torch.cat((self.masks, self.best, self.front))
         values = self._measured(masks)
-        self.values = values[:len(self.masks)]
+        self.values = values[: len(self.masks)]
         self.best, self.best_values = self.front, self.front_values = masks[:0], values[:0]
         self._remember(masks, values)
 
@@ -296,8 +357,11 @@ class _Run:
     def _measured(self, masks: Tensor) -> Tensor:
         """float64 [P, columns]; what is not known yet is shared among ranks."""
         rows = packed(masks).numpy()
-        images = b"" if self.fitness.rotate is None else \
-            (-1 if self.part is None else self.part).to_bytes(8, "little", signed=True)
+        images = (
+            b""
+            if self.fitness.rotate is None
+            else (-1 if self.part is None else self.part).to_bytes(8, "little", signed=True)
+        )
         keys = [_digest(row) + images for row in rows]
         new = {key: p for p, key in reversed(list(enumerate(keys))) if key not in self.keys}
         # In the order of their genes, since neighbours share work.
@@ -312,14 +376,21 @@ class _Run:
         if not bool(values.isfinite().all()):
             row = int((~values.isfinite()).any(1).nonzero()[0])
             key = order[row]
-            told = ", ".join(f"{name} = {value}" for name, value in zip(self.fitness.columns, values[row].tolist(),
-                                                                         strict=True))
-            kept = "" if self.file is None or self.generation == 0 else \
-                f"; the checkpoint of generation {self.generation} is whole, and the same command goes on from there"
+            told = ", ".join(
+                f"{name} = {value}" for name, value in zip(self.fitness.columns, values[row].tolist(), strict=True)
+            )
+            kept = (
+                ""
+                if self.file is None or self.generation == 0
+                else f"; the checkpoint of generation {self.generation} is whole, and the same command goes on from "
+                "there"
+            )
             at = min(self.generation + 1, self.generations)
-            raise FitnessError(f"individual {new[key]} of generation {at} (mask {key.hex()[:12]}, "
-                               f"{int(masks[new[key]].sum())} of {masks.shape[1]} genes) has no finite fitness: "
-                               f"{told}{kept}")
+            raise FitnessError(
+                f"individual {new[key]} of generation {at} (mask {key.hex()[:12]}, "
+                f"{int(masks[new[key]].sum())} of {masks.shape[1]} genes) has no finite fitness: "
+                f"{told}{kept}"
+            )
         first = len(self.known)
         self.keys.update((key, first + k) for k, key in enumerate(order))
         self.known = torch.cat((self.known, values))
@@ -330,7 +401,7 @@ class _Run:
         scores = self._scores(values)
         p = int(scores.score.argmax())
         if not len(self.best) or float(scores.score[p]) > float(self._scores(self.best_values).score):
-            self.best, self.best_values = masks[p:p + 1].clone(), values[p:p + 1]
+            self.best, self.best_values = masks[p : p + 1].clone(), values[p : p + 1]
         if scores.objectives.shape[1] == 1:
             self.front, self.front_values = self.best, self.best_values
             return
@@ -354,25 +425,46 @@ class _Run:
         volume = None
         if self.reference is not None and self.front_values.shape[1] == 2:
             volume = pareto.hypervolume(self._scores(self.front_values).objectives, self.reference)
-        self.history.append({
-            "generation": self.generation, "best": float(best.score), "quality": float(self.best_values[0, 0]),
-            "cost": float(self.best_values[0, 1]) if self.best_values.shape[1] > 1 else None,
-            "mean": math.fsum(scores.tolist()) / n, "diversity": differ / max(n * (n - 1) * self.masks.shape[1], 1),
-            "hypervolume": volume, "evaluations": len(self.known), "seconds": self.seconds,
-            "mask": packed(self.best).numpy().tobytes().hex()})
+        self.history.append(
+            {
+                "generation": self.generation,
+                "best": float(best.score),
+                "quality": float(self.best_values[0, 0]),
+                "cost": float(self.best_values[0, 1]) if self.best_values.shape[1] > 1 else None,
+                "mean": math.fsum(scores.tolist()) / n,
+                "diversity": differ / max(n * (n - 1) * self.masks.shape[1], 1),
+                "hypervolume": volume,
+                "evaluations": len(self.known),
+                "seconds": self.seconds,
+                "mask": packed(self.best).numpy().tobytes().hex(),
+            }
+        )
 
     def result(self) -> Result:
         def individuals(masks: Tensor, values: Tensor) -> Individuals:
-            return Individuals(masks, self._scores(values).score, values[:, 0],
-                               values[:, 1] if values.shape[1] > 1 else None)
+            return Individuals(
+                masks, self._scores(values).score, values[:, 0], values[:, 1] if values.shape[1] > 1 else None
+            )
 
         best = individuals(self.best, self.best_values)
-        return Result(self.best[0], float(best.score), float(best.quality),
-                      None if best.cost is None else float(best.cost), individuals(self.masks, self.values),
-                      individuals(self.front, self.front_values),
-                      Seen([key.hex()[:12] for key in self.keys], self.known[:, 0],
-                           self.known[:, 1] if self.known.shape[1] > 1 else None), list(self.history), self.generation,
-                      self.generations, len(self.known), None if self.fitness.cost is None else self.full_cost)
+        return Result(
+            self.best[0],
+            float(best.score),
+            float(best.quality),
+            None if best.cost is None else float(best.cost),
+            individuals(self.masks, self.values),
+            individuals(self.front, self.front_values),
+            Seen(
+                [key.hex()[:12] for key in self.keys],
+                self.known[:, 0],
+                self.known[:, 1] if self.known.shape[1] > 1 else None,
+            ),
+            list(self.history),
+            self.generation,
+            self.generations,
+            len(self.known),
+            None if self.fitness.cost is None else self.full_cost,
+        )
 
     # --- checkpoints -------------------------------------------------------------------------------
 
@@ -380,18 +472,34 @@ class _Run:
         if self.file is None or self.world.rank > 0:
             return
         keys = torch.frombuffer(bytearray(b"".join(self.keys)), dtype=torch.uint8).view(len(self.keys), -1)
-        tensors = {"population": packed(self.masks), "population.values": self.values, "best": packed(self.best),
-                   "best.values": self.best_values, "front": packed(self.front), "front.values": self.front_values,
-                   "memo": keys, "memo.values": self.known, "generator": self.generator.get_state()}
-        state = {"identity": self.identity, "generation": self.generation, "history": self.history,
-                 "seconds": self.seconds, "full_cost": self.full_cost, "reference": self.reference}
+        tensors = {
+            "population": packed(self.masks),
+            "population.values": self.values,
+            "best": packed(self.best),
+            "best.values": self.best_values,
+            "front": packed(self.front),
+            "front.values": self.front_values,
+            "memo": keys,
+            "memo.values": self.known,
+            "generator": self.generator.get_state(),
+        }
+        state = {
+            "identity": self.identity,
+            "generation": self.generation,
+            "history": self.history,
+            "seconds": self.seconds,
+            "full_cost": self.full_cost,
+            "reference": self.reference,
+        }
         files.save(self.file, tensors, state, self._previous)
         try:
             with open(self.file.parent / "history.jsonl", "a") as file:
                 file.write(json.dumps(self.history[-1]) + "\n")
         except OSError as error:
-            raise files.CheckpointError(f"{self.file.parent / 'history.jsonl'} could not be written ({error}); "
-                                        f"{self.file} is whole, and the same command goes on from there") from error
+            raise files.CheckpointError(
+                f"{self.file.parent / 'history.jsonl'} could not be written ({error}); "
+                f"{self.file} is whole, and the same command goes on from there"
+            ) from error
 
     @property
     def _previous(self) -> Path:
@@ -412,16 +520,24 @@ class _Run:
                 continue
             differences = files.differences(state["identity"], self.identity)
             if differences:
-                raise files.CheckpointError(f"{path} belongs to another configuration: " + "; ".join(differences)
-                                            + ". Take another directory, or the configuration of the checkpoint")
+                raise files.CheckpointError(
+                    f"{path} belongs to another configuration: "
+                    + "; ".join(differences)
+                    + ". Take another directory, or the configuration of the checkpoint"
+                )
             if state["generation"] > self.generations:
-                raise files.CheckpointError(f"{path} has {state['generation']} generations already, but generations = "
-                                            f"{self.generations}: take another directory, or at least as many")
+                raise files.CheckpointError(
+                    f"{path} has {state['generation']} generations already, but generations = "
+                    f"{self.generations}: take another directory, or at least as many"
+                )
             for damaged, told in errors:
                 aside = damaged.with_name("damaged.safetensors")
                 damaged.replace(aside)  # or it would take the place of the good one
-                warnings.warn(f"{told} (moved to {aside}). Going on from {path}, generation {state['generation']}",
-                              RuntimeWarning, stacklevel=2)
+                warnings.warn(
+                    f"{told} (moved to {aside}). Going on from {path}, generation {state['generation']}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return tensors, state
         if errors:
             raise errors[0][1]
@@ -437,8 +553,10 @@ class _Run:
             for _ in range(generation):
                 self._step()
             if len(self.known) > len(tensors["memo.values"]) or not torch.equal(self.masks, masks):
-                raise files.CheckpointError(f"{self.file}: {self.algorithm.name} does not repeat what it did when this "
-                                            "was written, perhaps in another version")
+                raise files.CheckpointError(
+                    f"{self.file}: {self.algorithm.name} does not repeat what it did when this "
+                    "was written, perhaps in another version"
+                )
         self.masks, self.values = masks, tensors["population.values"]
         self.best, self.best_values = unpacked(tensors["best"], genes).to(device), tensors["best.values"]
         self.front, self.front_values = unpacked(tensors["front"], genes).to(device), tensors["front.values"]
@@ -469,8 +587,9 @@ class TensorBoard(Curves):
 
     def __call__(self, result: Result) -> None:
         latest = result.history[-1]
-        scalars = {name: value for name, value in latest.items()
-                   if name not in ("generation", "mask") and value is not None}
+        scalars = {
+            name: value for name, value in latest.items() if name not in ("generation", "mask") and value is not None
+        }
         self.write("evolution", result.generation, scalars)
 
 
@@ -481,14 +600,25 @@ def _bar(wanted: bool, name: str, generations: int, done: int) -> Iterator[Callb
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                  TextColumn("{task.fields[shown]}")) as progress:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    ) as progress:
         task = progress.add_task(name, total=generations, completed=done, shown="")
 
         def update(result: Result) -> None:
-            cost = "" if result.best_cost is None or not result.full_cost else \
-                f", cost {result.best_cost / result.full_cost:.1%}"
-            progress.update(task, completed=result.generation,
-                            shown=f"best {result.best_score:.4g} (quality {result.best_quality:.4g}{cost})")
+            cost = (
+                ""
+                if result.best_cost is None or not result.full_cost
+                else f", cost {result.best_cost / result.full_cost:.1%}"
+            )
+            progress.update(
+                task,
+                completed=result.generation,
+                shown=f"best {result.best_score:.4g} (quality {result.best_quality:.4g}{cost})",
+            )
 
         yield update

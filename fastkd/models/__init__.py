@@ -46,8 +46,22 @@ if TYPE_CHECKING:
         gat_teacher,
     )
 
-__all__ = ["CNNS", "DGCNN", "GAT", "GCN", "MLP", "MODELS", "GraphSAGE", "build", "build_cnn", "dgcnn_student",
-           "dgcnn_teacher", "gat_student", "gat_teacher", "load_weights"]
+__all__ = [
+    "CNNS",
+    "DGCNN",
+    "GAT",
+    "GCN",
+    "MLP",
+    "MODELS",
+    "GraphSAGE",
+    "build",
+    "build_cnn",
+    "dgcnn_student",
+    "dgcnn_teacher",
+    "gat_student",
+    "gat_teacher",
+    "load_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,8 +29,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CNNS", "VGG", "AlexNet", "CifarResNet", "LeNet", "MobileNetV1", "ResNet", "build_cnn", "load_weights",
-           "resnet20", "resnet50", "resnet56", "vgg16", "vgg16_cifar"]
+__all__ = [
+    "CNNS",
+    "VGG",
+    "AlexNet",
+    "CifarResNet",
+    "LeNet",
+    "MobileNetV1",
+    "ResNet",
+    "build_cnn",
+    "load_weights",
+    "resnet20",
+    "resnet50",
+    "resnet56",
+    "vgg16",
+    "vgg16_cifar",
+]
 
 
 class LeNet(nn.Module):
@@ -55,16 +69,30 @@ class AlexNet(nn.Module):
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2),
-            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(True),
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(True),
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(3, 2))
+            nn.Conv2d(3, 64, 11, 4, 2),
+            nn.ReLU(True),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(True),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(True),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(True),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(True),
+            nn.MaxPool2d(3, 2),
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(6)
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(256 * 6 * 6, 4096), nn.ReLU(True),
-            nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(True),
-            nn.Linear(4096, num_classes))
+            nn.Dropout(dropout),
+            nn.Linear(256 * 6 * 6, 4096),
+            nn.ReLU(True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(True),
+            nn.Linear(4096, num_classes),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
@@ -104,10 +132,19 @@ class VGG(nn.Module):
 
 
 def vgg16(num_classes: int = 1000, dropout: float = 0.5) -> VGG:
-    return VGG(False, 7, nn.Sequential(
-        nn.Linear(512 * 7 * 7, 4096), nn.ReLU(True), nn.Dropout(dropout),
-        nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(dropout),
-        nn.Linear(4096, num_classes)))
+    return VGG(
+        False,
+        7,
+        nn.Sequential(
+            nn.Linear(512 * 7 * 7, 4096),
+            nn.ReLU(True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, num_classes),
+        ),
+    )
 
 
 def vgg16_cifar(num_classes: int = 10) -> VGG:
@@ -156,8 +193,9 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def _stage(channels: int, width: int, blocks: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(BasicBlock(channels, width, stride),
-                             *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+        return nn.Sequential(
+            BasicBlock(channels, width, stride), *(BasicBlock(width, width, 1) for _ in range(blocks - 1))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -183,8 +221,11 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.relu = nn.ReLU(True)
-        self.downsample = nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False),
-                                        nn.BatchNorm2d(4 * width)) if project else None
+        self.downsample = (
+            nn.Sequential(nn.Conv2d(channels, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            if project
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
@@ -235,10 +276,16 @@ class MobileNetV1(nn.Module):
         self.conv1 = nn.Sequential(nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True))
         blocks, channels = [], 32
         for width, stride in self.BLOCKS:
-            blocks.append(nn.Sequential(
-                nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
-                nn.BatchNorm2d(channels), nn.ReLU(True),
-                nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(True)))
+            blocks.append(
+                nn.Sequential(
+                    nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
+                    nn.BatchNorm2d(channels),
+                    nn.ReLU(True),
+                    nn.Conv2d(channels, width, 1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(True),
+                )
+            )
             channels = width
         self.features = nn.Sequential(*blocks)
         self.classifier = nn.Sequential(nn.Linear(channels, num_classes))
@@ -263,8 +310,14 @@ def _initialise(model: nn.Module) -> None:
 
 
 CNNS: dict[str, Callable[..., nn.Module]] = {
-    "lenet": LeNet, "alexnet": AlexNet, "vgg16": vgg16, "vgg16_cifar": vgg16_cifar, "resnet20": resnet20,
-    "resnet56": resnet56, "resnet50": resnet50, "mobilenet_v1": MobileNetV1,
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "vgg16": vgg16,
+    "vgg16_cifar": vgg16_cifar,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "resnet50": resnet50,
+    "mobilenet_v1": MobileNetV1,
 }
 
 
@@ -280,8 +333,9 @@ def build_cnn(name: str, **hyperparameters: Any) -> nn.Module:
     """
     if name not in CNNS:
         close = difflib.get_close_matches(str(name), CNNS, 1)
-        raise ValueError(f"name must be one of {', '.join(CNNS)}, got {name!r}"
-                         + (f" (did you mean {close[0]!r}?)" if close else ""))
+        raise ValueError(
+            f"name must be one of {', '.join(CNNS)}, got {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
+        )
     valid = list(inspect.signature(CNNS[name]).parameters)
     for key in hyperparameters:
         if key not in valid:
@@ -313,8 +367,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     own = model.state_dict()
     missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
     wrong = [f"unknown: {key}" for key in given if key not in own] + [f"missing: {key}" for key in missing]
-    wrong += [f"{key} is {list(given[key].shape)} in the file and {list(x.shape)} in the model"
-              for key, x in own.items() if key in given and given[key].shape != x.shape]
+    wrong += [
+        f"{key} is {list(given[key].shape)} in the file and {list(x.shape)} in the model"
+        for key, x in own.items()
+        if key in given and given[key].shape != x.shape
+    ]
     if wrong:
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:10])}{more}")

@@ -23,8 +23,13 @@ _MOMENTUM = 0.1  # of the running statistics, as in nn.BatchNorm1d
 def neighbour_max(x: Tensor, graph: Graph) -> Tensor:
     """The maximum over every node's k in-neighbours; x [N, C] -> [N, C]."""
     if x.device.type == "cpu":  # three times as fast as the other
-        pattern = torch.sparse_csr_tensor(graph.rowptr, graph.col, torch.ones(graph.num_edges, dtype=x.dtype),
-                                          (graph.num_dst, graph.num_src), check_invariants=False)
+        pattern = torch.sparse_csr_tensor(
+            graph.rowptr,
+            graph.col,
+            torch.ones(graph.num_edges, dtype=x.dtype),
+            (graph.num_dst, graph.num_src),
+            check_invariants=False,
+        )
         with torch.autocast("cpu", enabled=False):
             return torch.sparse.mm(pattern, x, "amax")
     return _GatheredMax.apply(x, graph.col.view(graph.num_dst, -1).long())
@@ -110,8 +115,15 @@ class DGCNN(nn.Module):
             k nearest neighbours, each cloud by itself.
     """
 
-    def __init__(self, out_dim: int, k: int = 20, widths: Sequence[int] = (64, 64, 128, 256), emb: int = 1024,
-                 head: Sequence[int] = (512, 256), dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        k: int = 20,
+        widths: Sequence[int] = (64, 64, 128, 256),
+        emb: int = 1024,
+        head: Sequence[int] = (512, 256),
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
         counts = [("out_dim", out_dim), ("k", k), ("emb", emb)]
         for name, values in (("widths", widths), ("head", head)):
@@ -160,14 +172,26 @@ class DGCNN(nn.Module):
         return self.graphs[names.index(layer)]
 
 
-def dgcnn_teacher(out_dim: int, k: int = 20, widths: Sequence[int] = (64, 64, 128, 256), emb: int = 1024,
-                  head: Sequence[int] = (512, 256), dropout: float = 0.5) -> DGCNN:
+def dgcnn_teacher(
+    out_dim: int,
+    k: int = 20,
+    widths: Sequence[int] = (64, 64, 128, 256),
+    emb: int = 1024,
+    head: Sequence[int] = (512, 256),
+    dropout: float = 0.5,
+) -> DGCNN:
     """The published DGCNN: 1,809,320 parameters for 40 classes."""
     return DGCNN(out_dim, k, widths, emb, head, dropout)
 
 
-def dgcnn_student(out_dim: int, k: int = 10, widths: Sequence[int] = (32, 32, 64, 128), emb: int = 128,
-                  head: Sequence[int] = (128,), dropout: float = 0.5) -> DGCNN:
+def dgcnn_student(
+    out_dim: int,
+    k: int = 10,
+    widths: Sequence[int] = (32, 32, 64, 128),
+    emb: int = 128,
+    head: Sequence[int] = (128,),
+    dropout: float = 0.5,
+) -> DGCNN:
     """A DGCNN of the size of the student in arXiv:2003.10477, about 0.1 M: 94,440 parameters for 40
     classes, half the neighbours. The student's exact widths are not known; these are ours."""
     return DGCNN(out_dim, k, widths, emb, head, dropout)

@@ -73,8 +73,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def _product(rowptr: Tensor, col: Tensor, values: Tensor, cols: int, x: Tensor) -> Tensor:
-    matrix = torch.sparse_csr_tensor(rowptr, col, values, (rowptr.shape[0] - 1, cols),
-                                     check_invariants=False)
+    matrix = torch.sparse_csr_tensor(rowptr, col, values, (rowptr.shape[0] - 1, cols), check_invariants=False)
     with torch.autocast(x.device.type, enabled=False):  # it would cast to bfloat16, which the product does not know
         if x.device.type == "cpu":  # torch's own kernel; without "sum" it is MKL's, which is slower by half
             return torch.sparse.mm(matrix, x.contiguous(), "sum")
@@ -118,8 +117,9 @@ class _Attention(torch.autograd.Function):
         x, a, positive = ctx.saved_tensors
         grad = grad.contiguous()
         row = expand_rows(graph.rowptr, graph.num_edges)
-        d = torch.ops.fastkd.kernel_values(x, grad, graph.rowptr, graph.col, None, graph.num_src,
-                                           *DotProduct().spec(x.shape[1]))
+        d = torch.ops.fastkd.kernel_values(
+            x, grad, graph.rowptr, graph.col, None, graph.num_src, *DotProduct().spec(x.shape[1])
+        )
         d *= a
         d -= a * torch.segment_reduce(d, "sum", offsets=graph.rowptr)[row]
         d = torch.where(positive, d, _Attention.SLOPE * d)
@@ -158,18 +158,22 @@ def _with_loops(edges: Tensor, n: int) -> Tensor:
 
 def _normalised(adj: Any, n: int) -> Sparse:
     """D^-1/2 (A + I) D^-1/2 with the in-degrees D of A + I."""
+
     def make() -> Sparse:
         graph = Graph.from_edge_index(_with_loops(_edges(adj, n), n), n)
         scale = graph.in_degree().double().rsqrt()
         return Sparse(graph, scale[expand_rows(graph.rowptr, graph.num_edges)] * scale[graph.col])
+
     return _once(adj, ("normalised", n), make)
 
 
 def _mean(adj: Any, n: int) -> Sparse:
     """The mean over in-neighbours; zero for nodes without any."""
+
     def make() -> Sparse:
         graph = Graph.from_edge_index(_edges(adj, n), n)
         return Sparse(graph, graph.in_degree().double().reciprocal()[expand_rows(graph.rowptr, graph.num_edges)])
+
     return _once(adj, ("mean", n), make)
 
 
@@ -179,10 +183,12 @@ def _for_heads(adj: Any, n: int, heads: int) -> Graph:
     Attention with several heads is attention with one head on this graph, whose features
     [N * heads, C] are the heads' outputs [N, heads * C] seen another way.
     """
+
     def make() -> Graph:
         edges = _with_loops(_edges(adj, n), n) * heads
         head = torch.arange(heads, device=edges.device)
         return Graph.from_edge_index((edges[:, :, None] + head).flatten(1), n * heads)
+
     return _once(adj, ("heads", n, heads), make)
 
 
@@ -209,16 +215,18 @@ class GATLayer(GATConv):
 
     def __init__(self, in_dim: int, out_dim: int, heads: int, concat: bool, residual: bool) -> None:
         same = in_dim == (out_dim * heads if concat else out_dim)
-        super().__init__(in_dim, out_dim, heads, concat, negative_slope=_Attention.SLOPE,
-                         residual=residual and not same)
+        super().__init__(
+            in_dim, out_dim, heads, concat, negative_slope=_Attention.SLOPE, residual=residual and not same
+        )
         self.identity = residual and same
 
     def forward(self, x: Tensor, adj: Any) -> Tensor:
         n, heads, width = x.shape[0], self.heads, self.out_channels
         z = _linear(x, self.lin.weight)
         # att . (W x) = (W^T att) . x for each head: thin, and z need not be read.
-        att = torch.einsum("ahc,hcf->ahf", torch.cat((self.att_src, self.att_dst)),
-                           self.lin.weight.view(heads, width, -1))
+        att = torch.einsum(
+            "ahc,hcf->ahf", torch.cat((self.att_src, self.att_dst)), self.lin.weight.view(heads, width, -1)
+        )
         scores = full_precision(_linear(x, att.flatten(0, 1)))
         src, dst = scores[:, :heads].flatten(), scores[:, heads:].flatten()
         out = _Attention.apply(full_precision(z).view(n * heads, width), src, dst, _for_heads(adj, n, heads))
@@ -303,8 +311,15 @@ class GAT(_Network):
         residual: whether layers have the skip.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: int = 256, heads: Sequence[int] = (4, 4, 6),
-                 dropout: float = 0.0, residual: bool = True) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: int = 256,
+        heads: Sequence[int] = (4, 4, 6),
+        dropout: float = 0.0,
+        residual: bool = True,
+    ) -> None:
         super().__init__(in_dim, out_dim, hidden, dropout)
         if isinstance(heads, int) or not len(heads):
             raise ValueError(f"heads must list the heads of each layer, such as (4, 4, 6), got {heads!r}")
@@ -320,8 +335,14 @@ class GAT(_Network):
         self.dims.append(out_dim)
 
 
-def gat_teacher(in_dim: int, out_dim: int, hidden: int = 256, heads: Sequence[int] = (4, 4, 6),
-                dropout: float = 0.0, residual: bool = True) -> GAT:
+def gat_teacher(
+    in_dim: int,
+    out_dim: int,
+    hidden: int = 256,
+    heads: Sequence[int] = (4, 4, 6),
+    dropout: float = 0.0,
+    residual: bool = True,
+) -> GAT:
     """The teacher of arXiv:2003.10477 on PPI: 3 layers of 256 with 4, 4 and 6 heads.
 
     2,026,021 parameters for PPI (50 features, 121 labels). Reported are 3.64 M, under a rule that gave
@@ -332,8 +353,14 @@ def gat_teacher(in_dim: int, out_dim: int, hidden: int = 256, heads: Sequence[in
     return GAT(in_dim, out_dim, hidden, heads, dropout, residual)
 
 
-def gat_student(in_dim: int, out_dim: int, hidden: int = 68, heads: Sequence[int] = (2, 2, 2, 2, 2),
-                dropout: float = 0.0, residual: bool = True) -> GAT:
+def gat_student(
+    in_dim: int,
+    out_dim: int,
+    hidden: int = 68,
+    heads: Sequence[int] = (2, 2, 2, 2, 2),
+    dropout: float = 0.0,
+    residual: bool = True,
+) -> GAT:
     """The student of arXiv:2003.10477 on PPI: 5 layers of 68 with 2 heads.
 
     120,693 parameters for PPI; reported are 0.16 to 0.19 M, with skip matrices where here the skip
@@ -345,8 +372,16 @@ def gat_student(in_dim: int, out_dim: int, hidden: int = 68, heads: Sequence[int
 class _Simple(_Network):
     """Layers of one width."""
 
-    def __init__(self, make: Callable[[int, int], nn.Module], in_dim: int, out_dim: int, hidden: int,
-                 num_layers: int, dropout: float, norm: str | None) -> None:
+    def __init__(
+        self,
+        make: Callable[[int, int], nn.Module],
+        in_dim: int,
+        out_dim: int,
+        hidden: int,
+        num_layers: int,
+        dropout: float,
+        norm: str | None,
+    ) -> None:
         super().__init__(in_dim, out_dim, hidden, dropout)
         check_count("num_layers", num_layers)
         norms: dict[str | None, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
@@ -370,24 +405,45 @@ class GCN(_Simple):
         norm: of the hidden features, before ReLU: None, "batch" or "layer".
     """
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: int = 256, num_layers: int = 2, dropout: float = 0.5,
-                 norm: str | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: int = 256,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        norm: str | None = None,
+    ) -> None:
         super().__init__(GCNLayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
 
 
 class GraphSAGE(_Simple):
     """GraphSAGE (arXiv:1706.02216) with the mean over in-neighbours; arguments as for :class:`GCN`."""
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: int = 256, num_layers: int = 2, dropout: float = 0.5,
-                 norm: str | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: int = 256,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        norm: str | None = None,
+    ) -> None:
         super().__init__(SAGELayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
 
 
 class MLP(_Simple):
     """The network that sees no graph, as a control; arguments as for :class:`GCN`. adj may be left out."""
 
-    def __init__(self, in_dim: int, out_dim: int, hidden: int = 256, num_layers: int = 2, dropout: float = 0.5,
-                 norm: str | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden: int = 256,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        norm: str | None = None,
+    ) -> None:
         super().__init__(LinearLayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
 
 

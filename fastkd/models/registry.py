@@ -12,13 +12,30 @@ from torch import nn
 from .dgcnn import DGCNN, dgcnn_student, dgcnn_teacher
 from .gnn import GAT, GCN, MLP, GraphSAGE, gat_student, gat_teacher
 
-__all__ = ["DGCNN", "GAT", "GCN", "MLP", "MODELS", "GraphSAGE", "build", "dgcnn_student", "dgcnn_teacher",
-           "gat_student", "gat_teacher"]
+__all__ = [
+    "DGCNN",
+    "GAT",
+    "GCN",
+    "MLP",
+    "MODELS",
+    "GraphSAGE",
+    "build",
+    "dgcnn_student",
+    "dgcnn_teacher",
+    "gat_student",
+    "gat_teacher",
+]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "gat": GAT, "gat_teacher": gat_teacher, "gat_student": gat_student,
-    "gcn": GCN, "graphsage": GraphSAGE, "mlp": MLP,
-    "dgcnn": DGCNN, "dgcnn_teacher": dgcnn_teacher, "dgcnn_student": dgcnn_student,
+    "gat": GAT,
+    "gat_teacher": gat_teacher,
+    "gat_student": gat_student,
+    "gcn": GCN,
+    "graphsage": GraphSAGE,
+    "mlp": MLP,
+    "dgcnn": DGCNN,
+    "dgcnn_teacher": dgcnn_teacher,
+    "dgcnn_student": dgcnn_student,
 }
 
 
@@ -41,8 +58,9 @@ def build(name: str, in_dim: int, out_dim: int, **hyperparameters: Any) -> nn.Mo
     valid = [p for p in valid if p not in ("in_dim", "out_dim")]
     for key in hyperparameters:
         if key not in valid:
-            raise ValueError(f"{name} has no hyperparameter {key!r}{_suggestion(key, valid)}: it has "
-                             f"{', '.join(valid)}")
+            raise ValueError(
+                f"{name} has no hyperparameter {key!r}{_suggestion(key, valid)}: it has {', '.join(valid)}"
+            )
     if not on_points:
         return MODELS[name](in_dim, out_dim, **hyperparameters)
     if in_dim != 3:

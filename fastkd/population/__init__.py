@@ -5,5 +5,18 @@ from .evaluator import PopulationEvaluator
 from .space import KEPT, ZERO, GeneSpace, Group, Op, Value
 from .trace import UnsupportedModelError, trace
 
-__all__ = ["KEPT", "ZERO", "GeneSpace", "Group", "Op", "PopulationEvaluator", "UnsupportedModelError", "Value",
-           "compact", "export_onnx", "load", "save", "trace"]
+__all__ = [
+    "KEPT",
+    "ZERO",
+    "GeneSpace",
+    "Group",
+    "Op",
+    "PopulationEvaluator",
+    "UnsupportedModelError",
+    "Value",
+    "compact",
+    "export_onnx",
+    "load",
+    "save",
+    "trace",
+]

@@ -145,8 +145,9 @@ def _agrees(small: nn.Module, space: GeneSpace, mask: Tensor) -> bool:
             result = small(x)
         except (RuntimeError, ValueError, IndexError):
             return False
-    return result.shape == expected.shape and torch.allclose(result, expected, rtol=1e-3,
-                                                             atol=1e-3 * float(expected.abs().max()))
+    return result.shape == expected.shape and torch.allclose(
+        result, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+    )
 
 
 def _graph_module(small: nn.Module, space: GeneSpace, mask: Tensor) -> fx.GraphModule:
@@ -185,8 +186,9 @@ def _graph_module(small: nn.Module, space: GeneSpace, mask: Tensor) -> fx.GraphM
 _MASK = "fastkd.mask"
 
 
-def save(path: str | Path, model: nn.Module, mask: Tensor, *, config: dict[str, Any],
-         input_shape: Sequence[int]) -> None:
+def save(
+    path: str | Path, model: nn.Module, mask: Tensor, *, config: dict[str, Any], input_shape: Sequence[int]
+) -> None:
     """Writes a compact network as safetensors, whole or not at all.
 
     Args:
@@ -246,5 +248,14 @@ def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor) -> No
     """
     batch = torch.export.Dim("N")
     x = example_input if len(example_input) > 1 else torch.cat((example_input, example_input))  # 1 would be a constant
-    torch.onnx.export(model, (x,), str(path), input_names=["images"], output_names=["logits"], dynamo=True,
-                      dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    torch.onnx.export(
+        model,
+        (x,),
+        str(path),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        external_data=False,
+        verbose=False,
+    )

@@ -92,8 +92,15 @@ class PopulationEvaluator:
         RuntimeError: a model on a CUDA device with a build of fastkd for the CPU alone.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor, *, bn: Literal["inherit", "recalibrate"] = "inherit",
-                 memo: bool = True, memory_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        *,
+        bn: Literal["inherit", "recalibrate"] = "inherit",
+        memo: bool = True,
+        memory_limit: int | None = None,
+    ) -> None:
         if bn not in ("inherit", "recalibrate"):
             raise ValueError(f'bn must be "inherit" or "recalibrate", got {bn!r}')
         if memory_limit is not None:
@@ -104,8 +111,9 @@ class PopulationEvaluator:
         if isinstance(example_input, Tensor):
             where, dtype = example_input.device, example_input.dtype
             if where.type not in ("cpu", "cuda"):
-                raise NotImplementedError("the population evaluator runs on CPUs and CUDA devices, but example_input "
-                                          f"is on {where}")
+                raise NotImplementedError(
+                    f"the population evaluator runs on CPUs and CUDA devices, but example_input is on {where}"
+                )
             if example_input.is_floating_point() and not _ops.runs(where, dtype):
                 raise TypeError(f"example_input and the model must be float32 or float64 on {where}, got {dtype}")
         self.space = trace(model, example_input)
@@ -115,8 +123,14 @@ class PopulationEvaluator:
         self.stats = Stats()
         self.weights = _hash(*(x.detach().cpu() for _, x in sorted(model.state_dict().items()))).hex()[:16]
         self._program: Program = lower(self.space)
-        self._network = _ops.Network(self._program.values, self._program.nodes, self.space.num_genes, self.dtype,
-                                     self._program.output, self.device)
+        self._network = _ops.Network(
+            self._program.values,
+            self._program.nodes,
+            self.space.num_genes,
+            self.dtype,
+            self._program.output,
+            self.device,
+        )
         self._calibration: list[Tensor] = []
         self._calibrated_on = b""
         self._known: dict[tuple[str, str, bytes, bytes], dict[bytes, float]] = {}
@@ -146,14 +160,21 @@ class PopulationEvaluator:
         for x in held:
             for v, shape in ((v, self._network.shapes[v]) for v in self._program.batch_norms):
                 if len(x) * shape[1] * shape[2] < 2:
-                    raise ValueError(f"batches must have more than one value per channel at {self._program.name[v]}, "
-                                     f"got a batch of {len(x)} image")
+                    raise ValueError(
+                        f"batches must have more than one value per channel at {self._program.name[v]}, "
+                        f"got a batch of {len(x)} image"
+                    )
         self._calibration, self._calibrated_on = held, _hash(*(t for x in held for t in (_size(x), x)))
 
     def identity(self) -> dict[str, Any]:
         """All that a quality depends on beside masks and data, for JSON: to be compared, not read."""
-        return {"weights": self.weights, "genes": self.space.num_genes, "dtype": str(self.dtype), "bn": self.bn,
-                "calibration": self._calibrated_on.hex()[:16]}
+        return {
+            "weights": self.weights,
+            "genes": self.space.num_genes,
+            "dtype": str(self.dtype),
+            "bn": self.bn,
+            "calibration": self._calibrated_on.hex()[:16],
+        }
 
     # --- results -----------------------------------------------------------------------------------------
 
@@ -168,8 +189,9 @@ class PopulationEvaluator:
         keys, first, inverse = _distinct(masks)
         self.stats.asked += len(masks)
         self.stats.duplicates += len(masks) - len(keys)
-        out = torch.empty(len(masks), data.images, *self.space.values[self.space.output].shape, dtype=self.dtype,
-                          device=self.device)
+        out = torch.empty(
+            len(masks), data.images, *self.space.values[self.space.output].shape, dtype=self.dtype, device=self.device
+        )
 
         def take(rows: slice, at: slice, y: Tensor) -> None:
             out[rows, at] = y
@@ -217,8 +239,9 @@ class PopulationEvaluator:
         data.y = self._full[1]
         return self._quality("agreement", masks, data, progress)
 
-    def features(self, masks: Tensor, x: Tensor, layers: Sequence[str] | None = None, *,
-                 progress: Progress | None = None) -> Tensor:
+    def features(
+        self, masks: Tensor, x: Tensor, layers: Sequence[str] | None = None, *, progress: Progress | None = None
+    ) -> Tensor:
         """masks bool [P, genes], x [N, C, ...] -> [P, N, D]: what layers give, with the batch norm and the activation
         that follow them, one layer after the other; zeros where a channel is removed.
 
@@ -237,8 +260,9 @@ class PopulationEvaluator:
         inner._evaluate(masks, data, take, progress, held=out.nbytes)
         return out
 
-    def reconstruction(self, masks: Tensor, batches: Batches, layers: Sequence[str] | None = None, *,
-                       progress: Progress | None = None) -> Tensor:
+    def reconstruction(
+        self, masks: Tensor, batches: Batches, layers: Sequence[str] | None = None, *, progress: Progress | None = None
+    ) -> Tensor:
         """float64 [P]: how far the features of layers are from the model's own, with its own statistics: the squared
         distance over the squared norm, of all images together, mean over layers. 0 for the full network without
         recalibration.
@@ -268,8 +292,15 @@ class PopulationEvaluator:
 
         return self._remembered(f"reconstruction {inner._values}", masks, data, compute)
 
-    def lsp(self, masks: Tensor, batches: Batches, layers: Sequence[str] | None = None, *, k: int = 10,
-            progress: Progress | None = None) -> Tensor:
+    def lsp(
+        self,
+        masks: Tensor,
+        batches: Batches,
+        layers: Sequence[str] | None = None,
+        *,
+        k: int = 10,
+        progress: Progress | None = None,
+    ) -> Tensor:
         """float64 [P]: the local structure preserving loss of features (:func:`fastkd.lsp_loss`), the model's own ones
         teaching. The graph joins every image to the k whose features are nearest in the model; the kernel is RBF, its
         sigma half the mean squared distance of neighbours.
@@ -293,7 +324,7 @@ class PopulationEvaluator:
             limit = _free_bytes(self.device) // 4 if self.memory_limit is None else self.memory_limit
             most = max(1, limit // max(24 * n * sum(sizes), 1))
             for start in range(0, len(masks), most):
-                own = masks[start:start + most]
+                own = masks[start : start + most]
                 y = torch.empty(len(own), n, sum(sizes), device=self.device)
 
                 def take(rows: slice, at: slice, values: Tensor, y: Tensor = y) -> None:
@@ -318,8 +349,11 @@ class PopulationEvaluator:
                 consumers.setdefault(i, []).append(op)
 
         def activated(v: int) -> int:
-            while len(next_ones := consumers.get(v, [])) == 1 and next_ones[0].kind in ("batch_norm", "prelu",
-                                                                                        "elementwise"):
+            while len(next_ones := consumers.get(v, [])) == 1 and next_ones[0].kind in (
+                "batch_norm",
+                "prelu",
+                "elementwise",
+            ):
                 v = next_ones[0].output
             return v
 
@@ -341,12 +375,21 @@ class PopulationEvaluator:
             inner = copy.copy(self)
             inner._values = key
             inner._program = lower_features(self.space, values)
-            inner._network = _ops.Network(inner._program.values, inner._program.nodes, self.space.num_genes,
-                                          self.dtype, inner._program.output, self.device)
+            inner._network = _ops.Network(
+                inner._program.values,
+                inner._program.nodes,
+                self.space.num_genes,
+                self.dtype,
+                inner._program.output,
+                self.device,
+            )
             self._upto[key] = inner
         inner = self._upto[key]
-        inner._calibration, inner._calibrated_on, inner.memory_limit = (self._calibration, self._calibrated_on,
-                                                                        self.memory_limit)
+        inner._calibration, inner._calibrated_on, inner.memory_limit = (
+            self._calibration,
+            self._calibrated_on,
+            self.memory_limit,
+        )
         return inner, feature_sizes(self.space, values)
 
     def _own_features(self, inner: PopulationEvaluator, data: _Data) -> Tensor:
@@ -372,6 +415,7 @@ class PopulationEvaluator:
         self.stats.duplicates += len(masks) - len(keys)
         self.stats.remembered += len(keys) - len(new)
         if new:
+
             def done(rows: slice, values: list[float]) -> None:
                 known.update(zip((keys[k] for k in new[rows]), values, strict=True))
                 self.stats.computed += len(values)
@@ -403,8 +447,17 @@ class PopulationEvaluator:
 
     # --- running -----------------------------------------------------------------------------------------
 
-    def _evaluate(self, masks: Tensor, data: _Data, take: Callable[[slice, slice, Tensor], None],
-                  progress: Progress | None, *, extra: int = 0, held: int = 0, inherit: bool = False) -> None:
+    def _evaluate(
+        self,
+        masks: Tensor,
+        data: _Data,
+        take: Callable[[slice, slice, Tensor], None],
+        progress: Progress | None,
+        *,
+        extra: int = 0,
+        held: int = 0,
+        inherit: bool = False,
+    ) -> None:
         """take(individuals, images, outputs), individuals in chunks, each with all images in order."""
         recalibrate = self.bn == "recalibrate" and not inherit and bool(self._program.batch_norms)
         if recalibrate and not self._calibration:
@@ -426,8 +479,9 @@ class PopulationEvaluator:
                     progress(done, total)
         self._last = _Call(len(masks), data.images, int(macs.sum()) * passes, time.perf_counter() - start)
 
-    def _cut(self, individuals: int, images: int, macs: float, recalibrate: bool, extra: int,
-             held: int) -> tuple[int, int]:
+    def _cut(
+        self, individuals: int, images: int, macs: float, recalibrate: bool, extra: int, held: int
+    ) -> tuple[int, int]:
         """How many individuals, and how many images, one native call has."""
         limit = _free_bytes(self.device) // 4 if self.memory_limit is None else self.memory_limit
         size = torch.finfo(self.dtype).bits // 8
@@ -458,8 +512,10 @@ class PopulationEvaluator:
     def _recalibrated(self, masks: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """Scale and shift of every norm, each [P, channels], from the calibration batches."""
         norms = self._network.norms
-        mean = {v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64, device=self.device)
-                for v in norms}
+        mean = {
+            v: torch.zeros(len(masks), self._network.shapes[v][0], dtype=torch.float64, device=self.device)
+            for v in norms
+        }
         variance = {v: torch.zeros_like(m) for v, m in mean.items()}
         for x in self._calibration:
             for v, (m, s) in zip(norms, self._network.moments(masks, self._maps(x)), strict=True):
@@ -471,8 +527,9 @@ class PopulationEvaluator:
             if v not in self._program.batch_norms:
                 out.append(None)
                 continue
-            scale, shift = self._program.affine(v, mean[v] / len(self._calibration),
-                                                variance[v] / len(self._calibration))
+            scale, shift = self._program.affine(
+                v, mean[v] / len(self._calibration), variance[v] / len(self._calibration)
+            )
             out.append((scale.to(self._network.acc), shift.to(self._network.acc)))
         return out
 
@@ -487,8 +544,9 @@ class PopulationEvaluator:
     def _classes(self) -> int:
         shape = self.space.values[self.space.output].shape
         if len(shape) != 1:
-            raise ValueError(f"the model must return [N, classes] for this, but returns [N, "
-                             f"{', '.join(map(str, shape))}]")
+            raise ValueError(
+                f"the model must return [N, classes] for this, but returns [N, {', '.join(map(str, shape))}]"
+            )
         return shape[0]
 
     def _check(self, x: Any, name: str = "x") -> Tensor:
@@ -524,18 +582,26 @@ class PopulationEvaluator:
             lines.append((step.name, step.kernel, "x".join(map(str, step.shape)), f"{step.kept:.1f}", *numbers))
         lines.append(("total", "", "", "", *(f"{n:,}" for n in totals.tolist())))
         wide = [max(len(line[i]) for line in lines) for i in range(7)]
-        text = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide, strict=True)))
-                .rstrip() for line in lines]
+        text = [
+            "  ".join(
+                c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
         whole, masked, shared = (max(int(n), 1) for n in totals)
         threads = torch.get_num_threads()
-        text += [f"{len(masks)} distinct individuals; saved by masks {whole / masked:.2f}x, by sharing "
-                 f"{masked / shared:.2f}x, together {whole / shared:.2f}x",
-                 f"predicted: {shared / (rate * threads) * 1e3:.3g} ms per image, at {rate / 1e9:g} G multiplications "
-                 f"per second on each of {threads} threads"]
+        text += [
+            f"{len(masks)} distinct individuals; saved by masks {whole / masked:.2f}x, by sharing "
+            f"{masked / shared:.2f}x, together {whole / shared:.2f}x",
+            f"predicted: {shared / (rate * threads) * 1e3:.3g} ms per image, at {rate / 1e9:g} G multiplications "
+            f"per second on each of {threads} threads",
+        ]
         if self._last is not None:
             c = self._last
-            text.append(f"last call: {c.individuals} individuals, {c.images} images, {c.seconds:.3g} s, "
-                        f"{c.macs / max(c.seconds, 1e-9) / 1e9:.3g} G multiplications per second (masked)")
+            text.append(
+                f"last call: {c.individuals} individuals, {c.images} images, {c.seconds:.3g} s, "
+                f"{c.macs / max(c.seconds, 1e-9) / 1e9:.3g} G multiplications per second (masked)"
+            )
         return "\n".join(text)
 
 
@@ -560,8 +626,10 @@ class _Data:
                 raise TypeError(f"batches[{k}] must be a pair (x, y), got {type(batch).__name__}")
             x, y = check(batch[0], f"x of batches[{k}]"), batch[1]
             if not isinstance(y, Tensor) or y.dtype != torch.int64:
-                raise TypeError(f"y of batches[{k}] must be a torch.int64 tensor, got "
-                                f"{y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+                raise TypeError(
+                    f"y of batches[{k}] must be a torch.int64 tensor, got "
+                    f"{y.dtype if isinstance(y, Tensor) else type(y).__name__}"
+                )
             if y.shape != x.shape[:1]:
                 raise ValueError(f"y of batches[{k}] must have shape [{len(x)}] as x has images, got {list(y.shape)}")
             low, high = y.min().item(), y.max().item()
@@ -580,7 +648,7 @@ class _Data:
             i, at = bisect.bisect_right(self.ends, a), a
             while at < b:
                 start, end = self.ends[i] - len(self.x[i]), min(self.ends[i], b)
-                parts.append(self.x[i][at - start: end - start])
+                parts.append(self.x[i][at - start : end - start])
                 i, at = i + 1, end
             yield slice(a, b), parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -590,9 +658,13 @@ class _Data:
 
 def _listed(batches: Any) -> Iterable[Any]:
     """A tensor, or one pair of tensors, is one batch."""
-    if isinstance(batches, Tensor) or (isinstance(batches, tuple) and len(batches) == 2
-                                       and isinstance(batches[0], Tensor)
-                                       and isinstance(batches[1], Tensor) and batches[1].dim() == 1):
+    if isinstance(batches, Tensor) or (
+        isinstance(batches, tuple)
+        and len(batches) == 2
+        and isinstance(batches[0], Tensor)
+        and isinstance(batches[1], Tensor)
+        and batches[1].dim() == 1
+    ):
         return [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable, got {type(batches).__name__}")

@@ -19,8 +19,15 @@ __all__ = ["Program", "Step", "feature_sizes", "lower", "lower_features"]
 
 POOLED = 4  # positions of a side to which feature maps are averaged before they are compared
 
-_PLAIN = {F.relu: "relu", F.relu6: "relu6", F.silu: "silu", F.hardswish: "hardswish", F.hardsigmoid: "hardsigmoid",
-          torch.sigmoid: "sigmoid", torch.tanh: "tanh"}
+_PLAIN = {
+    F.relu: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.tanh: "tanh",
+}
 
 
 @dataclass
@@ -90,8 +97,11 @@ class Program:
                 inputs = np.ones(len(rows), np.int64) if depthwise else kept(a).sum(1) // groups
                 starts = np.flatnonzero((agree < depends) | (np.arange(len(rows)) == 0))
                 union = np.logical_or.reduceat(on, starts, axis=0).sum(1)
-                macs[:] = (len(rows) * weight.numel() * positions, (on.sum(1) * inputs).sum() * taps * positions,
-                           (union * inputs[starts]).sum() * taps * positions)
+                macs[:] = (
+                    len(rows) * weight.numel() * positions,
+                    (on.sum(1) * inputs).sum() * taps * positions,
+                    (union * inputs[starts]).sum() * taps * positions,
+                )
             kernel = " + ".join([_describe(main), *(n.get("name", n["op"]) for n in nodes[1:])])
             yield Step(self.name[main["output"]], kernel, self.values[out][:3], float(on.sum(1).mean()), macs)
 
@@ -139,8 +149,11 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _refuse(op: Op, what: str) -> NoReturn:
-    raise UnsupportedModelError(f"{what} has no kernel in the population evaluator, {op.name}"
-                                + (f" in {op.scope}" if op.scope else "") + (f" ({op.line})" if op.line else ""))
+    raise UnsupportedModelError(
+        f"{what} has no kernel in the population evaluator, {op.name}"
+        + (f" in {op.scope}" if op.scope else "")
+        + (f" ({op.line})" if op.line else "")
+    )
 
 
 class _Lowering:
@@ -156,8 +169,9 @@ class _Lowering:
     def program(self) -> Program:
         first = self.space.values[0]
         if len(first.shape) > 3:
-            raise UnsupportedModelError(f"the model's input must be [N, C, H, W], got [N, "
-                                        f"{', '.join(map(str, first.shape))}]")
+            raise UnsupportedModelError(
+                f"the model's input must be [N, C, H, W], got [N, {', '.join(map(str, first.shape))}]"
+            )
         self.values.append((*_three(first.shape), first.genes.tolist()))
         self.at[0] = 0
         for op in self.space.ops:
@@ -169,8 +183,15 @@ class _Lowering:
         output = self.at[self.space.output]
         if output == 0:
             raise UnsupportedModelError("the model does nothing that has a kernel in the population evaluator")
-        return Program(self.values, self.nodes, self.name, self.batch_norms, output,
-                       self.space.values[self.space.output].shape, self.softmax)
+        return Program(
+            self.values,
+            self.nodes,
+            self.name,
+            self.batch_norms,
+            output,
+            self.space.values[self.space.output].shape,
+            self.softmax,
+        )
 
     def features(self, layers: Sequence[int]) -> Program:
         self.program()
@@ -190,8 +211,15 @@ class _Lowering:
             every = torch.tensor([gene for v in flat for gene in self.values[v][3]])
             out = self.node("select", *flat, size=(1, 1), genes=every, source=source)
         kept = self._needed(out)
-        return Program(self.values, kept, self.name, {v: x for v, x in self.batch_norms.items()
-                                                      if any(n["output"] == v for n in kept)}, out, (len(source),), [])
+        return Program(
+            self.values,
+            kept,
+            self.name,
+            {v: x for v, x in self.batch_norms.items() if any(n["output"] == v for n in kept)},
+            out,
+            (len(source),),
+            [],
+        )
 
     def _needed(self, out: int) -> list[dict[str, Any]]:
         wanted, nodes = {out}, []
@@ -201,8 +229,9 @@ class _Lowering:
                 nodes.append(n)
         return nodes[::-1]
 
-    def node(self, kind: str, *inputs: int, size: tuple[int, int] | None = None, genes: Tensor | None = None,
-             **rest: Any) -> int:
+    def node(
+        self, kind: str, *inputs: int, size: tuple[int, int] | None = None, genes: Tensor | None = None, **rest: Any
+    ) -> int:
         """Its value; of the size and genes of the operation's result if not stated."""
         result = self.space.values[self.op.output]
         own = (result.genes if genes is None else genes).tolist()
@@ -225,8 +254,16 @@ class _Lowering:
         left, right, top, bottom = m._reversed_padding_repeated_twice
         if (left, top) != (right, bottom):
             _refuse(op, f"padding={m.padding!r} with a kernel of {m.kernel_size}")
-        return self.node("conv", a, weight=_copy(m.weight), bias=_copy(m.bias), stride=_pair(m.stride),
-                         padding=(top, left), dilation=_pair(m.dilation), groups=m.groups)
+        return self.node(
+            "conv",
+            a,
+            weight=_copy(m.weight),
+            bias=_copy(m.bias),
+            stride=_pair(m.stride),
+            padding=(top, left),
+            dilation=_pair(m.dilation),
+            groups=m.groups,
+        )
 
     def lower_linear(self, op: Op, a: int) -> int:
         m = op.module
@@ -301,12 +338,20 @@ class _Lowering:
             left = [1 if d + 2 in given["dim"] else n for d, n in enumerate(shape[1:])]
             return self.reshaped(self.adaptive(a, _three((0, *left))[1:]), size)
         if f is at_positions:
-            index = [slice(i % n, i % n + 1) if isinstance(i, int) else i
-                     for i, n in zip(given["index"], shape[1:], strict=False)]
+            index = [
+                slice(i % n, i % n + 1) if isinstance(i, int) else i
+                for i, n in zip(given["index"], shape[1:], strict=False)
+            ]
             index += [slice(None)] * (2 - len(index))
             cut = [i.indices(n) for i, n in zip(index, _three(shape)[1:], strict=True)]
-            taken = self.node("max_pool", a, size=(len(range(*cut[0])), len(range(*cut[1]))), kernel=(1, 1),
-                              padding=(-cut[0][0], -cut[1][0]), stride=(cut[0][2], cut[1][2]))
+            taken = self.node(
+                "max_pool",
+                a,
+                size=(len(range(*cut[0])), len(range(*cut[1]))),
+                kernel=(1, 1),
+                padding=(-cut[0][0], -cut[1][0]),
+                stride=(cut[0][2], cut[1][2]),
+            )
             return self.reshaped(taken, size)
         if f is F.pad and len(shape) == 3 and given["mode"] == "constant" and not given["value"]:
             left, right, top, bottom = (*given["pad"], 0, 0)[:4]
@@ -316,8 +361,11 @@ class _Lowering:
 
     def window(self) -> dict[str, Any]:
         given = self.op.attributes
-        return {"kernel": _pair(given["kernel_size"]), "stride": _pair(given["stride"]),
-                "padding": _pair(given.get("padding", 0))}
+        return {
+            "kernel": _pair(given["kernel_size"]),
+            "stride": _pair(given["stride"]),
+            "padding": _pair(given.get("padding", 0)),
+        }
 
     def adaptive(self, a: int, size: tuple[int, int]) -> int:
         return self.node("avg_pool", a, kernel=(0, 0), size=size, genes=torch.tensor(self.values[a][3]))
@@ -354,13 +402,16 @@ class _Lowering:
         size = _three(self.space.values[op.output].shape)[1:]
         if self.sized(a) != size:
             a, b = b, a
-        x, gate = (v if self.sized(v) in allowed else self.adaptive(v, size)
-                   for v, allowed in ((a, (size,)), (b, (size, (1, 1)))))
+        x, gate = (
+            v if self.sized(v) in allowed else self.adaptive(v, size)
+            for v, allowed in ((a, (size,)), (b, (size, (1, 1))))
+        )
         return self.node("multiply", x, gate)
 
     def lower_concat(self, op: Op, *inputs: int) -> int:
-        return self.node("select", *inputs, source=[(k, c) for k, v in enumerate(inputs)
-                                                    for c in range(self.values[v][0])])
+        return self.node(
+            "select", *inputs, source=[(k, c) for k, v in enumerate(inputs) for c in range(self.values[v][0])]
+        )
 
 
 def _copy(x: Tensor | None) -> Any:

@@ -24,8 +24,21 @@ __all__ = ["COSTS", "KEPT", "ZERO", "GeneSpace", "Group", "Kind", "Op", "Value"]
 KEPT, ZERO = -1, -2
 COSTS = ("filters", "parameters", "macs")
 
-Kind = Literal["conv", "linear", "batch_norm", "prelu", "elementwise", "spatial", "softmax", "flatten", "pad", "add",
-               "mul", "concat", "take"]
+Kind = Literal[
+    "conv",
+    "linear",
+    "batch_norm",
+    "prelu",
+    "elementwise",
+    "spatial",
+    "softmax",
+    "flatten",
+    "pad",
+    "add",
+    "mul",
+    "concat",
+    "take",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +131,15 @@ class GeneSpace:
             the network was traced.
     """
 
-    def __init__(self, ops: Sequence[Op], values: Sequence[Value], output: int, groups: Sequence[Group], l1: Tensor,
-                 parameters: int) -> None:
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        values: Sequence[Value],
+        output: int,
+        groups: Sequence[Group],
+        l1: Tensor,
+        parameters: int,
+    ) -> None:
         self.ops, self.values, self.output, self.groups, self.l1 = tuple(ops), tuple(values), output, tuple(groups), l1
         self.num_genes = sum(group.size for group in groups)
         own = {id(op.module): op.module for op in ops if op.module is not None}
@@ -150,8 +170,9 @@ class GeneSpace:
             got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
             raise TypeError(f"masks must be a torch.bool tensor, got {got}")
         if masks.dim() not in (1, 2) or masks.shape[-1] != self.num_genes:
-            raise ValueError(f"masks must have shape [P, {self.num_genes}] or [{self.num_genes}], got "
-                             f"{list(masks.shape)}")
+            raise ValueError(
+                f"masks must have shape [P, {self.num_genes}] or [{self.num_genes}], got {list(masks.shape)}"
+            )
         masks = masks[None] if masks.dim() == 1 else masks
         if len(masks) == 0:
             raise ValueError("masks must have at least one individual, got P = 0")
@@ -255,8 +276,9 @@ class GeneSpace:
         have = (masks.double() @ self._count.t().to(masks.device) + self._kept.to(masks.device)).long()
         if not empty and not bool(have.all()):
             p, row = (have == 0).nonzero()[0].tolist()
-            raise ValueError(f"masks[{p}] leaves {self.values[self._first[row]].name} without any channel: "
-                             "use repair(masks)")
+            raise ValueError(
+                f"masks[{p}] leaves {self.values[self._first[row]].name} without any channel: use repair(masks)"
+            )
         return have
 
     # --- printing ----------------------------------------------------------------------------------
@@ -267,15 +289,19 @@ class GeneSpace:
         for group in self.groups:
             size = f"{group.size}"
             if mask is not None:
-                size = f"{int(mask[group.start: group.start + group.size].sum())} of {size}"
+                size = f"{int(mask[group.start : group.start + group.size].sum())} of {size}"
             more = f" and {len(group.modules) - 1} more" if len(group.modules) > 1 else ""
             lines.append((group.name, size, f"{group.modules[0]}{more}"))
         lines.insert(0, ("group", "genes", "modules"))
         wide = [max(len(line[i]) for line in lines) for i in range(2)]
         chosen = self.ones(1) if mask is None else self.check(mask)[:1]
-        return "\n".join([*(f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c}".rstrip() for a, b, c in lines),
-                          f"{int(chosen.sum())} of {self.num_genes} genes, "
-                          f"{int(self.parameters(chosen)):,} parameters, {int(self.macs(chosen)):,} MACs"])
+        return "\n".join(
+            [
+                *(f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c}".rstrip() for a, b, c in lines),
+                f"{int(chosen.sum())} of {self.num_genes} genes, "
+                f"{int(self.parameters(chosen)):,} parameters, {int(self.macs(chosen)):,} MACs",
+            ]
+        )
 
     def __str__(self) -> str:
         return self.table()

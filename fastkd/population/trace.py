@@ -64,24 +64,54 @@ def concat_channels(*xs: Tensor) -> Tensor:
 # --- what is known, by function: the names of its arguments after the input ----------------------------
 
 ELEMENTWISE: dict[Callable[..., Tensor], tuple[str, ...]] = {
-    F.relu: ("inplace",), F.relu6: ("inplace",), F.leaky_relu: ("negative_slope", "inplace"),
-    F.elu: ("alpha", "inplace"), F.celu: ("alpha", "inplace"), F.selu: ("inplace",), F.gelu: ("approximate",),
-    F.silu: ("inplace",), F.mish: ("inplace",), F.hardswish: ("inplace",), F.hardsigmoid: ("inplace",),
-    F.hardtanh: ("min_val", "max_val", "inplace"), F.softplus: ("beta", "threshold"), F.softsign: (),
-    torch.sigmoid: (), torch.tanh: (), torch.clamp: ("min", "max"), torch.neg: (), torch.abs: (),
+    F.relu: ("inplace",),
+    F.relu6: ("inplace",),
+    F.leaky_relu: ("negative_slope", "inplace"),
+    F.elu: ("alpha", "inplace"),
+    F.celu: ("alpha", "inplace"),
+    F.selu: ("inplace",),
+    F.gelu: ("approximate",),
+    F.silu: ("inplace",),
+    F.mish: ("inplace",),
+    F.hardswish: ("inplace",),
+    F.hardsigmoid: ("inplace",),
+    F.hardtanh: ("min_val", "max_val", "inplace"),
+    F.softplus: ("beta", "threshold"),
+    F.softsign: (),
+    torch.sigmoid: (),
+    torch.tanh: (),
+    torch.clamp: ("min", "max"),
+    torch.neg: (),
+    torch.abs: (),
 }
 SPATIAL: dict[Callable[..., Tensor], tuple[str, ...]] = {
     F.max_pool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     F.avg_pool2d: ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    F.adaptive_avg_pool2d: ("output_size",), F.adaptive_max_pool2d: ("output_size", "return_indices"),
+    F.adaptive_avg_pool2d: ("output_size",),
+    F.adaptive_max_pool2d: ("output_size", "return_indices"),
     F.interpolate: ("size", "scale_factor", "mode", "align_corners"),
 }
 MODULES: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.ReLU: F.relu, nn.ReLU6: F.relu6, nn.LeakyReLU: F.leaky_relu, nn.ELU: F.elu, nn.CELU: F.celu, nn.SELU: F.selu,
-    nn.GELU: F.gelu, nn.SiLU: F.silu, nn.Mish: F.mish, nn.Hardswish: F.hardswish, nn.Hardsigmoid: F.hardsigmoid,
-    nn.Hardtanh: F.hardtanh, nn.Softplus: F.softplus, nn.Softsign: F.softsign, nn.Sigmoid: torch.sigmoid,
-    nn.Tanh: torch.tanh, nn.MaxPool2d: F.max_pool2d, nn.AvgPool2d: F.avg_pool2d,
-    nn.AdaptiveAvgPool2d: F.adaptive_avg_pool2d, nn.AdaptiveMaxPool2d: F.adaptive_max_pool2d,
+    nn.ReLU: F.relu,
+    nn.ReLU6: F.relu6,
+    nn.LeakyReLU: F.leaky_relu,
+    nn.ELU: F.elu,
+    nn.CELU: F.celu,
+    nn.SELU: F.selu,
+    nn.GELU: F.gelu,
+    nn.SiLU: F.silu,
+    nn.Mish: F.mish,
+    nn.Hardswish: F.hardswish,
+    nn.Hardsigmoid: F.hardsigmoid,
+    nn.Hardtanh: F.hardtanh,
+    nn.Softplus: F.softplus,
+    nn.Softsign: F.softsign,
+    nn.Sigmoid: torch.sigmoid,
+    nn.Tanh: torch.tanh,
+    nn.MaxPool2d: F.max_pool2d,
+    nn.AvgPool2d: F.avg_pool2d,
+    nn.AdaptiveAvgPool2d: F.adaptive_avg_pool2d,
+    nn.AdaptiveMaxPool2d: F.adaptive_max_pool2d,
     nn.Upsample: F.interpolate,
 }
 _BY_NAME = {f.__name__: f for f in (*ELEMENTWISE, *SPATIAL)}
@@ -112,8 +142,9 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if not _of_torch(f.filename)][1:]
         at = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else "an unknown line"
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {error} (at {at}). Control flow must "
-                                    "not depend on the data") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be traced: {error} (at {at}). Control flow must not depend on the data"
+        ) from error
     builder = _Builder(model, x)
     with torch.no_grad():
         for node in graph.nodes:
@@ -122,8 +153,10 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
     result = builder.tensors[builder.output]
     near = 1e-4 * float(expected.abs().max())
     if result.shape != expected.shape or not torch.allclose(result, expected, 1e-3, near, equal_nan=True):
-        raise UnsupportedModelError(f"{type(model).__name__} computes something else than its operations in a row: "
-                                    "a tensor is changed in place while another name refers to it, or a hook acts")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes something else than its operations in a row: "
+            "a tensor is changed in place while another name refers to it, or a hook acts"
+        )
     return builder.finish()
 
 
@@ -132,23 +165,29 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     for path, module in model.named_modules():
         if module.training:
-            raise ValueError(f"model must be in evaluation mode, but {path or 'it'} is in training mode: call "
-                             "model.eval()")
+            raise ValueError(
+                f"model must be in evaluation mode, but {path or 'it'} is in training mode: call model.eval()"
+            )
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"example_input must be a floating-point tensor, got "
-                        f"{x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        raise TypeError(
+            f"example_input must be a floating-point tensor, got "
+            f"{x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
     if x.dim() < 2 or x.shape[0] < 1:
         raise ValueError(f"example_input must have shape [N, C, ...] with N >= 1, got {list(x.shape)}")
     seen: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dtype != x.dtype or parameter.device != x.device:
-            raise TypeError(f"example_input must be {parameter.dtype} on {parameter.device} as {path} is, got "
-                            f"{x.dtype} on {x.device}")
+            raise TypeError(
+                f"example_input must be {parameter.dtype} on {parameter.device} as {path} is, got "
+                f"{x.dtype} on {x.device}"
+            )
         if parameter.numel() and not all(bool(v.isfinite()) for v in parameter.detach().aminmax()):
             raise ValueError(f"{path} holds values that are not finite")
         if seen.setdefault(id(parameter), path) != path:
-            raise UnsupportedModelError(f"{path} and {seen[id(parameter)]} are the same tensor: shared weights are not "
-                                        "supported")
+            raise UnsupportedModelError(
+                f"{path} and {seen[id(parameter)]} are the same tensor: shared weights are not supported"
+            )
     return x[:1].detach()
 
 
@@ -306,8 +345,9 @@ class _Builder:
 
     def refuse(self, node: fx.Node, what: str) -> NoReturn:
         scope, line = self.scope(node), _line(node)
-        raise UnsupportedModelError(f"{what} is not supported"
-                                    + (f", in {scope}" if scope else "") + (f" ({line})" if line else ""))
+        raise UnsupportedModelError(
+            f"{what} is not supported" + (f", in {scope}" if scope else "") + (f" ({line})" if line else "")
+        )
 
     def scope(self, node: fx.Node) -> str:
         stack = [entry[0] for entry in node.meta.get("nn_module_stack", {}).values()]
@@ -315,17 +355,37 @@ class _Builder:
             stack = [path for path in stack if path != node.target]
         return stack[-1] if stack else ""
 
-    def op(self, node: fx.Node, kind: Kind, inputs: list[int], channels: np.ndarray, *,
-           module: nn.Module | None = None, function: Callable[..., Tensor] | None = None, fixed: bool = False,
-           **attributes: Any) -> _Ref:
+    def op(
+        self,
+        node: fx.Node,
+        kind: Kind,
+        inputs: list[int],
+        channels: np.ndarray,
+        *,
+        module: nn.Module | None = None,
+        function: Callable[..., Tensor] | None = None,
+        fixed: bool = False,
+        **attributes: Any,
+    ) -> _Ref:
         name = str(node.target) if node.op == "call_module" else node.name
-        made = Op(kind, name, tuple(inputs), len(self.names), module, function, attributes, self.scope(node),
-                  _line(node), fixed)
+        made = Op(
+            kind,
+            name,
+            tuple(inputs),
+            len(self.names),
+            module,
+            function,
+            attributes,
+            self.scope(node),
+            _line(node),
+            fixed,
+        )
         try:
             result = made.run(*(self.tensors[i] for i in inputs))
         except Exception as error:
-            raise ValueError(f"example_input of shape {list(self.example.shape)} does not fit: {name} fails with "
-                             f"{error}") from error
+            raise ValueError(
+                f"example_input of shape {list(self.example.shape)} does not fit: {name} fails with {error}"
+            ) from error
         self.ops.append(made)
         return self.value(name, result, channels)
 
@@ -396,8 +456,9 @@ class _Builder:
             arguments["stride"] = arguments["kernel_size"] if stride is None else stride
         return self.each(node, "elementwise" if f in ELEMENTWISE else "spatial", f, a, inplace, **arguments)
 
-    def each(self, node: fx.Node, kind: Kind, f: Callable[..., Tensor], a: _Ref, inplace: bool = False,
-             **attributes: Any) -> _Ref:
+    def each(
+        self, node: fx.Node, kind: Kind, f: Callable[..., Tensor], a: _Ref, inplace: bool = False, **attributes: Any
+    ) -> _Ref:
         """Every channel by itself."""
         x, channels = self.tensors[a.value], self.channels[a.value]
         if kind == "spatial" and x.dim() < 3:
@@ -420,8 +481,9 @@ class _Builder:
         channels = self.channels[a.value]
         if np.array_equal(index, np.arange(len(channels))):
             return a
-        return self.op(node, "take", [a.value], channels[index], function=take_channels, fixed=True,
-                       index=tuple(index.tolist()))
+        return self.op(
+            node, "take", [a.value], channels[index], function=take_channels, fixed=True, index=tuple(index.tolist())
+        )
 
     # calls of functions and methods
 
@@ -493,8 +555,9 @@ class _Builder:
     def call_contiguous(self, node: fx.Node, a: _Ref, memory_format: Any = None) -> _Ref:
         return a
 
-    def call_dropout(self, node: fx.Node, a: _Ref, p: float = 0.5, training: bool = True,
-                     inplace: bool = False) -> _Ref:
+    def call_dropout(
+        self, node: fx.Node, a: _Ref, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> _Ref:
         if training:
             self.refuse(node, "dropout that is active in evaluation mode (give it training=self.training)")
         return a
@@ -567,14 +630,22 @@ class _Builder:
         if shape == x.shape:
             return a
         if shape[:2] == x.shape[:2]:
-            return self.op(node, "spatial", [a.value], channels, function=reshape_positions, fixed=fixed,
-                           sizes=tuple(shape[2:]))
+            return self.op(
+                node, "spatial", [a.value], channels, function=reshape_positions, fixed=fixed, sizes=tuple(shape[2:])
+            )
         if len(shape) == 2 and shape[0] == x.shape[0]:
-            return self.op(node, "flatten", [a.value], np.repeat(channels, shape[1] // x.shape[1]),
-                           function=torch.flatten, fixed=fixed, start_dim=1)
+            return self.op(
+                node,
+                "flatten",
+                [a.value],
+                np.repeat(channels, shape[1] // x.shape[1]),
+                function=torch.flatten,
+                fixed=fixed,
+                start_dim=1,
+            )
         dims = len(shape) - x.dim() + 1
-        if dims > 1 and shape[0] == x.shape[0] and shape[dims + 1:] == x.shape[2:]:
-            return _Split(a.value, np.arange(x.shape[1]).reshape(shape[1:dims + 1]))
+        if dims > 1 and shape[0] == x.shape[0] and shape[dims + 1 :] == x.shape[2:]:
+            return _Split(a.value, np.arange(x.shape[1]).reshape(shape[1 : dims + 1]))
         self.refuse(node, f"{node.name} of {list(x.shape)} to {list(shape)}")
 
     def call_expand_as(self, node: fx.Node, a: _Ref, other: _Ref) -> _Ref:
@@ -595,8 +666,9 @@ class _Builder:
             self.refuse(node, f"chunk of {self.tensors[a.value].shape[1]} channels into {chunks}")
         return out
 
-    def call_split(self, node: fx.Node, a: _Ref, split_size: Any = None, dim: int = 0, *,
-                   split_size_or_sections: Any = None) -> tuple[_Ref, ...]:
+    def call_split(
+        self, node: fx.Node, a: _Ref, split_size: Any = None, dim: int = 0, *, split_size_or_sections: Any = None
+    ) -> tuple[_Ref, ...]:
         return self.cut(node, a, dim, lambda c: c.split(split_size_or_sections if split_size is None else split_size))
 
     def cut(self, node: fx.Node, a: _Ref, dim: int, pieces: Callable[[Tensor], Sequence[Tensor]]) -> tuple[_Ref, ...]:
@@ -623,8 +695,8 @@ class _Builder:
             else:
                 order[list(args)] = order[list(args[::-1])]
             where = order.tolist()
-            if where[:1] == [0] and where[dims + 1:] == list(range(dims + 1, seen.dim())):
-                return _Split(a.value, a.index.transpose([d - 1 for d in where[1:dims + 1]]))
+            if where[:1] == [0] and where[dims + 1 :] == list(range(dims + 1, seen.dim())):
+                return _Split(a.value, a.index.transpose([d - 1 for d in where[1 : dims + 1]]))
         elif name in ("view", "reshape", "flatten"):
             if getattr(seen, name)(*args).shape == (1, a.index.size, *positions):
                 return self.take(node, _Ref(a.value), a.index.reshape(-1))
@@ -636,7 +708,7 @@ class _Builder:
         index = list(index) if isinstance(index, tuple) else [index]
         if Ellipsis in index:
             at = index.index(Ellipsis)
-            index[at: at + 1] = [slice(None)] * (self.tensors[a.value].dim() - len(index) + 1)
+            index[at : at + 1] = [slice(None)] * (self.tensors[a.value].dim() - len(index) + 1)
         if index[:1] == [slice(None)] and len(index) > 1 and isinstance(index[1], slice):
             a = self.take(node, a, np.arange(self.tensors[a.value].shape[1])[index[1]])
             index[1] = slice(None)
@@ -649,16 +721,24 @@ class _Builder:
     def call_pad(self, node: fx.Node, a: _Ref, pad: Any, mode: str = "constant", value: float | None = None) -> _Ref:
         dims = self.tensors[a.value].dim()
         ends = (*pad, *(0,) * (2 * dims - len(pad)))  # of the last dimension, the one before, ...
-        before, after = ends[2 * dims - 4: 2 * dims - 2]
-        if any(ends[2 * dims - 2:]):
+        before, after = ends[2 * dims - 4 : 2 * dims - 2]
+        if any(ends[2 * dims - 2 :]):
             self.refuse(node, "padding of the batch")
         if not before and not after:
             return self.each(node, "spatial", F.pad, a, pad=tuple(pad), mode=mode, value=value)
         if any(ends[: 2 * dims - 4]) or mode != "constant" or value or min(before, after) < 0:
             self.refuse(node, f"padding of channels with {pad}, mode={mode!r}, value={value},")
         zeros = [np.full(n, ZERO) for n in (before, after)]
-        return self.op(node, "pad", [a.value], np.concatenate((zeros[0], self.channels[a.value], zeros[1])),
-                       function=pad_channels, fixed=True, before=before, after=after)
+        return self.op(
+            node,
+            "pad",
+            [a.value],
+            np.concatenate((zeros[0], self.channels[a.value], zeros[1])),
+            function=pad_channels,
+            fixed=True,
+            before=before,
+            after=after,
+        )
 
     def call_softmax(self, node: fx.Node, a: _Ref, dim: int | None = None, **other: Any) -> _Ref:
         return self.softmax(node, F.softmax, a, dim)

@@ -171,21 +171,27 @@ def summary(section: Comparison) -> str:
     first = rows[0].runs[0]
     dense = statistics.mean({run.seed: run.dense["test"] for row in rows for run in row.runs}.values())
     if first.content["score"] == "accuracy":
-        out.append(f"The full network reaches {dense:.2f} % on the test part with {first.dense['parameters']:,} "
-                   f"parameters and {first.dense['macs'] / 1e6:,.2f} M multiply-adds per image.")
+        out.append(
+            f"The full network reaches {dense:.2f} % on the test part with {first.dense['parameters']:,} "
+            f"parameters and {first.dense['macs'] / 1e6:,.2f} M multiply-adds per image."
+        )
     else:
-        out.append("Scores are the share of images for which the smaller network's class is the full network's, which "
-                   f"has {first.dense['parameters']:,} parameters and {first.dense['macs'] / 1e6:,.2f} M multiply-adds "
-                   "per image.")
+        out.append(
+            "Scores are the share of images for which the smaller network's class is the full network's, which "
+            f"has {first.dense['parameters']:,} parameters and {first.dense['macs'] / 1e6:,.2f} M multiply-adds "
+            "per image."
+        )
     best = max(rows, key=lambda row: row.test.mean)
     gains = {cost: statistics.mean(1 / run.left(cost) for run in best.runs) for cost in ("parameters", "macs")}
     faster = [statistics.mean(run.faster(batch) for run in best.runs) for batch in ("1", "64")]
     n = len(best.runs)
     how = "a single seed" if n == 1 else f"mean and 95 % interval of {n} seeds"
     what = f"Best of {len(rows)} methods is {best.label}, with" if len(rows) > 1 else "The smaller one reaches"
-    out.append(f"{what} {best.test} % ({how}), with {gains['parameters']:.2f}x fewer parameters and "
-               f"{gains['macs']:.2f}x fewer multiply-adds; it is {faster[0]:.2f}x faster for one image and "
-               f"{faster[1]:.2f}x for 64.")
+    out.append(
+        f"{what} {best.test} % ({how}), with {gains['parameters']:.2f}x fewer parameters and "
+        f"{gains['macs']:.2f}x fewer multiply-adds; it is {faster[0]:.2f}x faster for one image and "
+        f"{faster[1]:.2f}x for 64."
+    )
     if len(rows) > 1:
         unlike = [row.label for row in rows if row is not best and row.test.overlaps(best.test) is False]
         near = [row.label for row in rows if row is not best and row.test.overlaps(best.test)]
@@ -207,13 +213,31 @@ def tables(section: Comparison) -> Iterator[str]:
 
 def _methods(section: Comparison) -> Iterator[str]:
     tuned = section.tuned
-    yield _head("", *([f"{section.score}, %"] if not tuned else ["recalibrated, %", "fine-tuned, %"]), "validation, %",
-                "seeds", "parameters, %", "MACs, %", "faster, 1 / 64 images", "evaluations", "search, s")
+    yield _head(
+        "",
+        *([f"{section.score}, %"] if not tuned else ["recalibrated, %", "fine-tuned, %"]),
+        "validation, %",
+        "seeds",
+        "parameters, %",
+        "MACs, %",
+        "faster, 1 / 64 images",
+        "evaluations",
+        "search, s",
+    )
     dense = list({run.seed: run.dense for row in section.done for run in row.runs}.values())
     test = str(Estimate.of([d["test"] for d in dense]))
-    yield _line("teacher", "full network", *([test, test] if tuned else [test]),
-                str(Estimate.of([d["val"] for d in dense])), str(len(dense)), f"{dense[0]['parameters']:,}",
-                f"{dense[0]['macs'] / 1e6:,.2f} M", "", "", "")
+    yield _line(
+        "teacher",
+        "full network",
+        *([test, test] if tuned else [test]),
+        str(Estimate.of([d["val"] for d in dense])),
+        str(len(dense)),
+        f"{dense[0]['parameters']:,}",
+        f"{dense[0]['macs'] / 1e6:,.2f} M",
+        "",
+        "",
+        "",
+    )
     best = max(section.done, key=lambda row: row.test.mean)
     for row in section.rows:
         n = len(row.runs)
@@ -222,35 +246,55 @@ def _methods(section: Comparison) -> Iterator[str]:
             continue
         seeds = f"{n} of {row.planned}" if row.planned is not None and n < row.planned else str(n)
         mean = {cost: statistics.mean(100 * run.left(cost) for run in row.runs) for cost in COSTS}
-        yield _line("best" if row is best else "", row.label,
-                    *([str(row.untrained), str(row.test)] if tuned else [str(row.test)]),
-                    str(Estimate.of([run.small["val"] for run in row.runs])), seeds, f"{mean['parameters']:.1f}",
-                    f"{mean['macs']:.1f}",
-                    " / ".join(f"{statistics.mean(r.faster(b) for r in row.runs):.2f}x" for b in ("1", "64")),
-                    f"{statistics.mean(run.search['evaluations'] for run in row.runs):,.0f}",
-                    short(statistics.mean(run.search["seconds"] for run in row.runs)))
+        yield _line(
+            "best" if row is best else "",
+            row.label,
+            *([str(row.untrained), str(row.test)] if tuned else [str(row.test)]),
+            str(Estimate.of([run.small["val"] for run in row.runs])),
+            seeds,
+            f"{mean['parameters']:.1f}",
+            f"{mean['macs']:.1f}",
+            " / ".join(f"{statistics.mean(r.faster(b) for r in row.runs):.2f}x" for b in ("1", "64")),
+            f"{statistics.mean(run.search['evaluations'] for run in row.runs):,.0f}",
+            short(statistics.mean(run.search["seconds"] for run in row.runs)),
+        )
     yield "</tbody></table></div>"
-    yield ('<p class="small">Mean ± half the 95 % interval of the mean (Student\'s t over seeds); bold: the best. '
-           "Parameters and MACs: what is left of the full network's. Faster: the full network's measured latency over "
-           "the smaller one's. Evaluations: different networks that the search looked at, on images apart from those "
-           "of validation and test.</p>")
+    yield (
+        '<p class="small">Mean ± half the 95 % interval of the mean (Student\'s t over seeds); bold: the best. '
+        "Parameters and MACs: what is left of the full network's. Faster: the full network's measured latency over "
+        "the smaller one's. Evaluations: different networks that the search looked at, on images apart from those "
+        "of validation and test.</p>"
+    )
 
 
 def _stages(method: Method) -> Iterator[str]:
     """Before and after: means over seeds."""
     runs, first = method.runs, method.runs[0]
     agreement = first.content["score"] == "agreement"
-    yield _head("network", "agreement, %" if agreement else "test, %", "validation, %", "parameters", "MACs, M",
-                "file, kB", "latency, ms, 1 / 64 images", "peak memory, MB, 1 / 64")
+    yield _head(
+        "network",
+        "agreement, %" if agreement else "test, %",
+        "validation, %",
+        "parameters",
+        "MACs, M",
+        "file, kB",
+        "latency, ms, 1 / 64 images",
+        "peak memory, MB, 1 / 64",
+    )
 
     def costs(network: str, digits: int = 2) -> list[str]:
         own = [run.content[network] for run in runs]
-        out = [f"{statistics.mean(x['parameters'] for x in own):,.0f}" if "parameters" in own[0] else "",
-               f"{statistics.mean(x['macs'] for x in own) / 1e6:,.2f}" if "macs" in own[0] else "",
-               f"{statistics.mean(x['bytes'] for x in own) / 1000:,.0f}"]
+        out = [
+            f"{statistics.mean(x['parameters'] for x in own):,.0f}" if "parameters" in own[0] else "",
+            f"{statistics.mean(x['macs'] for x in own) / 1e6:,.2f}" if "macs" in own[0] else "",
+            f"{statistics.mean(x['bytes'] for x in own) / 1000:,.0f}",
+        ]
         for key in ("latency_ms", "peak_memory_mb"):
-            out.append(" / ".join(f"{statistics.median(x[key][b] for x in own):.{digits}f}" for b in ("1", "64"))
-                       if key in own[0] else "")
+            out.append(
+                " / ".join(f"{statistics.median(x[key][b] for x in own):.{digits}f}" for b in ("1", "64"))
+                if key in own[0]
+                else ""
+            )
         return out
 
     def scores(of: list[dict[str, Any]]) -> list[str]:
@@ -260,20 +304,27 @@ def _stages(method: Method) -> Iterator[str]:
     stages = list(first.small["stages"])
     for stage in stages:
         own = costs("compact") if stage == stages[-1] else [""] * 5
-        yield _line("best" if stage == stages[-1] else "", STAGES.get(stage, stage),
-                    *scores([run.small["stages"][stage] for run in runs]), *own)
+        yield _line(
+            "best" if stage == stages[-1] else "",
+            STAGES.get(stage, stage),
+            *scores([run.small["stages"][stage] for run in runs]),
+            *own,
+        )
     if all(run.content.get("int8") for run in runs):
         yield _line("", "int8, onnxruntime", *scores([run.content["int8"] for run in runs]), *costs("int8"))
     gains = [f"{statistics.mean(1 / run.left(cost) for run in runs):.2f}x" for cost in COSTS]
     faster = " / ".join(f"{statistics.mean(run.faster(b) for run in runs):.2f}x" for b in ("1", "64"))
     memory = " / ".join(
         f"{statistics.mean(run.dense['peak_memory_mb'][b] / run.small['peak_memory_mb'][b] for run in runs):.2f}x"
-        for b in ("1", "64"))
+        for b in ("1", "64")
+    )
     yield _line("", "less, or faster", "", "", *gains, faster, memory)
     yield "</tbody></table></div>"
-    yield ('<p class="small">Scores: mean ± half the 95 % interval over seeds. Latency: medians of forward passes, the '
-           "full and the smaller network in turn. File: weights and statistics in safetensors; of int8 the ONNX "
-           "file. Peak memory: of the results of operations that are alive at once.</p>")
+    yield (
+        '<p class="small">Scores: mean ± half the 95 % interval over seeds. Latency: medians of forward passes, the '
+        "full and the smaller network in turn. File: weights and statistics in safetensors; of int8 the ONNX "
+        "file. Peak memory: of the results of operations that are alive at once.</p>"
+    )
 
 
 def _head(*headings: str) -> str:
@@ -317,12 +368,16 @@ def _compared(section: Comparison, styles: dict[str, dict[str, Any]]) -> Made:
         for k, run in enumerate(row.runs):
             front, full = run.search["front"], run.search["full_cost"]
             order = sorted(range(len(front["cost"])), key=lambda i: front["cost"][i])
-            x, y = ([(100 * v[i] / (full if key == "cost" else 1)) for i in order]
-                    for key, v in (("cost", front["cost"]), ("quality", front["quality"])))
-            left.plot(x, y, marker=marker, markersize=3, alpha=0.8, label=row.label if k == 0 else None, linewidth=1,
-                      **style)
-            right.plot([100 * run.left("macs")], [run.small["test"]], marker, markersize=4, alpha=0.8,
-                       color=style["color"])
+            x, y = (
+                [(100 * v[i] / (full if key == "cost" else 1)) for i in order]
+                for key, v in (("cost", front["cost"]), ("quality", front["quality"]))
+            )
+            left.plot(
+                x, y, marker=marker, markersize=3, alpha=0.8, label=row.label if k == 0 else None, linewidth=1, **style
+            )
+            right.plot(
+                [100 * run.left("macs")], [run.small["test"]], marker, markersize=4, alpha=0.8, color=style["color"]
+            )
     first = section.done[0].runs[0]
     left.set_xlabel(f"{_cost(first)} left (%)")
     left.set_ylabel(f"{first.search['quality']} on the fitness images (%)")
@@ -331,8 +386,14 @@ def _compared(section: Comparison, styles: dict[str, dict[str, Any]]) -> Made:
     for run in (run for row in section.done for run in row.runs):
         right.axhline(run.dense["test"], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
     figure.legend(loc="outside upper left", ncols=4, handlelength=1.5)
-    return figure, ("Left: the fronts that were found, a line per seed. Right: the networks that were taken, as they "
-                    "are at the end, a mark per seed; dashed: the full network."), {}
+    return (
+        figure,
+        (
+            "Left: the fronts that were found, a line per seed. Right: the networks that were taken, as they "
+            "are at the end, a mark per seed; dashed: the full network."
+        ),
+        {},
+    )
 
 
 def _cost(run: Compressed) -> str:
@@ -348,32 +409,56 @@ def _front(run: Compressed, whose: str) -> Made:
     accuracy = search["quality"] in ("accuracy", "agreement")
     scale = 100 if accuracy else 1
     quality = [scale * q for q in own["quality"]]
-    texts = [f"{name}: {search['quality']} {q:.4g}{' %' if accuracy else ''}, {c:.1f} % of the {_cost(run)}"
-             for name, q, c in zip(own["id"], quality, cost, strict=True)]
+    texts = [
+        f"{name}: {search['quality']} {q:.4g}{' %' if accuracy else ''}, {c:.1f} % of the {_cost(run)}"
+        for name, q, c in zip(own["id"], quality, cost, strict=True)
+    ]
     ax.scatter(cost, quality, s=9, color=BLUE, alpha=0.45, linewidths=0, label="individuals", gid="individuals")
     front = sorted(zip(search["front"]["cost"], search["front"]["quality"], strict=True))
-    ax.plot([100 * c / full for c, _ in front], [scale * q for _, q in front], color=BLUE, linewidth=1.2,
-            label="front")
+    ax.plot([100 * c / full for c, _ in front], [scale * q for _, q in front], color=BLUE, linewidth=1.2, label="front")
     if tested := search["front"].get("test"):  # older records have none
         points = sorted(zip(search["front"]["cost"], tested, strict=True))
-        ax.plot([100 * c / full for c, _ in points], [scale * q for _, q in points], color=BLUE, linewidth=1,
-                linestyle=(0, (3, 2)), label="front, on test images")
+        ax.plot(
+            [100 * c / full for c, _ in points],
+            [scale * q for _, q in points],
+            color=BLUE,
+            linewidth=1,
+            linestyle=(0, (3, 2)),
+            label="front, on test images",
+        )
     ladder = sorted(zip(search["l1"]["cost"], search["l1"]["quality"], strict=True))
-    ax.plot([100 * c / full for c, _ in ladder], [scale * q for _, q in ladder], color=GREY, marker="s", markersize=3,
-            linewidth=1, label="uniform L1")
+    ax.plot(
+        [100 * c / full for c, _ in ladder],
+        [scale * q for _, q in ladder],
+        color=GREY,
+        marker="s",
+        markersize=3,
+        linewidth=1,
+        label="uniform L1",
+    )
     ax.plot([100], [scale * search["full_quality"]], "D", color="#1b1b1e", markersize=5, label="full network")
     at = own["id"].index(search["chosen"]) if search["chosen"] in own["id"] else None
     if at is not None:
-        ax.plot([cost[at]], [quality[at]], "o", markersize=9, markerfacecolor="none", markeredgecolor=RED,
-                markeredgewidth=1.8, label="taken")
+        ax.plot(
+            [cost[at]],
+            [quality[at]],
+            "o",
+            markersize=9,
+            markerfacecolor="none",
+            markeredgecolor=RED,
+            markeredgewidth=1.8,
+            label="taken",
+        )
     ax.set_xlabel(f"{_cost(run)} left (%)")
     ax.set_ylabel(f"{search['quality']} on the fitness images" + (" (%)" if accuracy else ""))
     ax.set_xlim(0, 103)
     ax.legend(loc="lower right")
-    caption = (f"{whose}: {len(cost):,} networks that were evaluated, those that no other one beats in both"
-               + (", these also on test images, where selection does not flatter them" if tested else "")
-               + ", and the same share of every layer's filters by their L1 norm. On the page, a disc tells its mask's "
-               "name.")
+    caption = (
+        f"{whose}: {len(cost):,} networks that were evaluated, those that no other one beats in both"
+        + (", these also on test images, where selection does not flatter them" if tested else "")
+        + ", and the same share of every layer's filters by their L1 norm. On the page, a disc tells its mask's "
+        "name."
+    )
     return figure, caption, {"individuals": texts}
 
 
@@ -396,8 +481,14 @@ def _convergence(run: Compressed, whose: str) -> Made:
         axes[2].set_ylabel("hypervolume")
     for ax in axes:
         ax.set_xlabel("generation")
-    return figure, (f"{whose}. Diversity: how likely two individuals of a generation differ in a filter."
-                    + (" Hypervolume: of all that no other individual beats." if panels == 3 else "")), {}
+    return (
+        figure,
+        (
+            f"{whose}. Diversity: how likely two individuals of a generation differ in a filter."
+            + (" Hypervolume: of all that no other individual beats." if panels == 3 else "")
+        ),
+        {},
+    )
 
 
 def _masks(run: Compressed, whose: str) -> Made:
@@ -409,8 +500,15 @@ def _masks(run: Compressed, whose: str) -> Made:
         rows.append([int(bit) for bit in bits[:genes]])
     figure = Figure(figsize=(WIDTH, min(5.0, 1.1 + 0.06 * len(rows))))
     ax = figure.subplots()
-    ax.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest",
-              extent=(0, genes, len(rows) + 0.5, 0.5))
+    ax.imshow(
+        rows,
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1.3,
+        interpolation="nearest",
+        extent=(0, genes, len(rows) + 0.5, 0.5),
+    )
     ends = [0]
     for layer in layers:
         ends.append(ends[-1] + layer["size"])
@@ -446,8 +544,14 @@ def _layers(method: Method) -> Made:
     ax.set_xlabel("filters")
     ax.grid(False, axis="y")
     several = f", mean of {len(method.runs)} seeds" if len(method.runs) > 1 else f", seed {method.runs[0].seed}"
-    return figure, (f"{method.label}{several}. Layers that are added to each other keep the same filters and are one "
-                    "row, by the name of the first."), {}
+    return (
+        figure,
+        (
+            f"{method.label}{several}. Layers that are added to each other keep the same filters and are one "
+            "row, by the name of the first."
+        ),
+        {},
+    )
 
 
 def _tuning(section: Comparison, styles: dict[str, dict[str, Any]]) -> Made:

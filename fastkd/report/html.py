@@ -67,8 +67,14 @@ def _page(saved: Saved, pictures: dict[str, list[Picture]]) -> Iterator[str]:
     if saved.notices:
         yield '<div class="notice">' + "".join(f"<p>{escape(notice)}</p>" for notice in saved.notices) + "</div>"
     if len(saved.sections) > 1:
-        yield "<ul>" + "".join(f'<li><a href="#section{i}">{escape(section.title)}</a></li>'
-                               for i, section in enumerate(saved.sections)) + "</ul>"
+        yield (
+            "<ul>"
+            + "".join(
+                f'<li><a href="#section{i}">{escape(section.title)}</a></li>'
+                for i, section in enumerate(saved.sections)
+            )
+            + "</ul>"
+        )
     for i, section in enumerate(saved.sections):
         if len(saved.sections) > 1:
             yield f'<h2 id="section{i}">{escape(section.title)}</h2>'
@@ -97,20 +103,26 @@ def summary(section: Section) -> str:
         sizes = sorted({row.runs[0].student.parameters for row in rows})
         size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
         share = f" ({ratio(networks[0].parameters / sizes[0])} of the teacher's)" if len(sizes) == 1 else ""
-        out.append(f"The teacher reaches {statistics.mean(n.test for n in networks):.2f} % on the test part with "
-                   f"{networks[0].parameters:,} parameters; the students have {size}{share}.")
+        out.append(
+            f"The teacher reaches {statistics.mean(n.test for n in networks):.2f} % on the test part with "
+            f"{networks[0].parameters:,} parameters; the students have {size}{share}."
+        )
     if alone is None:
         out.append(f"{_result(best, 'The best row')}. There is no run of the student alone to compare it with.")
     elif len(rows) == 1:
         out.append(f"{_result(alone, 'The student')}. There is no distilled student to compare it with.")
     elif best is alone:
         second = max((row for row in rows if row is not alone), key=lambda row: row.test.mean)
-        out.append(f"No distilled student is better on average than {alone.label} ({alone.test} %); next is "
-                   f"{second.label} with {second.test} %. {_verdict(second, alone)}")
+        out.append(
+            f"No distilled student is better on average than {alone.label} ({alone.test} %); next is "
+            f"{second.label} with {second.test} %. {_verdict(second, alone)}"
+        )
     else:
         difference = best.test.mean - alone.test.mean
-        out.append(f"{_result(best, f'Best of {len(rows)} rows')}, {difference:.2f} points above {alone.label} "
-                   f"({alone.test} %). {_verdict(best, alone)}")
+        out.append(
+            f"{_result(best, f'Best of {len(rows)} rows')}, {difference:.2f} points above {alone.label} "
+            f"({alone.test} %). {_verdict(best, alone)}"
+        )
         several = [row for row in rows if row.test.half is not None and row is not alone]
         if best.test.half is None and alone.test.half is not None and several:
             sure = max(several, key=lambda row: row.test.mean)
@@ -120,8 +132,11 @@ def summary(section: Section) -> str:
         out.append(f"The interval of {best.label} also overlaps with {_and(near)}.")
     if len(rows) > 1:
         chosen = max(rows, key=lambda row: row.val.mean)
-        out.append(f"{best.label} is also the best by validation score." if chosen is best else
-                   f"By validation score the best is {chosen.label}, with {chosen.test} % on the test part.")
+        out.append(
+            f"{best.label} is also the best by validation score."
+            if chosen is best
+            else f"By validation score the best is {chosen.label}, with {chosen.test} % on the test part."
+        )
     return " ".join(out)
 
 
@@ -135,8 +150,11 @@ def _verdict(a: Row, b: Row) -> str:
     overlap = a.test.overlaps(b.test)
     if overlap is None:
         return "With a single seed there is no interval, so nothing can be said about chance."
-    return ("The two 95 % intervals overlap: the difference may be chance." if overlap else
-            "The two 95 % intervals are separated.")
+    return (
+        "The two 95 % intervals overlap: the difference may be chance."
+        if overlap
+        else "The two 95 % intervals are separated."
+    )
 
 
 def _and(names: list[str]) -> str:
@@ -144,26 +162,49 @@ def _and(names: list[str]) -> str:
 
 
 def _table(section: Section) -> Iterator[str]:
-    headings = ("", "test,&nbsp;%", "validation,&nbsp;%", "seeds", "parameters", "MACs,&nbsp;M", "latency,&nbsp;ms",
-                "peak memory,&nbsp;MB", "training,&nbsp;s")
+    headings = (
+        "",
+        "test,&nbsp;%",
+        "validation,&nbsp;%",
+        "seeds",
+        "parameters",
+        "MACs,&nbsp;M",
+        "latency,&nbsp;ms",
+        "peak memory,&nbsp;MB",
+        "training,&nbsp;s",
+    )
     yield '<div class="wide"><table><thead><tr>' + "".join(f"<th>{h}</th>" for h in headings) + "</tr></thead><tbody>"
     for label, networks in section.teachers().items():
-        yield _cells("teacher", label, f"{statistics.mean(n.test for n in networks):.2f}",
-                     f"{statistics.mean(n.val for n in networks):.2f}", str(len(networks)), *_costs(networks))
+        yield _cells(
+            "teacher",
+            label,
+            f"{statistics.mean(n.test for n in networks):.2f}",
+            f"{statistics.mean(n.val for n in networks):.2f}",
+            str(len(networks)),
+            *_costs(networks),
+        )
     for row in section.rows:
         if not row.runs:
             yield _cells("", row.label, "not yet run", "", f"0 of {row.planned}", *[""] * 5)
             continue
         n = len(row.runs)
         seeds = f"{n} of {row.planned}" if row.planned is not None and n < row.planned else str(n)
-        yield _cells("best" if row is section.best else "", row.label, str(row.test), str(row.val), seeds,
-                     *_costs([run.student for run in row.runs]))
+        yield _cells(
+            "best" if row is section.best else "",
+            row.label,
+            str(row.test),
+            str(row.val),
+            seeds,
+            *_costs([run.student for run in row.runs]),
+        )
     yield "</tbody></table></div>"
-    yield ('<p class="small">Mean ± half the 95 % interval of the mean (Student\'s t over seeds); bold: the best '
-           "student. Scores are accuracy, or micro-F1 where nodes have several labels, at the epoch best on the "
-           "validation part. MACs and latency are of a forward pass over one batch of the test part, medians over "
-           "seeds; MACs count dense products and convolutions alone. Peak memory is the largest of training, beyond "
-           "what the process held before. Training seconds are a mean.</p>")
+    yield (
+        '<p class="small">Mean ± half the 95 % interval of the mean (Student\'s t over seeds); bold: the best '
+        "student. Scores are accuracy, or micro-F1 where nodes have several labels, at the epoch best on the "
+        "validation part. MACs and latency are of a forward pass over one batch of the test part, medians over "
+        "seeds; MACs count dense products and convolutions alone. Peak memory is the largest of training, beyond "
+        "what the process held before. Training seconds are a mean.</p>"
+    )
 
 
 def _cells(kind: str, *values: str) -> str:
@@ -172,15 +213,21 @@ def _cells(kind: str, *values: str) -> str:
 
 def _costs(networks: list[Network]) -> list[str]:
     peaks = [n.peak_memory_mb for n in networks if n.peak_memory_mb is not None]
-    measured = [median(networks, "mmacs"), median(networks, "latency_ms"), max(peaks) if peaks else None,
-                statistics.mean(n.seconds for n in networks)]
+    measured = [
+        median(networks, "mmacs"),
+        median(networks, "latency_ms"),
+        max(peaks) if peaks else None,
+        statistics.mean(n.seconds for n in networks),
+    ]
     return [f"{networks[0].parameters:,}", *("–" if value is None else short(value) for value in measured)]
 
 
 def _figure(picture: Picture) -> Iterator[str]:
-    yield (f'<h3>{escape(picture.title)}</h3>\n<figure><div class="wide{" paper" if picture.on_paper else ""}">'
-           f"{picture.svg}</div>\n<figcaption>{escape(picture.caption)} "
-           f"<code>pictures/{escape(picture.name)}.png</code></figcaption></figure>")
+    yield (
+        f'<h3>{escape(picture.title)}</h3>\n<figure><div class="wide{" paper" if picture.on_paper else ""}">'
+        f"{picture.svg}</div>\n<figcaption>{escape(picture.caption)} "
+        f"<code>pictures/{escape(picture.name)}.png</code></figcaption></figure>"
+    )
 
 
 def _configuration(section: Section | Comparison) -> Iterator[str]:

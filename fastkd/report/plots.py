@@ -30,12 +30,32 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 WIDTH = 7.0  # inches: a page's text width
 SETTINGS: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "lines.linewidth": 1.4,
-    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.5, "axes.axisbelow": True,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.titlelocation": "left", "figure.constrained_layout.use": True, "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.4,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlelocation": "left",
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "path",
 }
 
 Style = dict[str, Any]
@@ -87,8 +107,16 @@ def draw(section: Section | Comparison, styles: dict[str, Style], prefix: str = 
         for name, title, (figure, caption, texts) in _made(section, styles):
             # Ids of clip paths are unique on the page and the same in every run.
             matplotlib.rcParams["svg.hashsalt"] = prefix + name
-            out.append(Picture(prefix + name, title, caption, _svg(figure, title, texts), _png(figure),
-                               on_paper=name in ("features", "masks")))
+            out.append(
+                Picture(
+                    prefix + name,
+                    title,
+                    caption,
+                    _svg(figure, title, texts),
+                    _png(figure),
+                    on_paper=name in ("features", "masks"),
+                )
+            )
     return out
 
 
@@ -96,12 +124,14 @@ def _made(section: Section | Comparison, styles: dict[str, Style]) -> Iterator[t
     if isinstance(section, Comparison):
         yield from pictures(section, styles)
         return
-    for name, title, make in (("validation", "Validation score over training", _validation),
-                              ("losses", "Training losses", _losses),
-                              ("lsp", "Local structure preserving loss per layer", _lsp),
-                              ("scores", "Test scores, seed by seed", _scores),
-                              ("features", "Distances between features on one shape", _features),
-                              ("cost", "Cost of a forward pass", _cost)):
+    for name, title, make in (
+        ("validation", "Validation score over training", _validation),
+        ("losses", "Training losses", _losses),
+        ("lsp", "Local structure preserving loss per layer", _lsp),
+        ("scores", "Test scores, seed by seed", _scores),
+        ("features", "Distances between features on one shape", _features),
+        ("cost", "Cost of a forward pass", _cost),
+    ):
         made = make(section, styles)
         if made is not None:
             yield name, title, (*made, {})
@@ -122,7 +152,7 @@ def _svg(figure: Figure, title: str, texts: dict[str, list[str]]) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' id="(?:figure|axes|axis|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
     for gid, said in texts.items():
@@ -138,8 +168,9 @@ def _told(text: str, gid: str, said: Iterator[str]) -> str:
     """Every point of the group gets a title, which a browser shows when it is hovered over."""
     start = text.index(f'<g id="{gid}">')
     end = text.index("</g>\n   </g>", start) if "</g>\n   </g>" in text[start:] else text.index("</g>", start)
-    points = re.sub(r"(<use [^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(said))}</title></use>",
-                    text[start:end])
+    points = re.sub(
+        r"(<use [^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(said))}</title></use>", text[start:end]
+    )
     return text[:start] + points.replace(f' id="{gid}"', "") + text[end:]
 
 
@@ -165,8 +196,9 @@ def _curves(rows: list[Row], value: Value) -> list[_Curve]:
     """Of the rows that have the value."""
     out = []
     for row in rows:
-        series = [{look["epoch"]: y for look in run.student.history if (y := value(look)) is not None}
-                  for run in row.runs]
+        series = [
+            {look["epoch"]: y for look in run.student.history if (y := value(look)) is not None} for run in row.runs
+        ]
         series = [s for s in series if s]
         if epochs := sorted(set.intersection(*map(set, series))) if series else []:
             columns = [[s[epoch] for s in series] for epoch in epochs]
@@ -219,8 +251,14 @@ def _label(ax: Axes, ends: list[End], height: float) -> None:
         if x < last:  # so that what leads to the name is not taken for the line
             ax.plot([x], [y], "o", markersize=3, color=style["color"])
             style = {**style, "linestyle": (0, (1, 3))}
-        ax.annotate("", (x, y), (1.04, place), textcoords="axes fraction", annotation_clip=False,
-                    arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1, **style})
+        ax.annotate(
+            "",
+            (x, y),
+            (1.04, place),
+            textcoords="axes fraction",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 1, **style},
+        )
         ax.text(1.05, place, _name(label), transform=ax.transAxes, va="center", fontsize=8)
 
 
@@ -258,8 +296,13 @@ def _validation(section: Section, styles: dict[str, Style]) -> tuple[Figure, str
     ax = figure.subplots()
     ends = _plot(ax, curves, styles)
     # The rise would take most of the axis: it is made for the second half of training.
-    shown = [y for c in curves for epoch, *values in zip(c.epochs, c.low, c.high, strict=True)
-             if epoch >= c.epochs[-1] / 2 for y in values]
+    shown = [
+        y
+        for c in curves
+        for epoch, *values in zip(c.epochs, c.low, c.high, strict=True)
+        if epoch >= c.epochs[-1] / 2
+        for y in values
+    ]
     style: Style = {"color": INK, "linestyle": (0, (2, 2))}
     last = max(c.epochs[-1] for c in curves)
     for label, networks in section.teachers().items():
@@ -283,8 +326,14 @@ def _validation(section: Section, styles: dict[str, Style]) -> tuple[Figure, str
 
 
 def _losses(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | None:
-    names = dict.fromkeys(name for row in section.done for run in row.runs for look in run.student.history
-                          for name in look["terms"] if not is_lsp(name))
+    names = dict.fromkeys(
+        name
+        for row in section.done
+        for run in row.runs
+        for look in run.student.history
+        for name in look["terms"]
+        if not is_lsp(name)
+    )
     panels = {"task (labels)" if name == "task" else name: _curves(section.done, _term(name)) for name in names}
     panels["weighted sum"] = _curves(section.done, lambda look: look["loss"])
     panels = {name: curves for name, curves in panels.items() if curves}
@@ -298,14 +347,16 @@ def _losses(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | 
         _plot(ax, curves, styles, log=True)
         ax.set_title(name)
         ax.set_xlabel("epoch")
-    for ax in axes.flat[len(panels):]:
+    for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
     for ax in axes[:, 0]:
         ax.set_ylabel("loss")
     figure.align_ylabels()
     _legend(figure, section.done, styles)
-    return figure, (f"{_bands(section.done)} Means over the training batches of an epoch, without weights; last the "
-                    "weighted sum that is minimised" + (", LSP included." if any(r.lsp for r in section.done) else "."))
+    return figure, (
+        f"{_bands(section.done)} Means over the training batches of an epoch, without weights; last the "
+        "weighted sum that is minimised" + (", LSP included." if any(r.lsp for r in section.done) else ".")
+    )
 
 
 def _lsp(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | None:
@@ -328,9 +379,11 @@ def _lsp(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | Non
         _label(ax, ends, height - 0.6)
     axes[-1].set_xlabel("epoch")
     figure.align_ylabels()
-    return figure, (f"{_bands([c.row for curves in layers.values() for c in curves])} Divergence of the student's "
-                    "distribution over a node's neighbours from the teacher's, mean over nodes, without its weight. "
-                    "Rows without this loss have no record of it.")
+    return figure, (
+        f"{_bands([c.row for curves in layers.values() for c in curves])} Divergence of the student's "
+        "distribution over a node's neighbours from the teacher's, mean over nodes, without its weight. "
+        "Rows without this loss have no record of it."
+    )
 
 
 def _term(name: str) -> Value:
@@ -361,8 +414,16 @@ def _scores(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | 
                 continue
             ends.append(network.test)
             ax.axvline(network.test, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-            ax.annotate(label, (network.test, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                        textcoords="offset points", ha="center", va="bottom", fontsize=8)
+            ax.annotate(
+                label,
+                (network.test, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8,
+            )
     ax.set_xlim(min(ends) - 0.05 * reach, max(ends) + 0.05 * reach)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [_name(row.label) for row in rows], fontsize=9)
@@ -401,10 +462,20 @@ def _features(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] 
     figure = Figure(figsize=(side * len(panels), side * min(max(shape, 0.5), 1.3) + 0.95))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, picture, network) in zip(axes, panels, strict=True):
-        scattered = ax.scatter([x[i] for i in order], [y[i] for i in order], c=[picture[network][i] for i in order],
-                               cmap=colors, vmin=0, vmax=1, s=sizes, linewidths=0, rasterized=True)
-        ax.plot([x[at]], [y[at]], "o", markersize=9, markerfacecolor="none", markeredgecolor=PALETTE[1],
-                markeredgewidth=1.8)
+        scattered = ax.scatter(
+            [x[i] for i in order],
+            [y[i] for i in order],
+            c=[picture[network][i] for i in order],
+            cmap=colors,
+            vmin=0,
+            vmax=1,
+            s=sizes,
+            linewidths=0,
+            rasterized=True,
+        )
+        ax.plot(
+            [x[at]], [y[at]], "o", markersize=9, markerfacecolor="none", markeredgecolor=PALETTE[1], markeredgewidth=1.8
+        )
         ax.set_aspect("equal")
         ax.set_axis_off()
         ax.set_title(f"{title}\n{picture.get(f'{network}_layer', '')}".strip(), loc="center")
@@ -412,8 +483,10 @@ def _features(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] 
     bar.set_label("feature distance to the ringed point (1: the farthest)")
     bar.outline.set_visible(False)
     who = " and ".join(f"{row.label} (seed {seed})" for row, _, seed in (c for c in (with_lsp, without) if c))
-    caption = ("One shape of the test part, its points coloured by the distance of their features to those of the "
-               f"ringed point, at the layers named above. Students: {who}.")
+    caption = (
+        "One shape of the test part, its points coloured by the distance of their features to those of the "
+        f"ringed point, at the layers named above. Students: {who}."
+    )
     if len({picture.get("student_layer") for _, picture, network in panels if network == "student"}) > 1:
         caption += " The students' layers are not the same."
     return figure, caption
@@ -431,8 +504,11 @@ def _pictured(rows: list[Row]) -> tuple[Row, dict[str, Any], int] | None:
 def _seen(points: list[list[float]], elevation: float, azimuth: float) -> list[list[float]]:
     """Right, up and towards the eye, of every point, from a direction in degrees (z up, no perspective)."""
     e, a = math.radians(elevation), math.radians(azimuth)
-    axes = ((-math.sin(a), math.cos(a), 0.0), (-math.cos(a) * math.sin(e), -math.sin(a) * math.sin(e), math.cos(e)),
-            (math.cos(a) * math.cos(e), math.sin(a) * math.cos(e), math.sin(e)))
+    axes = (
+        (-math.sin(a), math.cos(a), 0.0),
+        (-math.cos(a) * math.sin(e), -math.sin(a) * math.sin(e), math.cos(e)),
+        (math.cos(a) * math.cos(e), math.sin(a) * math.cos(e), math.sin(e)),
+    )
     return [[sum(u * v for u, v in zip(axis, point, strict=True)) for point in points] for axis in axes]
 
 
@@ -463,10 +539,15 @@ def _cost(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | No
             label += f"\nand {len(rows) - 1} more row{'s' if len(rows) > 2 else ''}"
         color = styles[rows[0].label]["color"] if len(rows) == 1 else GREY
         networks.append((label, color, [run.student for row in rows for run in row.runs]))
-    costs = {"parameters": "parameters", "MACs (M)": "mmacs", "latency (ms)": "latency_ms",
-             "peak memory (MB)": "peak_memory_mb"}
-    quantities = [(name, values) for name, key in costs.items()
-                  if any(values := [median(found, key) for _, _, found in networks])]
+    costs = {
+        "parameters": "parameters",
+        "MACs (M)": "mmacs",
+        "latency (ms)": "latency_ms",
+        "peak memory (MB)": "peak_memory_mb",
+    }
+    quantities = [
+        (name, values) for name, key in costs.items() if any(values := [median(found, key) for _, _, found in networks])
+    ]
     if not quantities:
         return None
     figure = Figure(figsize=(WIDTH, 0.36 * len(networks) + 0.75))
@@ -490,8 +571,10 @@ def _cost(section: Section, styles: dict[str, Style]) -> tuple[Figure, str] | No
         ax.tick_params(axis="y", length=0)
     axes[0].set_ylim(len(networks) - 0.5, -0.5)
     threads = sorted({int(n.cost["threads"]) for _, _, found in networks for n in found if n.cost["threads"]})
-    return figure, ("Over one batch of the test part; medians over runs"
-                    + (f"; threads: {' or '.join(map(str, threads))}" if threads else "")
-                    + ". In brackets: the share of the teacher's. MACs (multiply-adds) are those of dense "
-                    "products and convolutions; sparse products are not counted. Peak memory is that beyond what was "
-                    "held before; on the CPU, what the process reuses is not seen.")
+    return figure, (
+        "Over one batch of the test part; medians over runs"
+        + (f"; threads: {' or '.join(map(str, threads))}" if threads else "")
+        + ". In brackets: the share of the teacher's. MACs (multiply-adds) are those of dense "
+        "products and convolutions; sparse products are not counted. Peak memory is that beyond what was "
+        "held before; on the CPU, what the process reuses is not seen."
+    )

@@ -174,9 +174,11 @@ def read(directory: str | Path) -> Saved:
             saved.notices.append(f"{path.as_posix()} is left out: it is no whole record ({reason}).")
             warnings.warn(f"{file} is left out of the report: it is no whole record ({reason})", stacklevel=3)
     if not found:
-        raise ValueError(f"{directory} holds no results: looked for result.json at any depth, which fastkd distill "
-                         "and fastkd compress write, and for cells/<experiment>/<row>/<seed>.json, which fastkd grid "
-                         f"writes; {len(files)} such files could not be read")
+        raise ValueError(
+            f"{directory} holds no results: looked for result.json at any depth, which fastkd distill "
+            "and fastkd compress write, and for cells/<experiment>/<row>/<seed>.json, which fastkd grid "
+            f"writes; {len(files)} such files could not be read"
+        )
     if grid:
         _from_cells(saved, found, _plans(directory, saved))
     else:
@@ -194,25 +196,46 @@ def _run(content: Any, file: Path) -> Run | Compressed:
     if content["schema"] not in SCHEMAS:
         raise _UnknownSchemaError(
             f"{file} is a record of schema {content['schema']!r}, and this version of fastkd knows "
-            f"{', '.join(map(str, SCHEMAS))}: take the version that wrote it, or a newer one")
+            f"{', '.join(map(str, SCHEMAS))}: take the version that wrote it, or a newer one"
+        )
     if content.get("kind") == "compress":
         return parse(content)
-    run = Run(int(content["seed"]), content["config"], _network(content["student"]), _network(content["teacher"]),
-              dict(content.get("environment") or {}), _picture(content.get("picture")))
+    run = Run(
+        int(content["seed"]),
+        content["config"],
+        _network(content["student"]),
+        _network(content["teacher"]),
+        dict(content.get("environment") or {}),
+        _picture(content.get("picture")),
+    )
     # What is asked of a configuration later is looked at here, so that later nothing is missing.
     _ = run.losses, run.title, run.group
     return run
 
 
 def _network(content: dict[str, Any]) -> Network:
-    history = [{"epoch": int(look["epoch"]), "loss": number(look["loss"]), "val": number(look["val"]),
-                "terms": {name: number(value) for name, value in look["terms"].items()}}
-               for look in content["history"]]
+    history = [
+        {
+            "epoch": int(look["epoch"]),
+            "loss": number(look["loss"]),
+            "val": number(look["val"]),
+            "terms": {name: number(value) for name, value in look["terms"].items()},
+        }
+        for look in content["history"]
+    ]
     parameters = int(content["parameters"])
     measured = content.get("cost") or {}
     cost = {"parameters": parameters, **{name: _optional(measured.get(name)) for name in COSTS}}
-    return Network(number(content["test"]), number(content["val"]), number(content["seconds"]), parameters,
-                   int(content["epochs"]), _optional(content.get("peak_memory_mb")), history, cost)
+    return Network(
+        number(content["test"]),
+        number(content["val"]),
+        number(content["seconds"]),
+        parameters,
+        int(content["epochs"]),
+        _optional(content.get("peak_memory_mb")),
+        history,
+        cost,
+    )
 
 
 def _picture(content: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -286,8 +309,7 @@ def _from_cells(saved: Saved, found: list[tuple[Path, Run | Compressed]], plans:
             rows += split
         if not plan:
             rows.sort(key=_by_name)
-        saved.sections.append(_section(name, str(plan.get("title") or name), rows,
-                                       str(plan.get("note") or "").strip()))
+        saved.sections.append(_section(name, str(plan.get("title") or name), rows, str(plan.get("note") or "").strip()))
     missing = [name for name in plans if name not in groups]
     if missing:
         saved.notices.append(f"Not yet run: {', '.join(missing)}.")
@@ -313,8 +335,10 @@ def _rows(label: str, runs: list[Run | Compressed], saved: Saved) -> list[Any]:
         if len({run.seed for run in group}) < len(group):
             saved.notices.append(f"Row {label}: a seed is there more than once, so its interval is too narrow.")
     row_of: Any = Method if runs and isinstance(runs[0], Compressed) else Row
-    return [row_of(label if len(groups) == 1 else f"{label} (configuration {i})", sorted(group, key=lambda r: r.seed))
-            for i, group in enumerate(groups.values(), 1)]
+    return [
+        row_of(label if len(groups) == 1 else f"{label} (configuration {i})", sorted(group, key=lambda r: r.seed))
+        for i, group in enumerate(groups.values(), 1)
+    ]
 
 
 def _plans(directory: Path, saved: Saved) -> dict[str, dict[str, Any]]:
