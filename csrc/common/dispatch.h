@@ -1,0 +1,72 @@
+// From run-time tags to template arguments.
+#pragma once
+
+#include <stdexcept>
+
+#include "common/math.h"
+
+namespace fastkd {
+
+template <class T> struct type_tag {
+    using type = T;
+};
+template <auto V> struct value_tag {
+    static constexpr auto value = V;
+};
+
+template <class F> void dispatch(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::f16:
+            return f(type_tag<half_t>{});
+        case DType::bf16:
+            return f(type_tag<bf16_t>{});
+        case DType::f32:
+            return f(type_tag<float>{});
+        case DType::f64:
+            return f(type_tag<double>{});
+    }
+    throw std::invalid_argument("fastkd: unknown dtype");
+}
+
+template <class F> void dispatch_acc(DType acc, F&& f) {
+    if (acc == DType::f64) return f(type_tag<double>{});
+    return f(type_tag<float>{});
+}
+
+template <class F> void dispatch_index(bool wide, F&& f) {
+    if (wide) return f(type_tag<std::int64_t>{});
+    return f(type_tag<std::int32_t>{});
+}
+
+// cosine reduces like dot; its norms are applied by the caller.
+template <class F> void dispatch(Metric metric, F&& f) {
+    switch (metric) {
+        case Metric::dot:
+        case Metric::cosine:
+            return f(value_tag<Metric::dot>{});
+        case Metric::sqdist:
+            return f(value_tag<Metric::sqdist>{});
+        case Metric::l1:
+            return f(value_tag<Metric::l1>{});
+    }
+    throw std::invalid_argument("fastkd: unknown metric");
+}
+
+// f(value_tag<Shape>, value_tag<bool>)
+template <class F> void dispatch(const Kernel& kernel, F&& f) {
+    auto with_root = [&](auto shape) {
+        if (kernel.root) f(shape, value_tag<true>{});
+        else f(shape, value_tag<false>{});
+    };
+    switch (kernel.shape) {
+        case Shape::linear:
+            return with_root(value_tag<Shape::linear>{});
+        case Shape::power:
+            return with_root(value_tag<Shape::power>{});
+        case Shape::exponential:
+            return with_root(value_tag<Shape::exponential>{});
+    }
+    throw std::invalid_argument("fastkd: unknown kernel shape");
+}
+
+}  // namespace fastkd
