@@ -71,7 +71,7 @@ class _Bars:
 
 def _begin(file: Path, config: Any) -> None:
     """Keeps the configuration for --resume; never that of a run in place of another's."""
-    from .checkpoint import CheckpointError, differences, write_json
+    from .runtime.checkpoint import CheckpointError, differences, write_json
 
     own, folder = config.model_dump(mode="json"), file.parent
     seeds = [*folder.glob("seed*/result.json"), *folder.glob("seed*/*.safetensors")]
@@ -165,7 +165,7 @@ def distill(
 
 
 def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) -> Table:
-    from .grid import mean_interval
+    from .lab.plan import mean_interval
 
     label = " + ".join(name for name, loss in config.losses.items() if loss.weight) or "labels alone"
     table = Table(title=f"{config.data}, test part")
@@ -208,8 +208,8 @@ def compress(
     --weights FILE.safetensors. On several processes: torchrun --nproc-per-node 2 -m fastkd compress RECIPE."""
     try:
         from . import compress as engine
-        from .curves import Curves
         from .evolve import TensorBoard
+        from .runtime.curves import Curves
     except ImportError as error:
         _fail(error)
     directory = resume or out or Path("runs") / Path(recipe).stem
@@ -287,7 +287,7 @@ def compress(
 
 def _before_and_after(records: list[dict[str, Any]]) -> Table:
     """Means over seeds."""
-    from .grid import mean_interval
+    from .lab.plan import mean_interval
 
     first, agreement = records[0], records[0]["score"] == "agreement"
     config = first["config"]
@@ -341,7 +341,7 @@ def _before_and_after(records: list[dict[str, Any]]) -> Table:
 @app.command()
 def recipes() -> None:
     """List the configurations that come with the package."""
-    from .settings import read
+    from .lab.settings import read
 
     for command in ("distill", "compress"):
         folder = Path(__file__).parent / command / "recipes"
@@ -380,10 +380,10 @@ def grid(
     """Run the missing cells of a table of experiments; of finished ones, --measure alone changes the timings.
 
     Started several times with the same --work, the processes share the cells."""
-    from . import grid as engine
-    from .checkpoint import CheckpointError
-    from .settings import ConfigError
-    from .stopping import Stopped
+    from .lab import plan as engine
+    from .lab.settings import ConfigError
+    from .runtime.checkpoint import CheckpointError
+    from .runtime.stopping import Stopped
 
     try:
         content = engine.Plan(plan)
@@ -409,7 +409,7 @@ def grid(
 
 def _run(plan: Any, work: Path, only: str | None = None, limit: int | None = None, device: str = "cpu") -> int:
     """The missing cells of a plan, with bars; returns how many were run."""
-    from . import grid as engine
+    from .lab import plan as engine
 
     missing = len(plan.missing(only))
     bars, latest_cell = _Bars(), None

@@ -16,7 +16,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from . import grid, report, settings
+from . import report
+from .lab import plan as grid
+from .lab import settings
 
 PLAN = Path(__file__).parent / "demo.yaml"
 

@@ -17,10 +17,12 @@ from sklearn.datasets import load_digits
 from torch import nn
 from typer.testing import CliRunner
 
-from fastkd import atomic, cli, grid, models, report
+from fastkd import cli, models, report
 from fastkd.compress import CheckpointError, ConfigError, Stopped, compress, controls, load_config, recipes, run, train
 from fastkd.evolve import Fitness, Limits, global_norm, mask_id
+from fastkd.lab import plan as grid
 from fastkd.population import load, trace
+from fastkd.runtime import atomic
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd import checkpoint, cli, data, models
+from fastkd import cli, data, models
 from fastkd.distill import (
     CheckpointError,
     ConfigError,
@@ -31,7 +31,8 @@ from fastkd.distill import (
     runs,
 )
 from fastkd.distill.config import recipes
-from fastkd.settings import merged
+from fastkd.lab.settings import merged
+from fastkd.runtime import checkpoint
 
 LSP = LossConfig(
     weight=10,
@@ -706,7 +707,7 @@ def test_command_line(tmp_path, monkeypatch):
 
 
 def test_peak_memory_of_a_forward_pass():
-    from fastkd.measure import cost
+    from fastkd.runtime.measure import cost
 
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     once = 1000 * 256 * 4 / 2**20

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_distill import LSP, assert_same, gcn, weights
 
-from fastkd import Graph, checkpoint, data, models
+from fastkd import Graph, data, models
 from fastkd.distill import (
     CheckpointError,
     Distiller,
@@ -30,6 +30,7 @@ from fastkd.distill import (
 )
 from fastkd.distill.batches import batches
 from fastkd.distill.distributed import LSPPart
+from fastkd.runtime import checkpoint
 
 if not torch.distributed.is_available():
     pytest.skip("this build of torch has no torch.distributed", allow_module_level=True)

@@ -18,7 +18,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 import safetensors.torch
 
 import fastkd
-from fastkd import PopulationEvaluator, checkpoint
+from fastkd import PopulationEvaluator
 from fastkd.evolve import (
     ECS,
     GA,
@@ -49,6 +49,7 @@ from fastkd.evolve import (
 from fastkd.evolve.budget import group_norm, largest
 from fastkd.models import build_cnn
 from fastkd.population import GeneSpace, Group, trace
+from fastkd.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

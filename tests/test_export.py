@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd import measure
 from fastkd.compress import export
+from fastkd.runtime import measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

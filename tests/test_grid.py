@@ -10,8 +10,9 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fastkd import cli, compress, demo, grid
-from fastkd.settings import ConfigError
+from fastkd import cli, compress, demo
+from fastkd.lab import plan as grid
+from fastkd.lab.settings import ConfigError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -286,7 +286,7 @@ def test_damaged_files_are_named_and_left_out(tmp_path, damage):
 
 
 def test_same_intervals_and_folders_as_the_grid():
-    grid = pytest.importorskip("fastkd.grid", reason="fastkd.grid cannot be imported", exc_type=ImportError)
+    grid = pytest.importorskip("fastkd.lab.plan", reason="fastkd.lab.plan cannot be imported", exc_type=ImportError)
     for n in range(1, 30):
         values = [float(i * i % 7) for i in range(n)]
         assert records.Estimate.of(values).half == grid.interval(values)

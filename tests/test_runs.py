@@ -15,17 +15,18 @@ from test_grid import DISTIL, plan_of
 from torch import nn
 from typer.testing import CliRunner
 
-from fastkd import cli, compress, data, evolve, grid, models
-from fastkd.checkpoint import Busy, CheckpointError, alone
+from fastkd import cli, compress, data, evolve, models
 from fastkd.distill import Distiller, TrainConfig, runs
 from fastkd.distill import load_config as distilling
+from fastkd.lab import plan as grid
 from fastkd.population import trace
-from fastkd.world import World
+from fastkd.runtime.checkpoint import Busy, CheckpointError, alone
+from fastkd.runtime.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HOLDS = (
-    "import sys\nfrom pathlib import Path\nfrom fastkd.checkpoint import alone\n"
+    "import sys\nfrom pathlib import Path\nfrom fastkd.runtime.checkpoint import alone\n"
     "with alone(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()"
 )
 SMALL = ["teacher.train.epochs=1", "student.train.epochs=1", "teacher.model.args.hidden=16"]

@@ -7,10 +7,10 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.compress needs {error.name}: pip install "fastkd[compress]"') from error
 
-from ..checkpoint import CheckpointError
-from ..settings import ConfigError
-from ..stopping import Stopped
-from ..world import RankLost, World
+from ..lab.settings import ConfigError
+from ..runtime.checkpoint import CheckpointError
+from ..runtime.stopping import Stopped
+from ..runtime.world import RankLost, World
 from .config import CompressConfig, load_config, recipes
 from .run import compress
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .. import settings
-from ..settings import Strict
+from ..lab import settings
+from ..lab.settings import Strict
 
 __all__ = ["CompressConfig", "load_config", "recipes"]
 
@@ -113,5 +113,5 @@ def recipes() -> list[str]:
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()) -> CompressConfig:
-    """A compression's configuration; arguments and errors as for :func:`fastkd.settings.load`."""
+    """A compression's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
     return settings.load(CompressConfig, RECIPES, source, overrides)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..evolve import Limits
 from ..evolve.budget import largest
+from ..lab.settings import ConfigError
 from ..population import GeneSpace
-from ..settings import ConfigError
 
 __all__ = ["CONTROLS", "control"]
 

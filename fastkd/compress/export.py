@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import measure
-from ..checkpoint import replace
 from ..population import export_onnx
+from ..runtime import measure
+from ..runtime.checkpoint import replace
 
 __all__ = ["compare", "costs", "predict", "to_int8", "to_onnx"]
 
@@ -39,7 +39,7 @@ def compare(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two networks cost in eval mode: parameters, macs (of one image), bytes (of their tensors), and by batch
     size latency_ms (the median of forward passes, those of the two in turn, so that a busy machine delays both) and
-    peak_memory_mb (see :func:`fastkd.measure.peak_memory`); threads.
+    peak_memory_mb (see :func:`fastkd.runtime.measure.peak_memory`); threads.
 
     Args:
         example_input: [N, C, H, W] on the networks' device; its first image is the one that is repeated.

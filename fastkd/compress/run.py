@@ -18,18 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint as files
+from .._text import suggestion
 from ..config import environment
 from ..data import load_images
 from ..data.files import cache_folder
 from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
 from ..evolve.algorithms import _duplicates
 from ..evolve.budget import group_norm, largest, strongest
+from ..lab.settings import ConfigError
 from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
 from ..population.trace import trace
-from ..settings import ConfigError, suggestion
-from ..world import World, usable
+from ..runtime import checkpoint as files
+from ..runtime.world import World, usable
 from . import export
 from .config import CompressConfig, ModelConfig
 from .controls import CONTROLS, control

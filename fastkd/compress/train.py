@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoint as files
 from ..data import Images
-from ..settings import ConfigError
-from ..stopping import Stopped, stop_requests
+from ..lab.settings import ConfigError
+from ..runtime import checkpoint as files
+from ..runtime.stopping import Stopped, stop_requests
 from .config import FinetuneConfig, TrainConfig
 
 __all__ = ["accuracy", "fit", "predictions", "recalibrate"]

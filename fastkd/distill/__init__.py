@@ -7,9 +7,9 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
 
-from ..checkpoint import CheckpointError
-from ..stopping import Stopped
-from ..world import RankLost, World
+from ..runtime.checkpoint import CheckpointError
+from ..runtime.stopping import Stopped
+from ..runtime.world import RankLost, World
 from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
 from .taps import Taps
 from .tensorboard import TensorBoard

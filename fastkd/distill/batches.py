@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Task, augment
 from ..data.graphs import rows_of
 from ..graph import Graph
-from ..world import World
+from ..runtime.world import World
 from .config import TrainConfig
 
 __all__ = ["Batch", "batches", "check_sampler"]

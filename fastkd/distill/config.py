@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .. import settings
-from ..settings import ConfigError, Strict
+from ..lab import settings
+from ..lab.settings import ConfigError, Strict
 
 __all__ = ["ConfigError", "LossConfig", "ModelConfig", "RunConfig", "TrainConfig", "load_config", "recipes"]
 
@@ -89,5 +89,5 @@ def recipes() -> list[str]:
 
 
 def load_config(source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """A run's configuration; arguments and errors as for :func:`fastkd.settings.load`."""
+    """A run's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
     return settings.load(RunConfig, RECIPES, source, overrides)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, measure, models
+from .. import models
 from ..config import environment
 from ..data import Task
 from ..data import load as load_data
-from ..world import World
+from ..runtime import checkpoint, measure
+from ..runtime.world import World
 from .batches import batches, check_sampler
 from .config import NetworkConfig, RunConfig, TrainConfig
 from .taps import Taps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..curves import Curves
+from ..runtime.curves import Curves
 
 __all__ = ["TensorBoard"]
 

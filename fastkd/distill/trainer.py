@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checkpoint, measure
 from ..data import Task
-from ..stopping import Stopped, stop_requests
-from ..world import RankLost, World, usable
+from ..runtime import checkpoint, measure
+from ..runtime.stopping import Stopped, stop_requests
+from ..runtime.world import RankLost, World, usable
 from . import losses
 from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig

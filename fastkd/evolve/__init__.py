@@ -3,9 +3,9 @@
 ``fastkd.evolve`` is the function; its parts are imported from here: ``from fastkd.evolve import Fitness``.
 """
 
-from ..checkpoint import CheckpointError
-from ..stopping import Stopped
-from ..world import RankLost, World
+from ..runtime.checkpoint import CheckpointError
+from ..runtime.stopping import Stopped
+from ..runtime.world import RankLost, World
 from .adapter import Pymoo
 from .algorithms import ALGORITHMS, ECS, GA, NSGA2, Algorithm, Random, Scores
 from .budget import Limits, global_norm, uniform_l1

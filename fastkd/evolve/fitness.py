@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measure import latency_ms
 from ..population import GeneSpace, PopulationEvaluator, compact
 from ..population.space import COSTS
+from ..runtime.measure import latency_ms
 from .algorithms import Scores
 from .budget import Limits
 

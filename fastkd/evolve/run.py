@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import checkpoint as files
-from ..curves import Curves
 from ..population import GeneSpace, PopulationEvaluator
-from ..stopping import Stopped, stop_requests
-from ..world import RankLost, World, usable
+from ..runtime import checkpoint as files
+from ..runtime.curves import Curves
+from ..runtime.stopping import Stopped, stop_requests
+from ..runtime.world import RankLost, World, usable
 from . import operators, pareto
 from .algorithms import ALGORITHMS, NSGA2, Algorithm, Scores
 from .budget import Limits

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from .._text import suggestion
 from .dgcnn import DGCNN, dgcnn_student, dgcnn_teacher
 from .gnn import GAT, GCN, MLP, GraphSAGE, gat_student, gat_teacher
 
@@ -52,22 +52,15 @@ def build(name: str, in_dim: int, out_dim: int, **hyperparameters: Any) -> nn.Mo
         ValueError: unknown name or hyperparameter (the message lists the valid ones), or an invalid value.
     """
     if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}{_suggestion(name, MODELS)}")
+        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}{suggestion(name, MODELS)}")
     valid = list(inspect.signature(MODELS[name]).parameters)
     on_points = "in_dim" not in valid
     valid = [p for p in valid if p not in ("in_dim", "out_dim")]
     for key in hyperparameters:
         if key not in valid:
-            raise ValueError(
-                f"{name} has no hyperparameter {key!r}{_suggestion(key, valid)}: it has {', '.join(valid)}"
-            )
+            raise ValueError(f"{name} has no hyperparameter {key!r}{suggestion(key, valid)}: it has {', '.join(valid)}")
     if not on_points:
         return MODELS[name](in_dim, out_dim, **hyperparameters)
     if in_dim != 3:
         raise ValueError(f"in_dim must be 3 for {name}, which is made for points [B, P, 3], got {in_dim}")
     return MODELS[name](out_dim, **hyperparameters)
-
-
-def _suggestion(given: str, valid: Any) -> str:
-    close = difflib.get_close_matches(str(given), valid, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

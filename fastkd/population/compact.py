@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import atomic
 from ..reference import masked_forward
+from ..runtime import atomic
 from .space import GeneSpace, Op
 from .trace import at_positions, trace
 

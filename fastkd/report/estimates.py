@@ -21,7 +21,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: list[float]) -> Estimate:
-        # By Student's t, as fastkd.grid has it; importing that would load networks and data sets.
+        # By Student's t, as fastkd.lab.plan has it; importing that would load networks and data sets.
         n = len(values)
         if n < 2:
             return cls(values[0], None)

@@ -34,7 +34,7 @@ class Network:
     peak_memory_mb: float | None
     history: list[dict[str, Any]]
     cost: dict[str, float | None]
-    """Of a forward pass, by :func:`fastkd.measure.cost`; None: not measured."""
+    """Of a forward pass, by :func:`fastkd.runtime.measure.cost`; None: not measured."""
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from . import checkpoint, settings
-from .evolve import hypervolume
+from ..evolve import hypervolume
+from ..runtime import checkpoint
+from ..runtime.world import usable
+from . import settings
 from .settings import ConfigError, Strict, merged
-from .world import usable
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
 
@@ -164,10 +165,10 @@ class Plan:
 def _config(kind: Kind) -> Any:
     """Each kind needs its own packages only."""
     if kind == "recipe":
-        from .distill import config as distillation
+        from ..distill import config as distillation
 
         return distillation
-    from .compress import config as compression
+    from ..compress import config as compression
 
     return compression
 
@@ -216,14 +217,14 @@ def run(
                 if cell.done:  # by another process
                     continue
                 if cell.experiment.kind == "compress":
-                    from .compress import compress
+                    from ..compress import compress
 
                     record = compress(
                         cell.config, cell.seed, directory, shared=work / "compress", progress=told, device=device
                     )
                 else:
-                    from .data import load
-                    from .distill import runs
+                    from ..data import load
+                    from ..distill import runs
 
                     if cell.config.data not in tasks:
                         tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
@@ -267,7 +268,7 @@ def measure(
         ConfigError: no such experiment.
         ValueError: no such device.
     """
-    from .compress.run import measure_again
+    from ..compress.run import measure_again
 
     device = usable(device)
     _known(plan, only)

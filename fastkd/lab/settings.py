@@ -3,7 +3,6 @@ what is valid."""
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["ConfigError", "Strict", "load", "merged", "read", "recipes", "suggestion"]
+from .._text import suggestion
+
+__all__ = ["ConfigError", "Strict", "load", "merged", "read", "recipes"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -147,8 +148,3 @@ def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
 
 def _keys_of(kind: Any) -> list[str]:
     return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def suggestion(word: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(word, valid, 1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

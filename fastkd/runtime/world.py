@@ -197,7 +197,7 @@ class World:
 
     @contextlib.contextmanager
     def alone(self, folder: Path | None) -> Iterator[None]:
-        """:func:`fastkd.checkpoint.alone`, for all ranks; without a folder nothing."""
+        """:func:`fastkd.runtime.checkpoint.alone`, for all ranks; without a folder nothing."""
         with contextlib.ExitStack() as stack:
             if folder is not None:
                 self.first(lambda: stack.enter_context(alone(folder)))

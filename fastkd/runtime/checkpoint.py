@@ -65,7 +65,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """:func:`fastkd.atomic.replace`.
+    """:func:`fastkd.runtime.atomic.replace`.
 
     Raises:
         CheckpointError: the disk is full, or whatever else the system says.

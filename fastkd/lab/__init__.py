@@ -1,0 +1,1 @@
+"""One engine for studies: configurations, stages, training, records, tables and plans of experiments."""
