@@ -18,7 +18,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastkd import cli, models, report
-from fastkd.compress import CheckpointError, ConfigError, Stopped, compress, controls, load_config, recipes, run, train
+from fastkd.compress import (
+    CheckpointError,
+    ConfigError,
+    Stopped,
+    compress,
+    controls,
+    load_config,
+    recipes,
+    run,
+    search,
+    train,
+)
+from fastkd.compress import search as searching
 from fastkd.evolve import Fitness, Limits, global_norm, mask_id
 from fastkd.lab import plan as grid
 from fastkd.population import load, trace
@@ -198,7 +210,7 @@ def test_shared_between_runs(tmp_path, monkeypatch):
     """The same full network and the same search are not made twice."""
     first = compress(config(finetune={"epochs": 0}), 0, tmp_path / "a", shared=tmp_path)
     trained = []
-    monkeypatch.setattr(run, "evolve", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(searching, "evolve", lambda *_: pytest.fail("searched again"))
     monkeypatch.setattr(run, "fit", lambda model, data, parts, *a, **k: trained.append(parts) or [])
     second = compress(config(finetune={"epochs": 1}), 0, tmp_path / "b", shared=tmp_path)
     assert trained == [["train", "fitness"]]
@@ -253,13 +265,13 @@ def test_agreement_without_labels(tmp_path):
 
 
 def test_measured_latency_as_the_cost(tmp_path, monkeypatch):
-    real, taken = run.latency, []
+    real, taken = searching.latency, []
 
     def latency(model, example):
         taken.append(tuple(example.shape))
         return real(model, example, repeats=2)
 
-    monkeypatch.setattr(run, "latency", latency)
+    monkeypatch.setattr(searching, "latency", latency)
     record = compress(config(fitness={"cost": "latency", "weight": 0.1}, finetune={"epochs": 0}), 0, tmp_path)
     search = record["search"]
     assert set(taken) == {(1, 1, 8, 8)} and search["cost"] == "latency"
@@ -322,12 +334,12 @@ def test_a_start_from_norms(tmp_path):
         model.load_state_dict(load_file(next(tmp_path.glob("dense-*/weights.safetensors"))))
         space = trace(model, torch.zeros(1, 1, 8, 8))
         limits = Limits(space, {"macs": 0.5})
-        for power in run.COUPLED:
+        for power in searching.COUPLED:
             ladder = partial(global_norm, space, coupled=power)
             density = max(k / 256 for k in range(257) if limits.within(limits.counts(ladder(k / 256))))
             mask = limits.repair(ladder(density))[0]
             assert mask_id(mask) in seen and r["search"]["history"][0]["quality"] >= seen[mask_id(mask)]
-    masks = run._of_norm(limits, 7)
+    masks = searching._of_norm(limits, 7)
     assert len(masks) == 7 == len(masks.unique(dim=0)) and bool(limits.within(limits.counts(masks)).all())
     assert int(masks[-1].sum()) < int(masks[0].sum()), "none below the budget"
 
@@ -685,7 +697,7 @@ def test_training_resumes(tmp_path, changes):
         torch.manual_seed(0)
         model = run.build(config().model)
         try:
-            history = train.fit(model, images, ["train"], own, 0, file, lambda m: 0.0, told=told)
+            history = train.fit(model, images, ["train"], own, 0, file, lambda m: 0.0, progress=told)
         except Killed:
             return trained(file)
         return history, model.state_dict()

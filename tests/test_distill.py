@@ -562,7 +562,7 @@ def test_a_file_that_becomes_too_large(tmp_path, monkeypatch):
     done = fastkd_command(*command, cwd=tmp_path, preexec_fn=limit)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "seed0/checkpoint.safetensors could not be written" in done.stderr and "too large" in done.stderr
-    left = [p for p in (tmp_path / "runs/digits").rglob("*") if p.is_file()]
+    left = [p for p in (tmp_path / "runs/distill/digits").rglob("*") if p.is_file()]
     assert {p.name for p in left} == {"config.json", "weights.safetensors"}
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli.app, command)
@@ -685,11 +685,11 @@ def test_command_line(tmp_path, monkeypatch):
     done = fastkd_command("distill", "digits", *settings, "--seeds", "2", *curves, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     if curves:
-        folders = (tmp_path / "runs/digits/tensorboard").iterdir()
+        folders = (tmp_path / "runs/distill/digits/tensorboard").iterdir()
         assert {p.name for p in folders} == {"teacher", "student-seed-0", "student-seed-1"}
     assert "student (lsp)" in done.stdout and "±" in done.stdout
     monkeypatch.chdir(tmp_path)
-    again = CliRunner().invoke(cli.app, ["distill", "digits", "--resume", "runs/digits", "--seeds", "2"])
+    again = CliRunner().invoke(cli.app, ["distill", "digits", "--resume", "runs/distill/digits", "--seeds", "2"])
     assert again.exit_code == 0, again.output
     for wrong, told in (
         (["distill", "digitz"], "did you mean 'digits'"),
@@ -731,7 +731,7 @@ def test_peak_memory_of_a_forward_pass():
 
 
 def test_known_counts():
-    from fastkd.distill.trainer import _told
+    from fastkd.distill.trainer import _predicted_labels as _told
 
     logits = torch.tensor([[3.0, -1.0, 2.0], [-3.0, -1.0, -2.0], [1.0, 2.0, 3.0]])
     y = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Images
+from ..lab.loop import Loop, optimizer_of
 from ..lab.settings import ConfigError
-from ..runtime import checkpoint as files
-from ..runtime.stopping import Stopped, stop_requests
 from .config import FinetuneConfig, TrainConfig
 
 __all__ = ["accuracy", "fit", "predictions", "recalibrate"]
@@ -34,8 +33,8 @@ def fit(
     score: Callable[[nn.Module], float],
     *,
     teacher: nn.Module | None = None,
-    told: Callable[[int, dict[str, Any]], object] | None = None,
-    tick: Callable[[], object] = lambda: None,
+    progress: Callable[[int, dict[str, Any]], object] | None = None,
+    heartbeat: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Trains, and leaves the weights of the epoch of the best score.
 
@@ -47,8 +46,8 @@ def fit(
         file: the checkpoint after every epoch. Its deletion is left to the caller.
         score: of the validation part, larger is better.
         teacher: for knowledge distillation, with a :class:`FinetuneConfig`.
-        told: after every epoch, with its number (from 1) and its record.
-        tick: called at least once per step.
+        progress: called after every epoch, with its number (from 1) and its record.
+        heartbeat: called at least once per step.
 
     Returns:
         A record per epoch: epoch (from 0), loss, val (the score), lr.
@@ -59,109 +58,105 @@ def fit(
         FloatingPointError: a loss that is not finite; the checkpoint of the epoch before is whole.
         Stopped: Ctrl-C or SIGTERM came; the epoch was finished, and the checkpoint written.
     """
-    kd = config.kd if isinstance(config, FinetuneConfig) and teacher is not None else 0.0
-    parts = list(parts)
-    labelled = all(part in data.labels for part in parts)
-    if not labelled and not kd:
-        raise ConfigError(
-            f"data {data.name} has no labels: nothing can be trained without kd, the weight of the full "
-            "network's knowledge"
-        )
-    device = next(model.parameters()).device
-    low = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
-    if kd:
-        assert teacher is not None
-        teacher = copy.deepcopy(teacher).to(memory_format=layout)  # type: ignore[call-overload]
-    images = torch.cat([data.images[part] for part in parts]).to(device)
-    labels = torch.cat([data.labels[part] for part in parts]).to(device) if labelled else None
-    steps = -(-len(images) // config.batch_size)
-    optimizer = _optimizer(model, config)
-    identity = {
-        "train": config.model_dump(),
-        "seed": seed,
-        "images": len(images),
-        "shapes": {name: list(x.shape) for name, x in model.state_dict().items()},
-    }
-    history: list[dict[str, Any]] = []
-    best = copy.deepcopy(model.state_dict())
-    if file.exists():
-        tensors, state = files.load(file)
-        if differences := files.differences(state["identity"], identity):
-            raise files.CheckpointError(
-                f"{file} belongs to another configuration: "
-                + "; ".join(differences)
-                + ". Take another directory, or the configuration of the checkpoint"
-            )
-        history = state["history"]
-        model.load_state_dict({name: tensors[f"model.{name}"] for name in best})
-        best = {name: tensors[f"best.{name}"] for name in best}
-        _restore(optimizer, tensors)
-    with stop_requests(True) as stop:
-        for epoch in range(len(history), config.epochs):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            torch.manual_seed(seed * 1_000_003 + epoch)  # of dropout
-            order = torch.randperm(len(images), generator=generator).to(device)
-            model.train()
-            total = torch.zeros((), device=device)
-            for step, rows in enumerate(order.split(config.batch_size)):
-                if len(rows) < 2 < len(images):
-                    continue  # one image alone has no statistics
-                for group in optimizer.param_groups:
-                    group["lr"] = _rate(config, epoch * steps + step, config.epochs * steps)
-                batch = images[rows]
-                x = data.normalised(_augmented(batch, generator) if config.augment else batch)
-                x = x.contiguous(memory_format=layout)
-                with low():
-                    logits = model(x).float()
-                loss = F.cross_entropy(logits, labels[rows]) if labels is not None else logits.new_zeros(())
-                if kd:
-                    assert teacher is not None and isinstance(config, FinetuneConfig)
-                    with torch.no_grad(), low():
-                        theirs = teacher(x).float()
-                    t = config.temperature
-                    loss = loss + kd * t * t * F.kl_div(
-                        F.log_softmax(logits / t, 1),
-                        F.log_softmax(theirs / t, 1),
-                        reduction="batchmean",
-                        log_target=True,
-                    )
-                optimizer.zero_grad()
-                loss.backward()
-                if config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                optimizer.step()
-                total += loss.detach() * len(rows)
-                tick()
-            model.eval()
-            mean = float(total) / len(images)
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or "
-                    f"clip_norm ({config.clip_norm}) too loose"
-                )
-            history.append({"epoch": epoch, "loss": mean, "val": score(model), "lr": optimizer.param_groups[0]["lr"]})
-            if history[-1]["val"] > max((look["val"] for look in history[:-1]), default=-math.inf):
-                best = copy.deepcopy(model.state_dict())
-            own = model.state_dict()
-            files.save(
-                file,
-                {
-                    **{f"model.{name}": x for name, x in own.items()},
-                    **{f"best.{name}": x for name, x in best.items()},
-                    **_saved(optimizer),
-                },
-                {"identity": identity, "history": history},
-            )
-            if told is not None:
-                told(epoch + 1, history[-1])
-            if stop.is_set() and epoch + 1 < config.epochs:
-                raise Stopped(f"stopped after epoch {epoch + 1} of training; the same command goes on from there")
-    model.load_state_dict(best)
+    epoch = _Epoch(model, data, list(parts), config, seed, teacher, heartbeat)
+    loop = Loop(
+        {"model": model},
+        epoch.optimizer,
+        epochs=config.epochs,
+        identity={
+            "train": config.model_dump(),
+            "seed": seed,
+            "images": len(epoch.images),
+            "shapes": {name: list(x.shape) for name, x in model.state_dict().items()},
+        },
+        file=file,
+        seed=seed,
+        device=epoch.images.device,
+    )
+    loop.run(epoch, lambda: score(model), saved=progress)
+    model.load_state_dict(loop.best)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
-    return history
+    return loop.history
+
+
+class _Epoch:
+    """One pass over all images: cross entropy, and distillation from a teacher."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Images,
+        parts: list[str],
+        config: TrainConfig,
+        seed: int,
+        teacher: nn.Module | None,
+        heartbeat: Callable[[], object],
+    ) -> None:
+        self.model, self.data, self.config, self.seed, self.heartbeat = model, data, config, seed, heartbeat
+        self.kd = config.kd if isinstance(config, FinetuneConfig) and teacher is not None else 0.0
+        labelled = all(part in data.labels for part in parts)
+        if not labelled and not self.kd:
+            raise ConfigError(
+                f"data {data.name} has no labels: nothing can be trained without kd, the weight of the full "
+                "network's knowledge"
+            )
+        device = next(model.parameters()).device
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model.to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.teacher = teacher
+        if self.kd:
+            self.teacher = copy.deepcopy(teacher).to(memory_format=self.layout)  # type: ignore[union-attr, call-overload]
+        self.images = torch.cat([data.images[part] for part in parts]).to(device)
+        self.labels = torch.cat([data.labels[part] for part in parts]).to(device) if labelled else None
+        self.optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], config)
+
+    def __call__(self, epoch: int) -> dict[str, Any]:
+        config, images = self.config, self.images
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        torch.manual_seed(self.seed * 1_000_003 + epoch)  # of dropout
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        steps = -(-len(images) // config.batch_size)
+        self.model.train()
+        total = torch.zeros((), device=images.device)
+        for step, rows in enumerate(order.split(config.batch_size)):
+            if len(rows) < 2 < len(images):
+                continue  # one image alone has no statistics
+            for group in self.optimizer.param_groups:
+                group["lr"] = _rate(config, epoch * steps + step, config.epochs * steps)
+            batch = images[rows]
+            x = self.data.normalised(_augmented(batch, generator) if config.augment else batch)
+            loss = self._loss(x.contiguous(memory_format=self.layout), rows)
+            self.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+            self.optimizer.step()
+            total += loss.detach() * len(rows)
+            self.heartbeat()
+        self.model.eval()
+        mean = float(total) / len(images)
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss of epoch {epoch} is {mean}: lr = {config.lr} may be too large, or "
+                f"clip_norm ({config.clip_norm}) too loose"
+            )
+        return {"loss": mean, "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _loss(self, x: Tensor, rows: Tensor) -> Tensor:
+        low = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        with low():
+            logits = self.model(x).float()
+        loss = F.cross_entropy(logits, self.labels[rows]) if self.labels is not None else logits.new_zeros(())
+        if self.kd:
+            assert self.teacher is not None and isinstance(self.config, FinetuneConfig)
+            with torch.no_grad(), low():
+                target = self.teacher(x).float()
+            t = self.config.temperature
+            loss = loss + self.kd * t * t * F.kl_div(
+                F.log_softmax(logits / t, 1), F.log_softmax(target / t, 1), reduction="batchmean", log_target=True
+            )
+        return loss
 
 
 @torch.no_grad()
@@ -195,28 +190,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 def _rate(config: TrainConfig, step: int, steps: int) -> float:
     return config.lr * (0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0)
-
-
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-
-
-def _saved(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": x for i, own in state.items() for key, x in own.items() if isinstance(x, Tensor)}
-
-
-def _restore(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state = optimizer.state_dict()
-    for name, x in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            i, _, key = rest.partition(".")
-            state["state"].setdefault(int(i), {})[key] = x
-    optimizer.load_state_dict(state)
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,12 +7,12 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
 
+from ..lab.tensorboard import TensorBoard
 from ..runtime.checkpoint import CheckpointError
 from ..runtime.stopping import Stopped
 from ..runtime.world import RankLost, World
 from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
 from .taps import Taps
-from .tensorboard import TensorBoard
 from .trainer import Distiller, Result
 
 __all__ = [

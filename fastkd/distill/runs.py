@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,23 +14,39 @@ from .. import models
 from ..config import environment
 from ..data import Task
 from ..data import load as load_data
+from ..lab.stage import fingerprint, finished, stage, trained_network
+from ..lab.study import Progress
 from ..runtime import checkpoint, measure
 from ..runtime.world import World
 from .batches import batches, check_sampler
-from .config import NetworkConfig, RunConfig, TrainConfig
+from .config import ConfigError, NetworkConfig, RunConfig, TrainConfig
 from .taps import Taps
 from .trainer import SCHEMA, Distiller, Result
 
-__all__ = ["build", "distil", "teacher_of"]
-
-Progress = Callable[[str, int, int, dict[str, Any]], None]
-"""(what is trained, epoch, epochs, latest record)"""
+__all__ = ["build", "check", "distil", "teacher_of"]
 
 
 def build(network: NetworkConfig, task: Task, seed: int) -> nn.Module:
     """A network with the initial weights of a seed."""
     torch.manual_seed(seed)
     return models.build(network.model.name, task.num_features, task.num_classes, **network.model.args)
+
+
+def check(config: RunConfig, task: Task, device: torch.device | str = "cpu") -> None:
+    """Finds what is wrong before anything long begins: networks, layers, losses and samplers that do not fit.
+
+    Raises:
+        ValueError, TypeError, ImportError: as for :class:`Distiller`, with the part of the configuration.
+    """
+    networks = {}
+    for role in ("teacher", "student"):
+        network: NetworkConfig = getattr(config, role)
+        check_sampler(network.train)
+        try:
+            networks[role] = build(network, task, 0)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"{role}.model: {error}") from None
+    _distiller(config, 0, networks["student"], networks["teacher"], task, None, device, World()).close()
 
 
 def teacher_of(
@@ -43,37 +58,27 @@ def teacher_of(
     world: World | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The trained teacher, and its record; trained only if the directory does not hold it."""
-    identity = {"network": config.teacher.model_dump(), "seed": config.teacher_seed, "data": config.data}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder = directory / f"teacher-{key}"
-    model = build(config.teacher, task, config.teacher_seed)
-    weights = folder / "weights.safetensors"
-    world = world or World()
+    seed, network, world = config.teacher_seed, config.teacher, world or World()
+    identity = {"network": network.model_dump(), "seed": seed, "data": config.data}
+    folder = directory / f"teacher-{fingerprint(identity)}"
+    model = build(network, task, seed)
 
-    def trained() -> tuple[dict[str, Tensor], Any]:
+    def train() -> dict[str, Any]:
         distiller = Distiller(
             model,
             None,
             task,
-            train=config.teacher.train,
-            seed=config.teacher_seed,
+            train=network.train,
+            seed=seed,
             directory=folder,
             device=device,
-            identity={"model": config.teacher.model.model_dump()},
+            identity={"model": network.model.model_dump()},
             world=world,
         )
-        result = distiller.fit(_told(progress, "teacher", config.teacher.train, world))
+        result = distiller.fit(_every_epoch(progress, "teacher", network.train, world))
+        return world.first(lambda: _record(result, model, task, network.train))
 
-        def write() -> tuple[dict[str, Tensor], Any]:
-            checkpoint.save(weights, model.state_dict(), _record(result, model, task, config.teacher.train))
-            (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-            return checkpoint.load(weights)
-
-        return world.first(write)
-
-    tensors, record = world.once(folder, lambda: checkpoint.load(weights) if weights.exists() else None, trained)
-    model.load_state_dict(tensors)
-    return model, record
+    return model, trained_network(folder, model, train, world)
 
 
 def distil(
@@ -93,71 +98,93 @@ def distil(
     result.json is there already, it is returned as it is.
 
     Args:
+        task: the data set of the configuration, if it is loaded already.
+        progress: called as the networks are trained, on rank 0.
         teachers: where trained teachers are kept for several students; None: beside `directory`.
         world: the processes that train together, see `distributed`; None: this one alone.
+
+    Raises:
+        ConfigError, ValueError, TypeError, ImportError: what cannot be run, before anything long begins.
+        CheckpointError, Stopped, RankLost: as for :meth:`Distiller.fit`.
     """
     world = world or World()
     file = directory / "result.json"
-    own = json.loads(json.dumps(config.model_dump()))
-    world.same("configuration", {**own, "seed": seed})
+    identity = json.loads(json.dumps(config.model_dump()))
+    world.same("configuration", {**identity, "seed": seed})
 
-    def found() -> dict[str, Any] | None:
-        record = checkpoint.result(file, own, seed)
+    def find() -> dict[str, Any] | None:
+        record = finished(file, identity, seed)
         if record is None:
-            check_sampler(config.student.train)  # the teacher's training may take long
+            check_sampler(config.student.train)  # before the folder is made
         return record
 
-    def trained() -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
         data = task or load_data(config.data)
+        check(config, data, device)
         teacher, teacher_record = teacher_of(config, data, teachers or directory.parent, progress, device, world)
         student = build(config.student, data, seed)
-        distiller = Distiller(
-            student,
-            teacher if config.losses else None,
-            data,
-            losses=config.losses,
-            train=config.student.train,
-            task_weight=config.task_weight,
-            seed=seed,
-            directory=directory,
-            device=device,
-            identity={"model": config.student.model.model_dump()},
-            world=world,
-        )
-        result = distiller.fit(_told(progress, f"student, seed {seed}", config.student.train, world))
+        distiller = _distiller(config, seed, student, teacher, data, directory, device, world)
+        result = distiller.fit(_every_epoch(progress, f"student, seed {seed}", config.student.train, world))
 
         def write() -> dict[str, Any]:
             record = {
                 "schema": SCHEMA,
                 "seed": seed,
-                "config": own,
+                "config": identity,
                 "student": _record(result, student, data, config.student.train),
                 "teacher": teacher_record,
                 "environment": {**environment(distiller.device), "processes": world.size},
             }
             if data.kind == "shapes" and (picture := _picture(config, teacher, student, data)) is not None:
                 record["picture"] = picture
-            checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": own, "seed": seed})
+            checkpoint.save(directory / "weights.safetensors", student.state_dict(), {"config": identity, "seed": seed})
             checkpoint.write_json(file, record)
             (directory / "checkpoint.safetensors").unlink(missing_ok=True)
             return record
 
         return world.first(write)
 
-    return world.once(directory, found, trained)
+    return stage(world, directory, find, compute)
 
 
-def _told(progress: Progress | None, what: str, train: TrainConfig, world: World) -> Any:
-    return None if progress is None or world.rank else lambda epoch, latest: progress(what, epoch, train.epochs, latest)
+def _distiller(
+    config: RunConfig,
+    seed: int,
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    directory: Path | None,
+    device: torch.device | str,
+    world: World,
+) -> Distiller:
+    return Distiller(
+        student,
+        teacher if config.losses else None,
+        task,
+        losses=config.losses,
+        train=config.student.train,
+        task_weight=config.task_weight,
+        seed=seed,
+        directory=directory,
+        device=device,
+        identity={"model": config.student.model.model_dump()},
+        world=world,
+    )
+
+
+def _every_epoch(
+    progress: Progress | None, what: str, train: TrainConfig, world: World
+) -> Callable[[int, dict[str, Any]], None] | None:
+    if progress is None or world.rank:
+        return None
+    return lambda epoch, latest: progress(what, epoch, train.epochs, latest)
 
 
 def _record(result: Result, model: nn.Module, task: Task, train: TrainConfig) -> dict[str, Any]:
     """What a network reached and what it costs: of a forward pass over one batch of the test part."""
     device = next(model.parameters()).device
     batch = next(iter(batches(task, "test", train, None, device, {})))
-    out = dict(vars(result))
-    out["cost"] = measure.cost(model, batch.inputs)
-    return out
+    return {**vars(result), "cost": measure.cost(model, batch.inputs)}
 
 
 def _picture(config: RunConfig, teacher: nn.Module, student: nn.Module, task: Task) -> dict[str, Any] | None:

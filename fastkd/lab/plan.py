@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +31,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from .._text import slug
 from ..evolve import hypervolume
 from ..runtime import checkpoint
 from ..runtime.world import usable
 from . import settings
 from .settings import ConfigError, Strict, merged
+from .study import Options, study
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
 
@@ -114,23 +115,23 @@ class Plan:
                     + ("neither" if own.recipe is None else "both")
                 )
             kind: Kind = "compress" if own.recipe is None else "recipe"
-            config = _config(kind)
+            config = study(kind)
             recipe = str(own.compress if own.recipe is None else own.recipe)
             beside = self.path.parent / recipe
-            base = merged(settings.read(config.RECIPES, beside if beside.is_file() else recipe), own.base or {})
+            base = merged(settings.read(config.recipes, beside if beside.is_file() else recipe), own.base or {})
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         rows: dict[str, Any] = {}
         folders: dict[str, str] = {}
         for row, changes in own.rows.items():
-            other = folders.setdefault(_slug(row), row)
+            other = folders.setdefault(slug(row), row)
             if other != row:  # one would be shown with the records of the other
                 raise ConfigError(
-                    f"{where}, row {row!r}: its cells lie in the folder {_slug(row)!r}, and so do those "
+                    f"{where}, row {row!r}: its cells lie in the folder {slug(row)!r}, and so do those "
                     f"of row {other!r}: names must differ in more than case and punctuation"
                 )
             try:
-                rows[row] = config.load_config(merged(base, changes or {}))
+                rows[row] = config.load(merged(base, changes or {}))
             except ConfigError as error:
                 raise ConfigError(f"{where}, row {row!r}: {error}") from None
         return Experiment(name, own.title or name, kind, own.seeds, own.priority, rows, own.note)
@@ -152,29 +153,14 @@ class Plan:
         return [c for c in self.cells() if not c.done and only in (None, c.experiment.name)]
 
     def _cell(self, experiment: Experiment, row: str, seed: int, config: Any) -> Cell:
-        file = self.path.parent / "cells" / experiment.name / _slug(row) / f"{seed}.json"
+        file = self.path.parent / "cells" / experiment.name / slug(row) / f"{seed}.json"
         return Cell(experiment, row, seed, file, config)
 
     def of(self, experiment: Experiment, row: str) -> list[Cell]:
         """Every finished cell of a row, also of seeds beyond the plan's."""
-        folder = self.path.parent / "cells" / experiment.name / _slug(row)
+        folder = self.path.parent / "cells" / experiment.name / slug(row)
         seeds = sorted(int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit())
         return [self._cell(experiment, row, seed, experiment.rows[row]) for seed in seeds]
-
-
-def _config(kind: Kind) -> Any:
-    """Each kind needs its own packages only."""
-    if kind == "recipe":
-        from ..distill import config as distillation
-
-        return distillation
-    from ..compress import config as compression
-
-    return compression
-
-
-def _slug(row: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
 
 
 def run(
@@ -203,40 +189,20 @@ def run(
         CheckpointError, Stopped: as for a single run.
     """
     device = usable(device)
-    tasks: dict[str, Any] = {}
     count, left, busy, pause = 0, plan.missing(only), list[Cell](), PAUSE
     while (left or busy) and count != limit:
         if not left:
             time.sleep(pause)
             left, busy, pause = busy, [], min(2 * pause, LONGEST)
         cell = left.pop(0)
-        directory = work / cell.experiment.name / _slug(cell.row) / str(cell.seed)
+        directory = work / cell.experiment.name / slug(cell.row) / str(cell.seed)
         told = None if progress is None else (lambda *a, cell=cell: progress(cell, *a))
         try:
             with checkpoint.alone(directory):
                 if cell.done:  # by another process
                     continue
-                if cell.experiment.kind == "compress":
-                    from ..compress import compress
-
-                    record = compress(
-                        cell.config, cell.seed, directory, shared=work / "compress", progress=told, device=device
-                    )
-                else:
-                    from ..data import load
-                    from ..distill import runs
-
-                    if cell.config.data not in tasks:
-                        tasks = {cell.config.data: load(cell.config.data)}  # one at a time is kept
-                    record = runs.distil(
-                        cell.config,
-                        cell.seed,
-                        directory,
-                        task=tasks[cell.config.data],
-                        progress=told,
-                        device=device,
-                        teachers=work / "teachers",
-                    )
+                kind = study(cell.experiment.kind)
+                record = kind.run(cell.config, cell.seed, directory, work / kind.shared, told, Options(device))
                 checkpoint.write_json(cell.file, record)
         except checkpoint.Busy:
             busy.append(cell)
@@ -268,8 +234,7 @@ def measure(
         ConfigError: no such experiment.
         ValueError: no such device.
     """
-    from ..compress.run import measure_again
-
+    kind = study("compress")
     device = usable(device)
     _known(plan, only)
     cells = [
@@ -280,7 +245,7 @@ def measure(
         for c in plan.of(e, row)
     ]
     for k, cell in enumerate(cells):
-        checkpoint.write_json(cell.file, measure_again(cell.record(), device))
+        checkpoint.write_json(cell.file, kind.measure(cell.record(), device))
         if progress is not None:
             progress(k + 1, len(cells))
     write_table(plan)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from . import atomic
 
-__all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "replace", "result", "save", "write_json"]
+__all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "read_json", "replace", "save", "write_json"]
+
+_REMEDY = ": it is left as it is; delete it to start anew, or put a copy in its place"
 
 
 class CheckpointError(RuntimeError):
@@ -30,10 +33,48 @@ class Busy(CheckpointError):
 _held: set[Path] = set()
 
 
+def _lock(folder: Path) -> int:
+    """An open file that is locked as long as it is open: the folder itself, so that nothing is left in it; where a
+    file system locks no folders (NFS), the file ``.lock`` in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be the folder of a run ({error})") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            raise
+        except OSError:
+            os.close(handle)
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            warnings.warn(
+                f"{folder}: its file system has no locks ({error}), so that nothing keeps a second process from the "
+                "same run: start only one",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return handle
+    except BlockingIOError:
+        os.close(handle)
+        raise Busy(
+            f"{folder}: another process is at work there. Wait for it, end it, or take another directory"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be the folder of a run ({error})") from error
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of the folder of a run, which is made if need be. Nothing is left in it, and the system
-    lets go of what a process held that ended, however it ended. What this process holds already is free.
+    """Keeps other processes out of the folder of a run, which is made if need be. The system lets go of what a process
+    held that ended, however it ended. What this process holds already is free.
 
     Raises:
         Busy: another process holds it.
@@ -43,21 +84,9 @@ def alone(folder: Path) -> Iterator[None]:
     if folder in _held:
         yield
         return
+    handle = _lock(folder)
+    _held.add(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be the folder of a run ({error})") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(
-                f"{folder}: another process is at work there. Wait for it, end it, or take another directory"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        _held.add(folder)
         yield
     finally:
         _held.discard(folder)
@@ -86,20 +115,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     replace(path, lambda p: p.write_text(f"{{{lines}}}\n"))
 
 
-def result(path: Path, config: dict[str, Any], seed: int) -> dict[str, Any] | None:
-    """The record of a finished run, if it is there.
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a run: the one reader for all of them.
 
     Raises:
-        CheckpointError: it is of another configuration; lists the differences.
+        CheckpointError: there is no such file, or it is damaged; the message names it and says what to do.
     """
-    if not path.exists():
-        return None
-    record = json.loads(path.read_text())
-    if found := differences({**record["config"], "seed": record["seed"]}, {**config, "seed": seed}):
-        raise CheckpointError(
-            f"{path} holds the result of another configuration: " + "; ".join(found) + ". Take another directory"
-        )
-    return record
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} where a finite number should be")
+
+    try:
+        content = json.loads(path.read_bytes().decode(), parse_constant=refuse)
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of a mapping")
+    except FileNotFoundError:
+        raise CheckpointError(f"no file {path}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path} is damaged (nested too deep){_REMEDY}") from None
+    except (OSError, ValueError) as error:  # not UTF-8 and not JSON are values, too
+        raise CheckpointError(f"{path} is damaged ({error}){_REMEDY}") from None
+    return content
 
 
 def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | None = None) -> None:
@@ -111,13 +147,13 @@ def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | No
     """
     import safetensors.torch
 
-    own = {name: x.detach().contiguous().clone() for name, x in tensors.items()}  # no shared storage
+    separate = {name: x.detach().contiguous().clone() for name, x in tensors.items()}  # no shared storage
     text = json.dumps(state)
-    metadata = {"fastkd": text, "crc32": _checksum(text, own)}
+    metadata = {"fastkd": text, "crc32": _checksum(text, separate)}
 
     def write(part: Path) -> None:
         try:
-            safetensors.torch.save_file(own, part, metadata)
+            safetensors.torch.save_file(separate, part, metadata)
         except safetensors.SafetensorError as error:  # what the system said is its text
             raise OSError(str(error)) from error
         if previous is not None and path.exists():
@@ -136,18 +172,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is no whole safetensors file ({error}): it is left as it is; delete it "
-            "to start anew, or put a copy in its place"
-        ) from None
+        raise CheckpointError(f"{path} is no whole safetensors file ({error}){_REMEDY}") from None
     if "fastkd" not in metadata:
         raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
     text = metadata["fastkd"]
     if metadata.get("crc32", "") not in ("", _checksum(text, tensors)):  # older files have none
-        raise CheckpointError(
-            f"{path} is damaged (its checksum differs): it is left as it is; delete it to start "
-            "anew, or put a copy in its place"
-        )
+        raise CheckpointError(f"{path} is damaged (its checksum differs){_REMEDY}")
     return tensors, json.loads(text)
 
 

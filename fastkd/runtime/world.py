@@ -38,7 +38,9 @@ def usable(device: torch.device | str) -> torch.device:
     try:
         out = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+        out = None
+    if out is None or out.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
     if out.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (out.index or 0) >= count:
@@ -202,16 +204,6 @@ class World:
             if folder is not None:
                 self.first(lambda: stack.enter_context(alone(folder)))
             yield
-
-    def once(self, folder: Path, look: Callable[[], T | None], make: Callable[[], T]) -> T:
-        """What rank 0 finds in a folder. If it finds nothing it is made, on all ranks and by one run at a time."""
-        found = self.first(look)
-        if found is None:
-            with self.alone(folder):
-                found = self.first(look)  # another run may just have ended
-                if found is None:
-                    found = make()
-        return found
 
     def same(self, what: str, own: dict[str, Any]) -> None:
         """Raises ValueError on every rank if any has something else than rank 0."""

@@ -1,0 +1,94 @@
+"""What a study is to the engine: a configuration, and what is computed of it.
+
+A study is a subclass of :class:`Study` in a module of its own, whose name stands in :data:`STUDIES`. From that come its
+command (`fastkd distill`), its recipes, its place in plans (`fastkd grid`), checkpoints and records.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from rich.table import Table
+
+from ..runtime.world import World
+from . import settings
+
+__all__ = ["STUDIES", "Options", "Progress", "Study", "study"]
+
+Progress = Callable[[str, int, int, dict[str, Any]], None]
+"""Called as a run goes on: what is done, steps of it, all its steps, the latest record."""
+
+STUDIES = {"recipe": "fastkd.distill.study", "compress": "fastkd.compress.study"}
+"""Module of every study, by the key under which an experiment of a plan names its recipe."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run may need beside its configuration."""
+
+    device: torch.device | str = "cpu"
+    world: World | None = None
+    """The processes that compute together; None: this one alone."""
+    trusted: Collection[str] = ()
+    """Names of a user's own networks that were given on the command line."""
+    tensorboard: Path | None = None
+    """Where curves beyond those of `progress` go; None: there are none."""
+
+
+class Study(ABC):
+    """One kind of experiment.
+
+    Attributes:
+        command: of the command line, and the folder below ``runs/``.
+        shared: the folder of a grid's work directory in which what cells share is kept.
+        recipes: the folder of the configurations that come with the package.
+        config: the model of a configuration.
+        files: in words, what a run's folder holds beside config.json.
+        names_seeds: whether its progress says of which seed it is.
+    """
+
+    command: ClassVar[str]
+    shared: ClassVar[str]
+    recipes: ClassVar[Path]
+    config: ClassVar[type[BaseModel]]
+    files: ClassVar[str]
+    names_seeds: ClassVar[bool] = False
+
+    def load(self, source: str | Path | dict[str, Any], overrides: Collection[str] = ()) -> Any:
+        """A configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
+        return settings.load(self.config, self.recipes, source, list(overrides))
+
+    @abstractmethod
+    def run(
+        self, config: Any, seed: int, directory: Path, shared: Path, progress: Progress | None, options: Options
+    ) -> dict[str, Any]:
+        """The record of one run; what is in the directory already is taken as it is."""
+
+    @abstractmethod
+    def table(self, records: list[dict[str, Any]]) -> Table:
+        """What the command shows at its end, of the records of all seeds."""
+
+    def describe(self, config: Any) -> str:
+        """A line that the command shows at its beginning; empty: none."""
+        return ""
+
+    @abstractmethod
+    def outline(self, content: dict[str, Any]) -> tuple[str, str]:
+        """The networks of a recipe, and what is done with them; for the list of recipes."""
+
+    def measure(self, record: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
+        """The record with its networks measured anew; None where the study has nothing that is measured."""
+        return None
+
+
+def study(key: str) -> Study:
+    """The study of a plan's key. Its module is imported here: each needs packages of its own."""
+    found: Study = import_module(STUDIES[key]).STUDY
+    return found
