@@ -18,18 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastkd import cli, models, report
-from fastkd.compress import (
-    CheckpointError,
-    ConfigError,
-    Stopped,
-    compress,
-    controls,
-    load_config,
-    recipes,
-    run,
-    search,
-    train,
-)
+from fastkd.compress import CheckpointError, ConfigError, Stopped, compress, controls, load_config, recipes, run, train
 from fastkd.compress import search as searching
 from fastkd.evolve import Fitness, Limits, global_norm, mask_id
 from fastkd.lab import plan as grid
