@@ -36,15 +36,15 @@ def prepare(directory: Path, epochs: int | None = None, seeds: int | None = None
                 shorter = {**train, "finetune": {"epochs": epochs}}
             experiment["base"] = settings.merged(experiment.get("base", {}), shorter)
     text = yaml.safe_dump(content, sort_keys=False, width=120)
-    own = directory / "plan.yaml"
-    if own.exists() and own.read_text() != text:
+    file = directory / "plan.yaml"
+    if file.exists() and file.read_text() != text:
         raise settings.ConfigError(
-            f"{own} is another demo (other epochs or seeds, or another version of fastkd): "
+            f"{file} is another demo (other epochs or seeds, or another version of fastkd): "
             f"delete {directory}, or choose another folder with --out"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    own.write_text(text)
-    return grid.Plan(own)
+    file.write_text(text)
+    return grid.Plan(file)
 
 
 def finish(plan: grid.Plan, console: Console) -> Path:

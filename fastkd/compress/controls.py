@@ -87,6 +87,6 @@ def _fixed(space: GeneSpace) -> Iterator[str]:
                 padded.update(g for g in space.values[value].genes.tolist() if g >= 0)
     for op in space.ops:
         if op.kind in ("conv", "linear"):
-            own = set(space.values[op.output].genes.tolist())
-            if own & padded or max(own) < 0:
+            made = set(space.values[op.output].genes.tolist())
+            if made & padded or max(made) < 0:
                 yield op.name

@@ -63,14 +63,14 @@ def _measured(networks: Sequence[nn.Module], example_input: Tensor, batches: Seq
     ]
     for batch in batches:
         x = _repeated(example_input, batch)
-        for own, model in zip(out, networks, strict=True):  # before the times: also the pass that warms up
-            own["peak_memory_mb"][str(batch)] = measure.peak_memory(model, (x,))
+        for costs_of, model in zip(out, networks, strict=True):  # before the times: also the pass that warms up
+            costs_of["peak_memory_mb"][str(batch)] = measure.peak_memory(model, (x,))
         with contextlib.ExitStack() as stack:
             for model in networks:
                 stack.enter_context(measure.evaluating(model))
             times = _in_turn([partial(model, x) for model in networks])
-        for own, milliseconds in zip(out, times, strict=True):
-            own["latency_ms"][str(batch)] = milliseconds
+        for costs_of, milliseconds in zip(out, times, strict=True):
+            costs_of["latency_ms"][str(batch)] = milliseconds
     return out
 
 
@@ -139,7 +139,7 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.batches = iter(calibration.split(32))
 
@@ -197,13 +197,13 @@ def _in_turn(calls: list[Callable[[], Any]]) -> list[float]:
     times: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + SECONDS
     while len(times[0]) < 4 or (time.perf_counter() < end and len(times[0]) < 200):
-        for call, own in zip(calls, times, strict=True):
+        for call, measured in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            own.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(own[1:]) for own in times]
+            measured.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(measured[1:]) for measured in times]
 
 
 def _session(path: Path) -> Any:

@@ -128,7 +128,7 @@ class _Epoch:
             x = self.data.normalised(_augmented(batch, generator) if config.augment else batch)
             loss = self._loss(x.contiguous(memory_format=self.layout), rows)
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if config.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
             self.optimizer.step()

@@ -76,10 +76,10 @@ def batches(
 def _whole(data: Any, task: Task, split: str, device: torch.device, whole: dict[int, Batch]) -> Batch:
     key = id(data)
     if key not in whole:
-        own = data if device.type == "cpu" else data.clone().to(device)
-        masks = None if task.inductive else {part: own[f"{part}_mask"] for part in ("train", "val", "test")}
-        graph = Graph.from_edge_index(own.edge_index, own.num_nodes)
-        whole[key] = Batch((own.x, own.adj_t), own.y, masks, graph=graph, key=key)
+        graph_data = data if device.type == "cpu" else data.clone().to(device)
+        masks = None if task.inductive else {part: graph_data[f"{part}_mask"] for part in ("train", "val", "test")}
+        graph = Graph.from_edge_index(graph_data.edge_index, graph_data.num_nodes)
+        whole[key] = Batch((graph_data.x, graph_data.adj_t), graph_data.y, masks, graph=graph, key=key)
     return replace(whole[key], split=split)
 
 
@@ -101,8 +101,8 @@ def _several(
 
     if world.size > 1:
         graphs = task.graphs[split]
-        for own, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
-            data = Union.from_data_list([graphs[i] for i in own.tolist()]).to(device)
+        for part, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
+            data = Union.from_data_list([graphs[i] for i in part.tolist()]).to(device)
             yield Batch(
                 (data.x, data.adj_t),
                 data.y,
@@ -133,8 +133,8 @@ def _neighbours(
             nodes = torch.arange(data.num_nodes) if nodes is None else nodes.nonzero()[:, 0]
             sample = NeighborLoader(edges, train.neighbors, input_nodes=nodes)
             order = torch.randperm(len(nodes), generator=generator)
-            for own, rows in _shares(order, train.batch_size or 1024, world):
-                yield replace(of_neighbours(sample(own), data, split, device), share=len(own) / len(rows))
+            for part, rows in _shares(order, train.batch_size or 1024, world):
+                yield replace(of_neighbours(sample(part), data, split, device), share=len(part) / len(rows))
             continue
         # Its workers draw from torch's global generator.
         loader = NeighborLoader(
@@ -174,7 +174,7 @@ def _shapes(
     size = train.batch_size or SHAPES
     order = torch.arange(len(points)) if generator is None else torch.randperm(len(points), generator=generator)
     least = 1 if generator is None else 2  # batch normalisation has nothing to do with a single shape
-    for own, rows in _shares(order, size, world, least):
+    for part, rows in _shares(order, size, world, least):
         chosen = points[rows]
         if train.points is not None and train.points < points.shape[1]:
             some = (
@@ -189,8 +189,8 @@ def _shapes(
         chosen = chosen[world.rank :: world.size]
         yield Batch(
             (chosen.to(device),),
-            labels[own].to(device),
+            labels[part].to(device),
             None,
             split,
-            share=len(own) / len(rows) if world.size > 1 else None,
+            share=len(part) / len(rows) if world.size > 1 else None,
         )

@@ -12,6 +12,8 @@ SyncBatchNorm, and losses compare no two rows of different ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,21 +32,23 @@ class LSPPart:
     """
 
     def __init__(self, loss: LSP, teacher: Tensor, graph: Graph, rows: slice, generator: torch.Generator) -> None:
-        if loss.shuffle:  # the wrong graph of all destinations, and not a wrong one of the own
+        if loss.shuffle:  # the wrong graph of all destinations, and not a wrong one of these rows
             graph = loss.shuffled(graph, generator)
         begin, end = int(graph.rowptr[rows.start]), int(graph.rowptr[rows.stop])
         rowptr = graph.rowptr[rows.start : rows.stop + 1] - graph.rowptr[rows.start]
-        own = Graph.from_csr(rowptr, graph.col[begin:end], graph.num_src)
+        part = Graph.from_csr(rowptr, graph.col[begin:end], graph.num_src)
         self.rows = rows
         self.criterion = loss.criterion
-        self.structure = teacher_structure((teacher, teacher[rows]), own, loss.criterion.teacher_kernel)
-        count = {
-            "sum": lambda g: 1,
+        self.structure = teacher_structure((teacher, teacher[rows]), part, loss.criterion.teacher_kernel)
+        count: dict[str, Callable[[Graph], int]] = {
+            "sum": lambda _: 1,
             "mean": lambda g: g.num_dst,
             "mean_edges": lambda g: g.num_edges,
             "mean_active": lambda g: int((g.in_degree() > 0).sum()),
-        }[loss.criterion.reduction]
-        self.share = count(own) / max(count(graph), 1)
+        }
+        divisor = count[loss.criterion.reduction]
+        self.share = divisor(part) / max(divisor(graph), 1)
 
     def __call__(self, student: Tensor) -> Tensor:
-        return self.share * self.criterion((student, student[self.rows]), self.structure, self.structure.graph)
+        loss: Tensor = self.criterion((student, student[self.rows]), self.structure, self.structure.graph)
+        return loss * self.share

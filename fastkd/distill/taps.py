@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
+
+from .._text import suggestion
 
 __all__ = ["Taps"]
 
@@ -41,13 +42,12 @@ class Taps:
         self._stop = self._repeated = False
         for name in self._caught:
             if name not in modules:
-                close = difflib.get_close_matches(name, modules, 1)
-                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                hint = suggestion(name, modules)
                 raise ValueError(f"the {role} has no layer {name!r}{hint}: its layers are {', '.join(modules)}")
             self._modules[name] = modules[name]
             self._hooks.append(modules[name].register_forward_hook(self._keep(name)))
 
-    def _keep(self, name: str):
+    def _keep(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
             value = output[0] if isinstance(output, tuple) else output
             if not isinstance(value, Tensor):

@@ -206,7 +206,7 @@ class Distiller:
         for batch in self._batches("train", True):
             self.optimizer.zero_grad(set_to_none=True)
             total, terms = self.loss(batch, epoch)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()
             values = self.world.sum_gradients(self.parameters, {"loss": total, **terms})
             if self.train.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self.parameters, self.train.clip_norm)
@@ -239,10 +239,10 @@ class Distiller:
                 wrong, missed = ~hits, torch.zeros_like(hits)
             counts += torch.stack((hits.sum(), wrong.sum(), missed.sum())).cpu()
         self.terms.student_taps.clear()
-        hits_, wrong_, missed_ = self.world.sum(counts).tolist()
+        right, false, left_out = (int(count) for count in self.world.sum(counts))
         if self.task.multilabel:
-            return 200.0 * hits_ / max(2 * hits_ + wrong_ + missed_, 1)
-        return 100.0 * hits_ / max(hits_ + wrong_, 1)
+            return 200.0 * right / max(2 * right + false + left_out, 1)
+        return 100.0 * right / max(right + false, 1)
 
     # --- the run --------------------------------------------------------------------------------
 

@@ -67,7 +67,8 @@ def _function(name: str, key: str, trusted: bool) -> Callable[..., Any]:
             raise refusal
     if not callable(found):
         raise ConfigError(f"{key}.name = {name!r} must be a class or function, got {type(found).__name__}")
-    return found
+    make: Callable[..., Any] = found
+    return make
 
 
 def _is_here(top: str) -> bool:

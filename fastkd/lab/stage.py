@@ -81,6 +81,7 @@ def trained_network(
 
         return world.first(write)
 
+    record: Json
     tensors, record = stage(world, folder, lambda: checkpoint.load(weights) if weights.exists() else None, compute)
     model.load_state_dict(tensors)
     return record

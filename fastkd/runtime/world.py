@@ -115,9 +115,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            told = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RankLost(
-                f"rank {self.rank} of {self.size}: another rank is gone or does not answer ({told})"
+                f"rank {self.rank} of {self.size}: another rank is gone or does not answer ({reason})"
             ) from None
 
     def sum_gradients(self, parameters: list[nn.Parameter], values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,8 +147,8 @@ class World:
         flat = torch.cat([x.detach().reshape(-1).double() for x in tensors])
         with self._talking():
             dist.broadcast(flat, 0)
-        for x, own in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
-            x.detach().copy_(own.view_as(x))
+        for x, values in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.detach().copy_(values.view_as(x))
 
     def sum(self, counts: Tensor) -> Tensor:
         """Of integers on the CPU."""
@@ -163,29 +163,17 @@ class World:
 
     def first(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, and raises, for all ranks."""
-        if self.size == 1:
-            return make()
-        out: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                out[0] = make()
-            except Exception as error:  # all ranks must learn of it, or they would wait
-                out[1] = error
-        with self._talking():
-            dist.broadcast_object_list(out, 0)
-        if out[1] is not None:
-            raise out[1]
-        return out[0]
+        return self.first_at_length(lambda heartbeat: make())
 
     def first_at_length(self, make: Callable[[Callable[[], object]], T]) -> T:
-        """As `first`, for what takes longer than a rank may be silent: make(tick) calls tick() now and then."""
+        """As `first`, for what takes longer than a rank may be silent: make(heartbeat) calls heartbeat now and then."""
         if self.size == 1:
             return make(lambda: None)
         out: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 out[0] = make(lambda: self.any(False))
-            except (Exception, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt) as error:  # all ranks must learn of it, or they would wait
                 out[1] = error
             self.any(True)
         else:
@@ -195,7 +183,8 @@ class World:
             dist.broadcast_object_list(out, 0)
         if out[1] is not None:
             raise out[1]
-        return out[0]
+        made: T = out[0]
+        return made
 
     @contextlib.contextmanager
     def alone(self, folder: Path | None) -> Iterator[None]:
@@ -205,13 +194,13 @@ class World:
                 self.first(lambda: stack.enter_context(alone(folder)))
             yield
 
-    def same(self, what: str, own: dict[str, Any]) -> None:
+    def same(self, what: str, identity: dict[str, Any]) -> None:
         """Raises ValueError on every rank if any has something else than rank 0."""
         if self.size == 1:
             return
         every: list[Any] = [None] * self.size
         with self._talking():
-            dist.all_gather_object(every, own)
+            dist.all_gather_object(every, identity)
         for rank, theirs in enumerate(every):
             if theirs != every[0]:
                 raise ValueError(
@@ -229,10 +218,10 @@ class World:
         """The own rows' part in a mean over all rows; the sum over ranks is the mean."""
         if self.size == 1:
             return mean(*rows)
-        own = self.range(len(rows[0]))
-        if own.start == own.stop:  # fewer rows than ranks
-            return 0 * rows[0].sum()
-        return mean(*(x[own] for x in rows)) * ((own.stop - own.start) / len(rows[0]))
+        part = self.range(len(rows[0]))
+        if part.start == part.stop:  # fewer rows than ranks
+            return rows[0].sum() * 0
+        return mean(*(x[part] for x in rows)) * ((part.stop - part.start) / len(rows[0]))
 
     def own_generator(self, generator: torch.Generator) -> torch.Generator:
         """For what ranks draw differently, from one that stays the same on all."""
