@@ -165,26 +165,12 @@ def distill(
 
 
 def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) -> Table:
-    from .lab.plan import mean_interval
+    from .distill.record import Network
+    from .distill.tables import trained
 
     label = " + ".join(name for name, loss in config.losses.items() if loss.weight) or "labels alone"
-    table = Table(title=f"{config.data}, test part")
-    for heading in ("network", "test, %", "validation, %", "parameters", "seconds", "peak memory, MB"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    rows = [("teacher", [teacher])]
-    if records:
-        rows.append((f"student ({label})", [r["student"] for r in records]))
-    for name, found in rows:
-        peaks = [f["peak_memory_mb"] for f in found if f["peak_memory_mb"] is not None]
-        table.add_row(
-            name,
-            mean_interval([f["test"] for f in found]),
-            mean_interval([f["val"] for f in found]),
-            f"{found[0]['parameters']:,}",
-            f"{sum(f['seconds'] for f in found) / len(found):.1f}",
-            f"{max(peaks):.0f}" if peaks else "-",
-        )
-    return table
+    students = {f"student ({label})": [Network.model_validate(r["student"]) for r in records]} if records else {}
+    return trained(f"{config.data}, test part", Network.model_validate(teacher), students).terminal()
 
 
 @app.command()
@@ -208,6 +194,8 @@ def compress(
     --weights FILE.safetensors. On several processes: torchrun --nproc-per-node 2 -m fastkd compress RECIPE."""
     try:
         from . import compress as engine
+        from .compress.record import CompressRecord
+        from .compress.tables import before_and_after
         from .evolve import TensorBoard
         from .runtime.curves import Curves
     except ImportError as error:
@@ -262,7 +250,8 @@ def compress(
                         callback=TensorBoard(folder / "tensorboard") if tensorboard and world.rank == 0 else None,
                     )
                 )
-        console.print(_before_and_after(records))
+        table = before_and_after([CompressRecord.model_validate(record) for record in records])
+        console.print(table.terminal(box=None, pad_edge=False, padding=(0, 1), header_style="bold"))
         console.print(
             f"[bold]{directory}[/]: config.json, and per seed result.json, weights.safetensors (read by "
             "fastkd.population.load), model.onnx and model-int8.onnx. "
@@ -283,59 +272,6 @@ def compress(
         ArithmeticError,
     ) as error:
         _fail(error)
-
-
-def _before_and_after(records: list[dict[str, Any]]) -> Table:
-    """Means over seeds."""
-    from .lab.plan import mean_interval
-
-    first, agreement = records[0], records[0]["score"] == "agreement"
-    config = first["config"]
-    left = ", ".join(f"{share:.1%} of the {name}" for name, share in config["budget"].items()) or "no budget"
-    threads = first["environment"]["threads"]
-    table = Table(
-        box=None,
-        pad_edge=False,
-        padding=(0, 1),
-        header_style="bold",  # 80 columns are enough
-        title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
-        caption=f"Latency, with {threads} thread{'s' if threads > 1 else ''}, and peak memory at a batch of "
-        "1 / 64." + (" Agreement is with the full network." if agreement else ""),
-    )
-    score = "agreement, %" if agreement else "test, %"
-    for heading in ("network", score, "parameters", "MACs, M", "file, kB", "latency, ms", "memory, MB"):
-        table.add_column(heading, justify="left" if heading == "network" else "right", no_wrap=heading == "network")
-
-    def both(costs: Any, digits: int) -> str:
-        return "" if costs is None else " / ".join(f"{x:.{digits}f}" for x in costs.values())
-
-    def row(name: str, of: Any, costs: Any, measured: bool = True) -> None:
-        tests = mean_interval([of(r)["test"] for r in records])
-        c = costs(first)
-        table.add_row(
-            name,
-            tests,
-            *((f"{c['parameters']:,}", f"{c['macs'] / 1e6:.2f}") if "macs" in c else ("", "")),
-            *(
-                (f"{c['bytes'] / 1000:,.0f}", both(c["latency_ms"], 2), both(c.get("peak_memory_mb"), 2))
-                if measured
-                else ("", "", "")
-            ),
-        )
-
-    row("full", lambda r: r["dense"], lambda r: r["dense"])
-    names = {"masked": "smaller", "recalibrated": "recalibrated", "finetuned": "fine-tuned"}
-    stages = list(first["compact"]["stages"])
-    for stage in stages:
-        row(
-            names[stage],
-            lambda r, stage=stage: r["compact"]["stages"][stage],
-            lambda r: r["compact"],
-            stage == stages[-1],
-        )
-    if first["int8"] is not None:
-        row("int8", lambda r: r["int8"], lambda r: r["int8"])
-    return table
 
 
 @app.command()

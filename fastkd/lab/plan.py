@@ -13,16 +13,12 @@ A plan is a YAML file::
           student alone: {losses: {lsp: null}}
           lsp: {}
 
-Beside it lie ``cells/<experiment>/<row>/<seed>.json``, one record each, and RESULTS.md, which is made of
+Beside it lie ``cells/<experiment>.jsonl``, the records (:mod:`fastkd.lab.cells`), and RESULTS.md, which is made of
 them alone. Networks and searches that several cells need are kept in the work directory, which needs no keeping.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,18 +28,21 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from ..evolve import hypervolume
+from .._text import slug
 from ..runtime import checkpoint
 from ..runtime.world import usable
 from . import settings
+from .cells import Cells
+from .record import Record, Row, Section
 from .settings import ConfigError, Strict, merged
 
-__all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
+__all__ = ["Cell", "Experiment", "Plan", "measure", "run", "tables", "write_table"]
 
 PAUSE, LONGEST = 1.0, 60.0  # seconds, until what another process was at work on is looked at again
 WAITS = "waits for another process"
 Kind = Literal["recipe", "compress"]
 """The key of a plan that names the recipe: of distillation, or of compression."""
+KINDS: tuple[Kind, ...] = ("recipe", "compress")
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,12 @@ class Cell:
     experiment: Experiment
     row: str
     seed: int
-    file: Path
+    store: Cells
     config: Any
 
     @property
     def done(self) -> bool:
-        return self.file.exists()
-
-    def record(self) -> dict[str, Any]:
-        return json.loads(self.file.read_text())
+        return self.store.find(self.row, self.seed) is not None
 
 
 class _Content(Strict):
@@ -84,6 +80,7 @@ class Experiment:
     priority: int
     rows: dict[str, Any]
     note: str
+    store: Cells
 
 
 class Plan:
@@ -114,6 +111,7 @@ class Plan:
                     + ("neither" if own.recipe is None else "both")
                 )
             kind: Kind = "compress" if own.recipe is None else "recipe"
+            store = Cells(self.path.parent / "cells", name)
             config = _config(kind)
             recipe = str(own.compress if own.recipe is None else own.recipe)
             beside = self.path.parent / recipe
@@ -123,17 +121,18 @@ class Plan:
         rows: dict[str, Any] = {}
         folders: dict[str, str] = {}
         for row, changes in own.rows.items():
-            other = folders.setdefault(_slug(row), row)
+            other = folders.setdefault(slug(row), row)
             if other != row:  # one would be shown with the records of the other
                 raise ConfigError(
-                    f"{where}, row {row!r}: its cells lie in the folder {_slug(row)!r}, and so do those "
+                    f"{where}, row {row!r}: its cells lie in the folder {slug(row)!r}, and so do those "
                     f"of row {other!r}: names must differ in more than case and punctuation"
                 )
             try:
                 rows[row] = config.load_config(merged(base, changes or {}))
             except ConfigError as error:
                 raise ConfigError(f"{where}, row {row!r}: {error}") from None
-        return Experiment(name, own.title or name, kind, own.seeds, own.priority, rows, own.note)
+        tables(kind)  # so that the records' type is known
+        return Experiment(name, own.title or name, kind, own.seeds, own.priority, rows, own.note, store)
 
     def cells(self) -> Iterator[Cell]:
         """By priority; within one, every row's first seed before any row's second."""
@@ -152,14 +151,12 @@ class Plan:
         return [c for c in self.cells() if not c.done and only in (None, c.experiment.name)]
 
     def _cell(self, experiment: Experiment, row: str, seed: int, config: Any) -> Cell:
-        file = self.path.parent / "cells" / experiment.name / _slug(row) / f"{seed}.json"
-        return Cell(experiment, row, seed, file, config)
+        return Cell(experiment, row, seed, experiment.store, config)
 
-    def of(self, experiment: Experiment, row: str) -> list[Cell]:
-        """Every finished cell of a row, also of seeds beyond the plan's."""
-        folder = self.path.parent / "cells" / experiment.name / _slug(row)
-        seeds = sorted(int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit())
-        return [self._cell(experiment, row, seed, experiment.rows[row]) for seed in seeds]
+    def section(self, experiment: Experiment) -> Section[Record]:
+        """The finished cells of every row, also of seeds beyond the plan's."""
+        rows = [Row(row, experiment.store.row(row), experiment.seeds) for row in experiment.rows]
+        return Section(experiment.name, experiment.title, rows, experiment.note.strip())
 
 
 def _config(kind: Kind) -> Any:
@@ -173,8 +170,15 @@ def _config(kind: Kind) -> Any:
     return compression
 
 
-def _slug(row: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
+def tables(kind: Kind) -> Any:
+    """The module with a study's tables, and the type of its records."""
+    if kind == "recipe":
+        from ..distill import tables as distillation
+
+        return distillation
+    from ..compress import tables as compression
+
+    return compression
 
 
 def run(
@@ -210,7 +214,7 @@ def run(
             time.sleep(pause)
             left, busy, pause = busy, [], min(2 * pause, LONGEST)
         cell = left.pop(0)
-        directory = work / cell.experiment.name / _slug(cell.row) / str(cell.seed)
+        directory = work / cell.experiment.name / slug(cell.row) / str(cell.seed)
         told = None if progress is None else (lambda *a, cell=cell: progress(cell, *a))
         try:
             with checkpoint.alone(directory):
@@ -237,7 +241,7 @@ def run(
                         device=device,
                         teachers=work / "teachers",
                     )
-                checkpoint.write_json(cell.file, record)
+                cell.store.append(cell.row, Record.parse(record))
         except checkpoint.Busy:
             busy.append(cell)
             if told is not None:
@@ -273,14 +277,14 @@ def measure(
     device = usable(device)
     _known(plan, only)
     cells = [
-        c
+        (e.store, row, record)
         for e in plan.experiments
         if e.kind == "compress" and only in (None, e.name)
         for row in e.rows
-        for c in plan.of(e, row)
+        for record in e.store.row(row)
     ]
-    for k, cell in enumerate(cells):
-        checkpoint.write_json(cell.file, measure_again(cell.record(), device))
+    for k, (store, row, record) in enumerate(cells):
+        store.replace(row, Record.parse(measure_again(record.content(), device)))
         if progress is not None:
             progress(k + 1, len(cells))
     write_table(plan)
@@ -292,177 +296,19 @@ def _known(plan: Plan, only: str | None) -> None:
         raise ConfigError(f"no experiment {only!r}: there are {', '.join(e.name for e in plan.experiments)}")
 
 
-def interval(values: list[float]) -> float | None:
-    """Half the 95 % interval of the mean, by Student's t; None for a single value."""
-    n = len(values)
-    if n < 2:
-        return None
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-    quantile = t[n - 2] if n - 2 < len(t) else 1.96 + 2.5 / (n - 1)
-    return quantile * statistics.stdev(values) / math.sqrt(n)
-
-
-def mean_interval(values: list[float]) -> str:
-    half = interval(values)
-    return f"{statistics.mean(values):.2f}" + ("" if half is None else f" ± {half:.2f}")
-
-
 def write_table(plan: Plan) -> Path:
     """RESULTS.md beside the plan, from the cells alone."""
-    kinds = {e.kind for e in plan.experiments}
+    experiments = sorted(plan.experiments, key=lambda e: e.priority)
     lines = ["# Results", ""]
-    if "recipe" in kinds:
-        lines += [
-            "Made by `fastkd grid` from the records in `cells/`. Scores are in percent on the test "
-            "part, mean ± half the 95 % interval (Student's t) over seeds; the epoch is chosen on the validation "
-            "part, and so was everything that was tuned. A cell that has not been run is shown as such.",
-            "",
-        ]
-    if "compress" in kinds:
-        lines += [
-            "Compressed networks, made by `fastkd grid` from the records in `cells/`: accuracy (or agreement "
-            "with the full network, where that is said) in percent on the test part, mean ± half the 95 % "
-            "interval (Student's t) over seeds; *recalibrated* is the smaller network with the full one's "
-            "weights and batch-norm statistics of its own, *fine-tuned* is after training. *Fitness* is what the "
-            "search took the recalibrated one for, on images of its own: the best of hundreds, it flatters. "
-            "What is left of MACs and parameters is in percent of the full network's. *Faster* is its measured "
-            "latency over the smaller one's, at a batch of 1 / 64. Evaluations are networks that the search "
-            "looked at, on images apart from those of validation and test. *Hypervolume*, where a front was "
-            "searched for: how much of the rectangle of score and MACs the front's networks dominate on test "
-            "images, in percent; of uniform L1, those of 16 densities. A cell that has not been run is shown as "
-            "such.",
-            "",
-        ]
-    for experiment in sorted(plan.experiments, key=lambda e: e.priority):
-        lines += [f"## {experiment.title}", ""]
-        if experiment.note:
-            lines += [experiment.note.strip(), ""]
-        cells = {row: [c.record() for c in plan.of(experiment, row)] for row in experiment.rows}
-        lines += _compressions(experiment, cells) if experiment.kind == "compress" else _students(experiment, cells)
-        lines.append("")
+    for kind in KINDS:
+        if any(e.kind == kind for e in experiments):
+            lines += [tables(kind).INTRODUCTION, ""]
+    for experiment in experiments:
+        section = plan.section(experiment)
+        lines += [f"## {section.title}", ""]
+        if section.note:
+            lines += [section.note, ""]
+        lines += [*tables(experiment.kind).results(section).markdown(), ""]
     path = plan.path.parent / "RESULTS.md"
     checkpoint.replace(path, lambda p: p.write_text("\n".join(lines)))
     return path
-
-
-Records = dict[str, list[dict[str, Any]]]
-"""By row."""
-
-
-def _students(experiment: Experiment, cells: Records) -> Iterator[str]:
-    teacher = next((r["teacher"] for found in cells.values() for r in found), None)
-    yield "| | test, % | validation, % | seeds | parameters | seconds |"
-    yield "|---|---:|---:|---:|---:|---:|"
-    if teacher is not None:
-        yield (
-            f"| teacher | {teacher['test']:.2f} | {teacher['val']:.2f} | 1 | {teacher['parameters']:,} | "
-            f"{teacher['seconds']:.0f} |"
-        )
-    for row, found in cells.items():
-        if not found:
-            yield f"| {row} | not yet run | | 0 of {experiment.seeds} | | |"
-            continue
-        students = [r["student"] for r in found]
-        test, val = (mean_interval([s[key] for s in students]) for key in ("test", "val"))
-        yield (
-            f"| {row} | {test} | {val} | {len(students)} of {max(experiment.seeds, len(students))} | "
-            f"{students[0]['parameters']:,} | {statistics.mean(s['seconds'] for s in students):.0f} |"
-        )
-
-
-def _compressions(experiment: Experiment, cells: Records) -> Iterator[str]:
-    records = [r for found in cells.values() for r in found]
-    tuned = any("finetuned" in r["compact"]["stages"] for r in records)
-    fronts = any(r["search"]["algorithm"].startswith("nsga2") for r in records)
-    score = "agreement" if any(r["score"] == "agreement" for r in records) else "test"
-    headings = [
-        "",
-        *([f"{score} recalibrated, %", f"{score} fine-tuned, %"] if tuned else [f"{score}, %"]),
-        "fitness",
-        "validation, %",
-        "seeds",
-        "MACs, %",
-        "parameters, %",
-        "faster",
-        "evaluations",
-        "search, s",
-        *(["hypervolume"] if fronts else []),
-    ]
-    yield "| " + " | ".join(headings) + " |"
-    yield "|---|" + "---:|" * (len(headings) - 1)
-    if records:
-        dense = {r["seed"]: r["dense"] for r in records}.values()
-        tests = mean_interval([d["test"] for d in dense])
-        yield (
-            "| "
-            + " | ".join(
-                [
-                    "full network",
-                    *([tests, tests] if tuned else [tests]),
-                    "",
-                    mean_interval([d["val"] for d in dense]),
-                    str(len(dense)),
-                    f"{records[0]['dense']['macs'] / 1e6:.2f} M",
-                    f"{records[0]['dense']['parameters']:,}",
-                    "",
-                    "",
-                    "",
-                    *[""] * fronts,
-                ]
-            )
-            + " |"
-        )
-    for row, found in cells.items():
-        if not found:
-            left = " |" * (1 + tuned), f" | 0 of {experiment.seeds} |", " |" * (5 + fronts)
-            yield f"| {row} | not yet run |" + "".join(left)
-            continue
-        small = [r["compact"] for r in found]
-        # What the search found, before any training.
-        before = [next(c["stages"][k]["test"] for k in ("recalibrated", "masked") if k in c["stages"]) for c in small]
-        share = {
-            k: statistics.mean(100 * r["compact"][k] / r["dense"][k] for r in found) for k in ("macs", "parameters")
-        }
-        faster = [
-            statistics.mean(r["dense"]["latency_ms"][b] / r["compact"]["latency_ms"][b] for r in found)
-            for b in ("1", "64")
-        ]
-        yield (
-            "| "
-            + " | ".join(
-                [
-                    row,
-                    mean_interval(before),
-                    *([mean_interval([c["test"] for c in small])] if tuned else []),
-                    mean_interval([_chosen_by(r["search"]) for r in found]),
-                    mean_interval([c["val"] for c in small]),
-                    f"{len(found)} of {max(experiment.seeds, len(found))}",
-                    f"{share['macs']:.1f}",
-                    f"{share['parameters']:.1f}",
-                    f"{faster[0]:.2f}x / {faster[1]:.2f}x",
-                    f"{statistics.mean(r['search']['evaluations'] for r in found):,.0f}",
-                    f"{statistics.mean(r['search']['seconds'] for r in found):.0f}",
-                    *([mean_interval([_volume(r["search"]) for r in found])] if fronts else []),
-                ]
-            )
-            + " |"
-        )
-
-
-def _chosen_by(search: dict[str, Any]) -> float:
-    """What the network that was taken had on the images of the search; percent, where it is a share."""
-    own = search["individuals"]
-    quality = own["quality"][own["id"].index(search["chosen"])]
-    return 100 * quality if search["quality"] in ("accuracy", "agreement") else quality
-
-
-def _volume(search: dict[str, Any]) -> float:
-    """Percent of the rectangle of quality and cost that a front dominates on test images. Of uniform L1: its ladder,
-    as far as the budget allows."""
-    front, full = search["front"], search["full_cost"]
-    points = list(zip(front["test"], front["cost"], strict=True))
-    if search["algorithm"] == "l1":
-        points += [
-            (q, c) for q, c in zip(search["l1"]["test"], search["l1"]["cost"], strict=True) if c <= max(front["cost"])
-        ]
-    return 100 * hypervolume(torch.tensor([(-q, c / full) for q, c in points], dtype=torch.float64), (0.0, 1.0))
