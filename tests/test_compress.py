@@ -777,10 +777,9 @@ def test_a_plan(tmp_path, monkeypatch):
     assert grid.run(plan, tmp_path / "work", lambda cell, *a: told.append((cell.row, *a[:3]))) == 1
     assert trained == [["train"], ["train", "fitness"]], "the full network was trained more than once"
     assert told == [("fine-tuned", "fine-tuning", 1, 1)], "searched more than once"
-    records = {
-        row: json.loads((tmp_path / f"cells/small/{slug}/0.json").read_text())
-        for row, slug in (("ECS", "ecs"), ("l1", "l1"), ("fine-tuned", "fine-tuned"))
-    }
+    file = tmp_path / "cells/small.jsonl"
+    records = {record.pop("row"): record for record in map(json.loads, file.read_text().splitlines())}
+    assert list(records) == ["ECS", "l1", "fine-tuned"]
     assert records["ECS"]["search"]["mask"] == records["fine-tuned"]["search"]["mask"]
     lines = {
         cells[1].strip(): [c.strip() for c in cells[2:-1]]
@@ -799,13 +798,14 @@ def test_a_plan(tmp_path, monkeypatch):
     assert lines["l1"][8] == "1" and int(lines["ECS"][8]) > 6
     assert grid.run(plan, tmp_path / "work") == 0
 
-    file, told = tmp_path / "cells/small/l1/0.json", []
+    told = []
     spoiled = json.loads(json.dumps(records["l1"]))
     for network in ("dense", "compact"):
         spoiled[network] |= {"latency_ms": {"1": 0.0, "64": 0.0}, "macs": -1}
-    file.write_text(json.dumps(spoiled))
+    rows = {**records, "l1": spoiled}
+    file.write_text("".join(json.dumps({"row": row, **record}) + "\n" for row, record in rows.items()))
     assert grid.measure(plan, lambda *done: told.append(done)) == 3 and told == [(1, 3), (2, 3), (3, 3)]
-    again = json.loads(file.read_text())
+    again = {record.pop("row"): record for record in map(json.loads, file.read_text().splitlines())}["l1"]
     assert again.pop("measured").keys() == again["environment"].keys() - {"processes"}
     same(again, records["l1"])
     assert all(ms > 0 for network in ("dense", "compact") for ms in again[network]["latency_ms"].values())

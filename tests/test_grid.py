@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastkd import cli, compress, demo
+from fastkd.compress import tables
 from fastkd.lab import plan as grid
 from fastkd.lab.settings import ConfigError
 
@@ -44,6 +45,14 @@ def plan_of(folder, text):
     return grid.Plan(folder / "plan.yaml")
 
 
+def records_of(folder, experiment):
+    """Row -> records, by seed."""
+    out = {}
+    for line in (folder / "cells" / f"{experiment}.jsonl").read_text().splitlines():
+        out.setdefault(json.loads(line)["row"], []).append(json.loads(line))
+    return {row: sorted(found, key=lambda record: record["seed"]) for row, found in out.items()}
+
+
 def table_of(folder, title):
     """Row -> heading -> text, of one experiment."""
     (part,) = [p for p in (folder / "RESULTS.md").read_text().split("## ") if p.startswith(title)]
@@ -66,12 +75,12 @@ def test_a_plan_of_distillation(tmp_path, monkeypatch):
     assert grid.run(plan, tmp_path / "work", limit=3) == 3
     table = table_of(tmp_path, "A small one")
     assert [table[row]["seeds"] for row in ("teacher", "student alone", "LSP")] == ["1", "2 of 2", "1 of 2"]
-    cells = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").rglob("*.json")}
-    assert len(cells) == 3
+    lines = (tmp_path / "cells/small.jsonl").read_bytes()
+    assert len(lines.splitlines()) == 3
     assert grid.run(plan, tmp_path / "work") == 1
-    assert {p: p.stat().st_mtime_ns for p in cells} == cells
+    assert (tmp_path / "cells/small.jsonl").read_bytes().startswith(lines)
     assert sum(not c.done for c in plan_of(tmp_path, DISTIL.replace("seeds: 2", "seeds: 3")).cells()) == 2
-    tests = [json.loads((tmp_path / f"cells/small/lsp/{s}.json").read_text())["student"]["test"] for s in (0, 1)]
+    tests = [record["student"]["test"] for record in records_of(tmp_path, "small")["LSP"]]
     half = 12.706 * abs(tests[0] - tests[1]) / 2
     assert table_of(tmp_path, "A small one")["LSP"]["test, %"] == f"{sum(tests) / 2:.2f} ± {half:.2f}"
 
@@ -115,8 +124,16 @@ def record(config, seed):
             "algorithm": config.algorithm.name,
             "quality": "accuracy",
             "chosen": "b",
-            "individuals": {"id": ["a", "b"], "quality": [0.5, 0.875 if plain else 0.75]},
+            "individuals": {"id": ["a", "b"], "quality": [0.5, 0.875 if plain else 0.75], "cost": [1, 2]},
+            "front": {"quality": [0.5], "cost": [1]},
+            "l1": {"quality": [0.5], "cost": [1]},
+            "cost": "macs",
+            "full_quality": 0.9,
+            "full_cost": 3,
+            "mask": "80",
+            "history": [],
         },
+        "layers": [{"name": "conv", "size": 2, "kept": 1}],
     }
 
 
@@ -189,6 +206,41 @@ def test_a_plan_of_compression(tmp_path, calls):
     assert grid.run(plan, work) == 1 and grid.run(plan, work) == 0
 
 
+def test_a_changed_row_is_run_again_and_not_averaged(tmp_path, calls):
+    """A cell counts as done where its record is of the configuration that the plan has now."""
+    plan = plan_of(tmp_path, COMPRESS)
+    assert grid.run(plan, tmp_path / "work") == 4
+    changed = plan_of(tmp_path, COMPRESS.replace("ECS: {}", "ECS: {k_min: 2}"))
+    assert [(c.row, c.seed) for c in changed.missing()] == [("ECS", 0), ("ECS", 1)]
+    grid.write_table(changed)
+    assert table_of(tmp_path, "A LeNet")["ECS"]["seeds"] == "0 of 2"
+    assert grid.run(changed, tmp_path / "work", limit=1) == 1
+    assert table_of(tmp_path, "A LeNet")["ECS"]["seeds"] == "1 of 2"
+    assert [(c.row, c.seed) for c in changed.missing()] == [("ECS", 1)]
+    (back,) = plan_of(tmp_path, COMPRESS).experiments
+    assert [r.seed for r in back.records("ECS")] == [1], "the record of seed 0 is of the other configuration now"
+
+
+def test_what_changes_nothing_is_no_other_configuration(tmp_path):
+    (experiment,) = plan_of(tmp_path, DISTIL).experiments
+    config = experiment.rows["LSP"]
+    written = json.loads(json.dumps(config.model_dump()))
+    idle = {
+        "weight": 0.0,
+        "student_layer": None,
+        "teacher_layer": None,
+        "start": 0,
+        "stop": None,
+        "ramp": 0,
+        "args": {},
+    }
+    assert experiment.study.same({**written, "losses": {**written["losses"], "kd": idle}}, config)
+    del written["teacher_seed"]  # of a version that did not know the key
+    assert experiment.study.same(written, config)
+    assert not experiment.study.same({**written, "task_weight": 2.0}, config)
+    assert not experiment.study.same({"data": "digits"}, config)
+
+
 def test_a_table_without_fine_tuning(tmp_path, calls):
     plan = plan_of(tmp_path, COMPRESS.replace("seeds: 2", "seeds: 1\n    base: {finetune: {epochs: 0}}"))
     grid.run(plan, tmp_path / "work", limit=1)
@@ -220,7 +272,7 @@ def test_a_real_compression_needs_nothing_of_distillation(tmp_path, monkeypatch)
         },
     }
     assert grid.run(plan_of(tmp_path, yaml.safe_dump(plan, sort_keys=False)), tmp_path / "work", limit=1) == 1
-    table, found = table_of(tmp_path, "A LeNet"), json.loads((tmp_path / "cells/lenet/ecs/0.json").read_text())
+    table, found = table_of(tmp_path, "A LeNet"), records_of(tmp_path, "lenet")["ECS"][0]
     assert table["ECS"]["test fine-tuned, %"] == f"{found['compact']['test']:.2f}"
     assert 0 < float(table["ECS"]["MACs, %"]) <= 25, "the recipe's budget"
     assert {p.name.split("-")[0] for p in (tmp_path / "work/compress").iterdir()} == {"dense", "search"}
@@ -303,12 +355,7 @@ def test_the_demos_table_of_compression(tmp_path, calls):
     plan = plan_of(tmp_path, COMPRESS)
     grid.run(plan, tmp_path / "work", limit=3)
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(
-        demo._compressions(
-            "A LeNet",
-            {row: [c.record() for c in plan.of(plan.experiments[0], row)] for row in plan.experiments[0].rows},
-        )
-    )
+    console.print(tables.overview(plan.experiments[0].section()).terminal())
     rows = {
         cells[1].strip(): [c.strip() for c in cells[2:-1]]
         for line in console.export_text().splitlines()

@@ -15,7 +15,11 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("yaml", reason="PyYAML is not installed")
 
 import fastkd.report
-from fastkd.report import html, records
+from fastkd._text import slug
+from fastkd.compress.record import CompressRecord
+from fastkd.distill.tables import summary
+from fastkd.lab.estimate import Estimate
+from fastkd.report import records
 
 TESTS = {"student-alone": [90.1, 90.4, 89.7], "lsp": [92.0, 92.3, 91.9], "kd + lsp": [91.25]}
 LSP = {"weight": 100.0, "student_layer": "layers.0", "teacher_layer": "layers.1", "args": {}}
@@ -235,7 +239,7 @@ def read(folder, **content):
 
 def test_labels_without_row_folders(tmp_path):
     saved = read(tmp_path, seed0=record(80.0, 0, LOSSES["kd + lsp"]), seed1=record(81.0, 1, LOSSES["kd + lsp"]))
-    assert [(row.label, len(row.runs)) for row in saved.sections[0].rows] == [("kd + lsp", 2)]
+    assert [(row.label, len(row.records)) for row in saved.sections[0].rows] == [("kd + lsp", 2)]
     assert saved.sections[0].title == "cora, gcn to gcn"
     save(tmp_path / "seed0" / "result.json", record(80.0, 0, {"kd": {"weight": 0.0}}))
     assert records.read(tmp_path / "seed0").sections[0].rows[0].label == "student alone"
@@ -260,9 +264,9 @@ def test_folders_above_all_rows_name_no_row(tmp_path):
 
 def test_what_a_single_seed_cannot_say(tmp_path):
     saved = read(tmp_path, a=record(80.0, 0, {}), b=record(90.0, 0, {"lsp": LSP}))
-    assert "nothing can be said about chance" in html.summary(saved.sections[0])
+    assert "nothing can be said about chance" in summary(saved.sections[0])
     saved = read(tmp_path, b=record(79.0, 0, {"lsp": LSP}))
-    assert "No distilled student is better on average than a" in html.summary(saved.sections[0])
+    assert "No distilled student is better on average than a" in summary(saved.sections[0])
 
 
 @pytest.mark.parametrize(
@@ -281,20 +285,23 @@ def test_damaged_files_are_named_and_left_out(tmp_path, damage):
     save(tmp_path / "seed1" / "result.json", damage(record(80.0, 1, {}, picture=True)))
     with pytest.warns(UserWarning, match=r"seed1.result\.json"):
         saved = read(tmp_path, seed0=record(80.0, 0, {}))
-    assert [len(row.runs) for row in saved.sections[0].rows] == [1]
+    assert [len(row.records) for row in saved.sections[0].rows] == [1]
     assert saved.notices[0].startswith("seed1/result.json is left out")
 
 
-def test_same_intervals_and_folders_as_the_grid():
-    grid = pytest.importorskip("fastkd.lab.plan", reason="fastkd.lab.plan cannot be imported", exc_type=ImportError)
-    for n in range(1, 30):
+def test_intervals_and_folders():
+    """The same for the grid's tables and the report's, which once had one each."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    assert Estimate.of([7.0]) == Estimate(7.0, None) and str(Estimate.of([7.0])) == "7.00"
+    for n in range(2, 30):
         values = [float(i * i % 7) for i in range(n)]
-        assert records.Estimate.of(values).half == grid.interval(values)
-    for name in ("with LSP, 100", "kd + lsp", "A_b-"):
-        assert records._slug(name) == grid._slug(name)
+        half = stats.t.ppf(0.975, n - 1) * statistics.stdev(values) / n**0.5
+        assert Estimate.of(values).half == pytest.approx(half, rel=3e-3)
+    for name, folder in {"with LSP, 100": "with-lsp-100", "kd + lsp": "kd-lsp", "A_b-": "a-b"}.items():
+        assert slug(name) == folder
 
 
-@pytest.mark.parametrize("name", ["matplotlib", "yaml"])
+@pytest.mark.parametrize("name", ["matplotlib", "yaml", "pydantic"])
 def test_what_is_missing_is_named(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=rf'needs {name}: pip install "fastkd\[distill\]"'):
@@ -305,7 +312,8 @@ def test_no_networks_and_no_data_are_needed(runs, tmp_path):
     code = """
 import sys, fastkd.report
 fastkd.report.write(sys.argv[1], sys.argv[2])
-loaded = {"fastkd.distill", "fastkd.models", "fastkd.data", "torch_geometric", "pydantic", "matplotlib.pyplot"}
+loaded = {"fastkd.distill.trainer", "fastkd.distill.config", "fastkd.compress.run", "fastkd.models", "fastkd.data",
+          "torch_geometric", "matplotlib.pyplot"}
 assert not loaded & set(sys.modules)
 """
     done = subprocess.run(
@@ -440,11 +448,10 @@ def test_a_compressed_network(tmp_path):
 def test_the_raster_is_the_masks():
     from fastkd.report import compression
 
-    own = compression.parse(compressed(genes=(3, 8)))
-    figure, _, _ = compression._masks(own, "ecs")
-    [image] = figure.axes[0].images
-    for row, look in zip(image.get_array().tolist(), own.search["history"], strict=True):
-        bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(look["mask"]))[:11]
+    own = CompressRecord.model_validate(compressed(genes=(3, 8)))
+    [image] = compression._masks(own, "ecs").figure.axes[0].images
+    for row, look in zip(image.get_array().tolist(), own.search.history, strict=True):
+        bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(look.mask))[:11]
         assert row == [int(bit) for bit in bits]
 
 

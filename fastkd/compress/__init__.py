@@ -1,5 +1,10 @@
 """From a trained network to a smaller one that is measurably faster: search, fine-tuning, export, and the evidence."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 try:
     import pydantic  # noqa: F401
     import safetensors  # noqa: F401
@@ -7,21 +12,23 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.compress needs {error.name}: pip install "fastkd[compress]"') from error
 
-from ..lab.settings import ConfigError
-from ..runtime.checkpoint import CheckpointError
-from ..runtime.stopping import Stopped
-from ..runtime.world import RankLost, World
-from .config import CompressConfig, load_config, recipes
-from .run import compress
+_PLACES = {
+    "CheckpointError": "..runtime.checkpoint",
+    "CompressConfig": ".config",
+    "ConfigError": "..lab.settings",
+    "RankLost": "..runtime.world",
+    "Stopped": "..runtime.stopping",
+    "World": "..runtime.world",
+    "compress": ".run",
+    "load_config": ".config",
+    "recipes": ".config",
+}
 
-__all__ = [
-    "CheckpointError",
-    "CompressConfig",
-    "ConfigError",
-    "RankLost",
-    "Stopped",
-    "World",
-    "compress",
-    "load_config",
-    "recipes",
-]
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    """Records and tables need neither networks nor data."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name], __name__), name)

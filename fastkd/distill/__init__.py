@@ -1,5 +1,10 @@
 """Distilling graph networks: losses, feature taps, the trainer, runs from configurations."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 try:
     import pydantic  # noqa: F401
     import safetensors  # noqa: F401
@@ -7,28 +12,29 @@ try:
 except ImportError as error:
     raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
 
-from ..lab.tensorboard import TensorBoard
-from ..runtime.checkpoint import CheckpointError
-from ..runtime.stopping import Stopped
-from ..runtime.world import RankLost, World
-from .config import ConfigError, LossConfig, ModelConfig, NetworkConfig, RunConfig, TrainConfig, load_config
-from .taps import Taps
-from .trainer import Distiller, Result
+_PLACES = {
+    "CheckpointError": "..runtime.checkpoint",
+    "ConfigError": ".config",
+    "Distiller": ".trainer",
+    "LossConfig": ".config",
+    "ModelConfig": ".config",
+    "NetworkConfig": ".config",
+    "RankLost": "..runtime.world",
+    "Result": ".trainer",
+    "RunConfig": ".config",
+    "Stopped": "..runtime.stopping",
+    "Taps": ".taps",
+    "TensorBoard": "..lab.tensorboard",
+    "TrainConfig": ".config",
+    "World": "..runtime.world",
+    "load_config": ".config",
+}
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "Distiller",
-    "LossConfig",
-    "ModelConfig",
-    "NetworkConfig",
-    "RankLost",
-    "Result",
-    "RunConfig",
-    "Stopped",
-    "Taps",
-    "TensorBoard",
-    "TrainConfig",
-    "World",
-    "load_config",
-]
+__all__ = list(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    """Records and tables need neither the trainer nor PyG."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name], __name__), name)

@@ -11,8 +11,9 @@ from ..data import Task
 from ..data import load as load_data
 from ..lab.study import Options, Progress, Study
 from ..runtime.world import World
-from . import runs
+from . import runs, tables
 from .config import RECIPES, RunConfig
+from .record import DistillRecord, Network
 
 __all__ = ["STUDY", "Distillation"]
 
@@ -26,6 +27,7 @@ class Distillation(Study):
     config = RunConfig
     files = "the teacher, and per seed result.json and weights.safetensors"
     names_seeds = True
+    tables = tables
 
     def __init__(self) -> None:
         self._task: tuple[str, Task] | None = None  # one at a time is kept
@@ -55,11 +57,19 @@ class Distillation(Study):
         """The record of the teacher alone."""
         return runs.teacher_of(config, self.task(config.data), directory, progress, world.device, world)[1]
 
+    def effective(self, content: dict[str, Any]) -> dict[str, Any]:
+        losses = content.get("losses") or {}
+        return {**content, "losses": {name: loss for name, loss in losses.items() if loss.get("weight", 1)}}
+
     def table(self, records: list[dict[str, Any]]) -> Table:
-        return _table(records[0]["teacher"], records, RunConfig.model_validate(records[0]["config"]))
+        typed = [DistillRecord.model_validate(record) for record in records]
+        label = " + ".join(typed[0].losses) or "labels alone"
+        networks = {f"student ({label})": [record.student for record in typed]}
+        return tables.trained(f"{typed[0].config['data']}, test part", typed[0].teacher, networks).terminal()
 
     def teacher_table(self, config: RunConfig, record: dict[str, Any]) -> Table:
-        return _table(record, [], config)
+        """What the command shows of the teacher alone."""
+        return tables.trained(f"{config.data}, test part", Network.model_validate(record), {}).terminal()
 
     def describe(self, config: Any) -> str:
         task = self.task(config.data)
@@ -68,29 +78,6 @@ class Distillation(Study):
     def outline(self, content: dict[str, Any]) -> tuple[str, str]:
         networks = f"{content['teacher']['model']['name']} to {content['student']['model']['name']}"
         return networks, ", ".join(f"{name} x {loss['weight']:g}" for name, loss in content["losses"].items())
-
-
-def _table(teacher: dict[str, Any], records: list[dict[str, Any]], config: Any) -> Table:
-    from ..lab.plan import mean_interval
-
-    label = " + ".join(name for name, loss in config.losses.items() if loss.weight) or "labels alone"
-    table = Table(title=f"{config.data}, test part")
-    for heading in ("network", "test, %", "validation, %", "parameters", "seconds", "peak memory, MB"):
-        table.add_column(heading, justify="left" if heading == "network" else "right")
-    rows = [("teacher", [teacher])]
-    if records:
-        rows.append((f"student ({label})", [r["student"] for r in records]))
-    for name, found in rows:
-        peaks = [f["peak_memory_mb"] for f in found if f["peak_memory_mb"] is not None]
-        table.add_row(
-            name,
-            mean_interval([f["test"] for f in found]),
-            mean_interval([f["val"] for f in found]),
-            f"{found[0]['parameters']:,}",
-            f"{sum(f['seconds'] for f in found) / len(found):.1f}",
-            f"{max(peaks):.0f}" if peaks else "-",
-        )
-    return table
 
 
 STUDY = Distillation()

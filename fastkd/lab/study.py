@@ -6,17 +6,20 @@ command (`fastkd distill`), its recipes, its place in plans (`fastkd grid`), che
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
 from rich.table import Table
 
+from ..runtime.checkpoint import differences
 from ..runtime.world import World
 from . import settings
 
@@ -52,6 +55,8 @@ class Study(ABC):
         config: the model of a configuration.
         files: in words, what a run's folder holds beside config.json.
         names_seeds: whether its progress says of which seed it is.
+        tables: the module with INTRODUCTION, results(section) and overview(section), for RESULTS.md and the terminal.
+        measures: whether its networks can be measured anew.
     """
 
     command: ClassVar[str]
@@ -60,6 +65,8 @@ class Study(ABC):
     config: ClassVar[type[BaseModel]]
     files: ClassVar[str]
     names_seeds: ClassVar[bool] = False
+    tables: ClassVar[ModuleType]
+    measures: ClassVar[bool] = False
 
     def load(self, source: str | Path | dict[str, Any], overrides: Collection[str] = ()) -> Any:
         """A configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
@@ -83,9 +90,24 @@ class Study(ABC):
     def outline(self, content: dict[str, Any]) -> tuple[str, str]:
         """The networks of a recipe, and what is done with them; for the list of recipes."""
 
-    def measure(self, record: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-        """The record with its networks measured anew; None where the study has nothing that is measured."""
-        return None
+    def effective(self, content: dict[str, Any]) -> dict[str, Any]:
+        """A configuration without what changes nothing."""
+        return content
+
+    def same(self, content: dict[str, Any], config: BaseModel) -> bool:
+        """Whether a record's configuration is this one: as it was written, or read by this version."""
+        ours = self.effective(json.loads(json.dumps(config.model_dump())))
+        if not differences(self.effective(content), ours):
+            return True
+        try:
+            theirs = self.load(content).model_dump()
+        except ValueError:
+            return False
+        return not differences(self.effective(json.loads(json.dumps(theirs))), ours)
+
+    def measure(self, record: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """The record with its networks measured anew."""
+        raise NotImplementedError(f"fastkd {self.command} measures nothing")
 
 
 def study(key: str) -> Study:

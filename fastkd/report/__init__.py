@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..runtime import atomic
+
 __all__ = ["write"]
 
 
 def write(directory: str | Path, out: str | Path | None = None) -> Path:
     """Writes report.html, which is whole in itself, and its pictures as pictures/*.png beside it.
 
-    Needs the saved JSON alone, neither networks nor data.
+    Needs the saved JSON alone, neither networks nor data. A file that is there is replaced as a whole; where it is a
+    symbolic link, the link is, and not what it points to.
 
     Args:
-        directory: of `fastkd distill` (every result.json below it: ``<row>/seed<k>/result.json`` or
-            ``seed<k>/result.json``) or of `fastkd grid` (``cells/<experiment>/<row>/<seed>.json``).
+        directory: of `fastkd distill` or `fastkd compress` (every result.json below it, ``<row>/seed<k>/result.json``
+            or ``seed<k>/result.json``), or of `fastkd grid` (``cells/<experiment>.jsonl``).
         out: the folder to write to; None: the same.
 
     Returns:
@@ -22,29 +25,36 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no record, or one of a schema that this version does not know.
-        ImportError: matplotlib or PyYAML is not installed.
+        ValueError: it holds no record, or one of a schema that this version does not know; `out`'s pictures/ is a
+            symbolic link.
+        ImportError: matplotlib, PyYAML or pydantic is not installed.
 
-    A file that cannot be read is left out, with a warning that names it, here and in the report.
+    A record that cannot be read is left out, with a warning that names it, here and in the report.
     """
     try:
         import matplotlib  # noqa: F401
+        import pydantic  # noqa: F401
         import yaml  # noqa: F401
     except ImportError as error:
         raise ImportError(f'fastkd.report needs {error.name}: pip install "fastkd[distill]"') from error
     from . import html, plots, records
+    from .studies import study_of
 
     saved = records.read(directory)
     out = Path(directory if out is None else out)
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    folder = out / "pictures"
+    if folder.is_symlink():
+        raise ValueError(
+            f"{folder} is a symbolic link, and nothing is written through it: delete it, or take another --out"
+        )
     styles = plots.styles(saved.sections)
     pictures = {}
     for section in saved.sections:
         # One section's pictures need no name in front.
         prefix = f"{section.name}-" if len(saved.sections) > 1 else ""
-        pictures[section.name] = plots.draw(section, styles, prefix)
+        pictures[section.name] = plots.draw(study_of(section).pictures, section, styles, prefix)
         for picture in pictures[section.name]:
-            (out / "pictures" / f"{picture.name}.png").write_bytes(picture.png)
+            atomic.replace(folder / f"{picture.name}.png", lambda path, picture=picture: path.write_bytes(picture.png))
     page = out / "report.html"
-    page.write_text(html.page(saved, pictures), encoding="utf-8")
+    atomic.replace(page, lambda path: path.write_text(html.page(saved, pictures), encoding="utf-8"))
     return page

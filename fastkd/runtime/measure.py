@@ -17,6 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["PeakMemory", "cost", "evaluating", "latency_ms", "multiply_adds", "peak_memory"]
 
+NOISE = 256  # kB: Linux brings a process's counts of pages up to date after 64 pages of 4 kB
+
 
 class PeakMemory:
     """The most memory taken since this was made: of the process on the CPU (Linux alone), else of the
@@ -37,10 +39,13 @@ class PeakMemory:
             pass
 
     def mb(self) -> float | None:
+        """None where it cannot be measured, as on the CPU less than the system's error."""
         if self._before is None:
             return None
-        now = torch.cuda.max_memory_allocated(self.device) >> 10 if self.device.type == "cuda" else _status("VmHWM")
-        return (now - self._before) / 1024
+        if self.device.type == "cuda":
+            return ((torch.cuda.max_memory_allocated(self.device) >> 10) - self._before) / 1024
+        taken = _status("VmHWM") - self._before
+        return taken / 1024 if taken > NOISE else None
 
 
 def _status(key: str) -> int:
