@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..lab.reader import ConfigError, parse_file
 from .compression import Comparison, Compressed, Method, parse
 from .estimates import Estimate, number
 
@@ -346,8 +345,8 @@ def _plans(directory: Path, saved: Saved) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     for file in sorted(directory.glob("*.yaml")):
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            content = parse_file(file)
+        except (OSError, ConfigError) as error:
             saved.notices.append(f"{file.name} is no YAML, so titles and names of rows in it are not known ({error}).")
             continue
         experiments = content.get("experiments") if isinstance(content, dict) else None
