@@ -35,12 +35,8 @@ TEXTS = {"sigma": "finite, > 0, in units of the distance.", "scale": '"sum" or "
 
 @functools.cache
 def _networks() -> dict[str, Maker]:
-    """By name, of ``fastkd.models.MODELS``; empty without PyTorch Geometric, without which nothing is trained, but the
-    plan of what was trained can still be read."""
-    try:
-        from ..models import MODELS, build
-    except ImportError:
-        return {}
+    """By name, of ``fastkd.models.MODELS``."""
+    from ..models import MODELS, build  # with PyTorch Geometric
 
     def make(name: str) -> Callable[..., nn.Module]:
         def network(**args: Any) -> nn.Module:
@@ -56,10 +52,15 @@ def _networks() -> dict[str, Maker]:
 def _losses() -> dict[str, Maker]:
     """By name, of ``fastkd.distill.losses.LOSSES``."""
     dims = {"student_dim": 1, "teacher_dim": 1}
-    out = {
-        name: Maker(arguments(loss, dims), functools.partial(losses.build, name, **dims))
-        for name, loss in losses.LOSSES.items()
-    }
+
+    def make(name: str) -> Callable[..., nn.Module]:
+        def loss(**args: Any) -> nn.Module:
+            with torch.device("meta"):
+                return losses.build(name, **dims, **args)
+
+        return loss
+
+    out = {name: Maker(arguments(loss, dims), make(name)) for name, loss in losses.LOSSES.items()}
     constants = {
         k.name: Maker(arguments(k, (), TEXTS)) for k in Kernel.__subclasses__() if k.__module__ == Kernel.__module__
     }
@@ -87,7 +88,11 @@ class ModelConfig(Choice):
 
     @classmethod
     def also(cls, name: str) -> bool:
-        return not cls.makers()
+        try:
+            cls.makers()
+            return False
+        except ImportError:  # nothing can be trained, but the plan of what was trained be read
+            return True
 
 
 class TrainConfig(Strict):

@@ -36,7 +36,7 @@ from ..evolve import hypervolume
 from ..runtime import checkpoint
 from ..runtime.world import usable
 from . import settings
-from .settings import ConfigError, Strict, merged
+from .settings import ConfigError, Name, RowName, Strict, checked, merged
 
 __all__ = ["Cell", "Experiment", "Plan", "interval", "mean_interval", "measure", "run", "write_table"]
 
@@ -71,7 +71,7 @@ class _Content(Strict):
     seeds: int = Field(default=3, ge=1)
     priority: int = 1
     base: dict[str, Any] | None = None
-    rows: dict[str, dict[str, Any] | None]
+    rows: dict[RowName, dict[str, Any] | None]
     note: str = ""
 
 
@@ -100,7 +100,10 @@ class Plan:
         content = settings.read(self.path.parent, self.path)
         if not isinstance(content.get("experiments"), dict):
             raise ConfigError(f"{self.path} must hold a mapping 'experiments'")
-        self.experiments = [self._experiment(str(name), e) for name, e in content["experiments"].items()]
+        self.experiments = [
+            self._experiment(checked(Name, name, f"{path}: the name of an experiment"), e)
+            for name, e in content["experiments"].items()
+        ]
 
     def _experiment(self, name: str, content: Any) -> Experiment:
         where = f"{self.path}: {name}"

@@ -1,8 +1,9 @@
 """The one reader of YAML: recipes, plans and the values of overrides.
 
 It takes the part of YAML that a configuration needs, so that no file can hang it or mean something else than it shows:
-numbers are YAML 1.2's (``1e-3`` is one), keys are text, and there are no anchors, aliases and tags, no repeated keys
-and no dates. ``yes``, ``no``, ``on`` and ``off`` are truth values where a value is one, as in YAML 1.1.
+numbers are YAML 1.2's (``1e-3`` is one, ``1:30`` and ``010`` are none), keys are text, and there are no anchors,
+aliases and tags, no repeated keys and no dates. As values, ``yes``, ``no``, ``on`` and ``off`` mean true and false, as
+in YAML 1.1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = ["ConfigError", "parse", "parse_file"]
 
 LARGEST = 1_000_000  # bytes of a file
 DEEPEST = 30  # levels of nesting
+INTEGER = r"[-+]?(?:0|[1-9][0-9_]{0,40}|0x[0-9a-fA-F]{1,16}|0o[0-7]{1,20})"  # one too long to be meant is text
 FLOAT = r"""[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
            |[-+]?[0-9]+[eE][-+]?[0-9]+
            |[-+]?\.(?:inf|Inf|INF)
@@ -27,7 +29,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key, its value and what is valid."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
@@ -56,24 +58,26 @@ class _Loader(yaml.SafeLoader):
         return out
 
 
-class _Refused(yaml.error.MarkedYAMLError):
+class _Refused(Exception):
     """YAML, but no configuration."""
 
     def __init__(self, where: Any, problem: str) -> None:
-        super().__init__(problem=problem, problem_mark=where.start_mark)
+        super().__init__(f"line {where.start_mark.line + 1}: {problem}")
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     """Which plain text is which type, by its first character."""
-    left_out = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:merge")
+    kept = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
     return {
-        first: [(tag, pattern) for tag, pattern in kinds if tag not in left_out]
+        first: [(tag, pattern) for tag, pattern in kinds if tag in kept]
         for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 _Loader.yaml_implicit_resolvers = _resolvers()
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^{INTEGER}$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{FLOAT})$", re.X), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 0))
 _Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
 
 
@@ -94,13 +98,13 @@ def parse(text: str, where: str) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
+    except _Refused as error:
+        raise ConfigError(f"{where}, {error}") from None
     except yaml.error.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
-        if isinstance(error, _Refused):
-            raise ConfigError(f"{where}{line}: {error.problem}") from None
         raise ConfigError(f"{where} is not YAML{line}: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has no place for, a number of 5,000 digits
+    except (yaml.YAMLError, ValueError) as error:  # a character that YAML has no place for
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
 
 

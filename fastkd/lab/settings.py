@@ -10,7 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .._text import slug, suggestion
@@ -45,6 +53,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True and False are no numbers."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise refusal(f"must be neither true nor false, got {str(value).lower()}")
+        return value
 
 
 def recipes(folder: Path) -> list[str]:
@@ -111,7 +127,7 @@ def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def refusal(message: str) -> PydanticCustomError:
     """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
-    return PydanticCustomError(REFUSED, message)  # type: ignore[arg-type]  # a literal is wanted, for its {placeholders}
+    return PydanticCustomError(REFUSED, message)
 
 
 def _name(value: str) -> str:
@@ -168,7 +184,9 @@ def shown(value: object) -> str:
     """A value in a message, which must stay one line."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
-    return short.repr(value)
+    short.maxdict = short.maxlist = 10
+    text = short.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _explained(model: type[BaseModel] | None, error: Any, what: str) -> str:
@@ -215,11 +233,11 @@ def _copy(x: Any) -> Any:
 def _override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"an override must be KEY=VALUE, such as losses.lsp.weight=100, got {override!r}")
+        raise ConfigError(f"an override must be KEY=VALUE, such as losses.lsp.weight=100, got {shown(override)}")
     *parents, last = key.strip().split(".")
     at = content
     for part in parents:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"{override!r}: {part!r} is a value, not a group of keys")
-    at[last] = parse(value, f"the value of {override!r}")
+            raise ConfigError(f"{shown(override)}: {shown(part)} is a value, not a group of keys")
+    at[last] = parse(value, f"the value of {shown(override)}")

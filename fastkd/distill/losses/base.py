@@ -110,7 +110,7 @@ def unit(x: Tensor) -> Tensor:
     """x / ||x|| over the last dimension. Vectors of (nearly) 0 become 0 with gradient 0: a ReLU makes
     such rows, and F.normalize has a gradient of 1e12 there."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm < 1e-12, torch.inf)
+    return torch.div(x, norm.masked_fill(norm < 1e-12, torch.inf))
 
 
 def cosines(z: Tensor) -> Tensor:

@@ -94,7 +94,8 @@ class LSP(DistillationLoss):
                 )
             graph = self.shuffled(graph if teacher_graph is None else graph.union(teacher_graph), generator)
             teacher_graph = None
-        return self.criterion(student, teacher, graph, teacher_graph=teacher_graph)
+        loss: Tensor = self.criterion(student, teacher, graph, teacher_graph=teacher_graph)
+        return loss
 
     def prepare(
         self, teacher: Tensor, graph: Graph | None = None, generator: torch.Generator | None = None
