@@ -23,7 +23,7 @@ PLAN = Path(__file__).parent / "demo.yaml"
 
 def prepare(directory: Path, epochs: int | None = None, seeds: int | None = None) -> grid.Plan:
     """The plan in a folder of its own, where its cells and the report go; cells that are there stay."""
-    content = yaml.safe_load(PLAN.read_text())
+    content = settings.parse_file(PLAN)
     for experiment in content["experiments"].values():
         if seeds is not None:
             experiment["seeds"] = seeds

@@ -2,34 +2,87 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
+from torch import nn
 
+from .._checks import integer
+from ..evolve import ALGORITHMS
 from ..lab import settings
+from ..lab.arguments import Choice, Key, Maker, Problem, arguments, refuse
 from ..lab.settings import Strict
+from ..models.cnn import CNNS, build_cnn
+from ..population.space import COSTS
+from .controls import CONTROLS
 
 __all__ = ["CompressConfig", "load_config", "recipes"]
 
 RECIPES = Path(__file__).parent / "recipes"
+TEXTS = {"num_classes": "classes.", "dropout": "before the linear layers of the classifier, in [0, 1]."}
 
 
-class ModelConfig(Strict):
+@functools.cache
+def _networks() -> dict[str, Maker]:
+    """By name, of ``fastkd.models.CNNS``."""
+
+    def make(name: str) -> Callable[..., nn.Module]:
+        def network(**args: Any) -> nn.Module:
+            if "num_classes" in args:
+                integer("num_classes", args["num_classes"], 1)
+            with torch.device("meta"):  # no memory, no random numbers
+                return build_cnn(name, **args)
+
+        return network
+
+    return {name: Maker(arguments(f, (), TEXTS), make(name)) for name, f in CNNS.items()}
+
+
+@functools.cache
+def _algorithms() -> dict[str, Maker]:
+    """By name, of ``fastkd.evolve.ALGORITHMS``, and the controls. A control looks at no option, but takes those of all
+    algorithms, so that a row of a plan can change the name alone."""
+    out = {name: Maker(arguments(algorithm), algorithm) for name, algorithm in ALGORITHMS.items()}
+    every: dict[str, Key] = {}
+    for maker in out.values():
+        every = {**maker.keys, **every}
+    return {**out, **{name: Maker(every, ignored=True) for name in CONTROLS}}
+
+
+class ModelConfig(Choice):
+    HINT: ClassVar[str] = "; your own is module:function, such as nets:small"
+
     name: str
     """One of ``fastkd.models.CNNS``, or ``module:function`` of your own."""
     args: dict[str, Any] = Field(default_factory=dict)
     """The function's arguments."""
 
+    @classmethod
+    def makers(cls) -> Mapping[str, Maker]:
+        return _networks()
+
+    @classmethod
+    def also(cls, name: str) -> bool:
+        return ":" in name
+
 
 class TrainConfig(Strict):
     epochs: int = Field(default=0, ge=0)
+    """Passes over the images."""
     batch_size: int = Field(default=128, ge=1)
+    """Images per step."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(default=0.05, gt=0)
+    """torch's optimizer of that name."""
+    lr: float = Field(default=0.05, gt=0, le=1e20)
+    """Learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of sgd."""
     weight_decay: float = Field(default=5e-4, ge=0)
+    """Of the optimizer."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Of the learning rate, over all steps; cosine ends at 0."""
     clip_norm: float | None = Field(default=None, gt=0)
@@ -49,10 +102,11 @@ class FinetuneConfig(TrainConfig):
     kd: float = Field(default=0.0, ge=0)
     """Weight of knowledge distillation from the full network, arXiv:1503.02531; the labels' weight is 1."""
     temperature: float = Field(default=4.0, gt=0)
+    """Of the distillation: logits are divided by it."""
 
 
 class FitnessConfig(Strict):
-    quality: str = "accuracy"
+    quality: Literal["accuracy", "loss", "agreement", "reconstruction", "lsp"] = "accuracy"
     """One of ``fastkd.evolve.QUALITIES``."""
     images: int = Field(default=1000, ge=1)
     """Of the fitness part."""
@@ -65,24 +119,32 @@ class FitnessConfig(Strict):
     calibration_images: int = Field(default=500, ge=2)
     """Of the training part, for these statistics and for those of the network that is taken."""
     calibration_batch: int = Field(default=250, ge=2)
+    """Images per batch of calibration."""
 
 
-class AlgorithmConfig(Strict):
+class AlgorithmConfig(Choice):
     name: str = "ecs"
     """One of ``fastkd.evolve.ALGORITHMS``, or a control of ``fastkd.compress.controls``."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Its options."""
+    """Its options, which a control ignores."""
     population: int = Field(default=32, ge=1)
+    """Individuals per generation."""
     generations: int = Field(default=50, ge=1)
+    """The initial population is the first one."""
     start_l1: bool = False
     """A quarter of the initial population are the filters of largest l1, at as many densities."""
     start_norm: bool = False
     """A quarter are the filters of largest norm in the whole network (:func:`fastkd.evolve.global_norm`), at the budget
     with several weights of what is coupled to a filter, then below it."""
 
+    @classmethod
+    def makers(cls) -> Mapping[str, Maker]:
+        return _algorithms()
+
 
 class ExportConfig(Strict):
     onnx: bool = True
+    """Write an ONNX file."""
     int8: bool = True
     """Static quantisation of the ONNX file."""
     calibration_images: int = Field(default=256, ge=1)
@@ -93,6 +155,7 @@ class CompressConfig(Strict):
     data: str
     """One of ``fastkd.data.load_images``, or a path to an npz."""
     model: ModelConfig
+    """The full network."""
     weights: str | None = None
     """Path of an .npz or .safetensors file, or the name of one in ``$FASTKD_DATA/weights``; None: it is trained."""
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -102,9 +165,26 @@ class CompressConfig(Strict):
     k_min: int = Field(default=1, ge=1)
     """Filters that every layer keeps."""
     fitness: FitnessConfig = Field(default_factory=FitnessConfig)
+    """What an individual is worth."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    """The search, or a control in its place."""
     finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    """Training of the smaller network."""
     export: ExportConfig = Field(default_factory=ExportConfig)
+    """Files for other runtimes."""
+
+    @field_validator("budget")
+    @classmethod
+    def _of_known_costs(cls, value: dict[str, float]) -> dict[str, float]:
+        problems = list[Problem]()
+        for name, fraction in value.items():
+            if name not in COSTS:
+                problems.append(((), f"must be of {', '.join(COSTS)}, got {settings.shown(name)}", name))
+            elif not 0 < fraction <= 1:
+                text = f"must be in (0, 1], a fraction of the full network's, got {fraction}"
+                problems.append(((name,), text, fraction))
+        refuse(cls, problems)
+        return value
 
 
 def recipes() -> list[str]:
@@ -112,6 +192,6 @@ def recipes() -> list[str]:
     return settings.recipes(RECIPES)
 
 
-def load_config(source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()) -> CompressConfig:
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> CompressConfig:
     """A compression's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
     return settings.load(CompressConfig, RECIPES, source, overrides)

@@ -34,7 +34,7 @@ from ..runtime.world import usable
 from . import settings
 from .cells import Cells
 from .record import Record, Row, Section
-from .settings import ConfigError, Strict, merged
+from .settings import ConfigError, Name, RowName, Strict, checked, merged
 from .study import STUDIES, Options, Study, study
 
 __all__ = ["Cell", "Experiment", "Plan", "measure", "run", "write_table"]
@@ -58,7 +58,7 @@ class _Content(Strict):
     """Lower runs first."""
     base: dict[str, Any] | None = None
     """What differs from the recipe in all rows."""
-    rows: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    rows: dict[RowName, dict[str, Any] | None] = Field(min_length=1)
     """What differs in each row, by its name."""
     note: str = ""
     """A paragraph above its table."""
@@ -127,7 +127,8 @@ class Plan:
             raise ConfigError(f"{self.path} must hold a mapping 'experiments'")
         if not content:
             raise ConfigError(f"{self.path} holds no experiment")
-        self.experiments = [self._experiment(str(name), e) for name, e in content.items()]
+        where = f"{path}: the name of an experiment"
+        self.experiments = [self._experiment(checked(Name, name, where), e) for name, e in content.items()]
 
     def _experiment(self, name: str, content: Any) -> Experiment:
         where = f"{self.path}: {name}"

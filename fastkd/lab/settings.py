@@ -1,31 +1,66 @@
-"""Configurations in YAML: recipes of the package or own files, with values laid over them and errors that list
+"""Configurations in YAML: recipes of the package or files of the user, with values laid over them and errors that list
 what is valid."""
 
 from __future__ import annotations
 
+import reprlib
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from .._text import suggestion
+from .._text import slug, suggestion
+from .reader import ConfigError, parse, parse_file
 
-__all__ = ["ConfigError", "Strict", "load", "merged", "read", "recipes"]
+__all__ = [
+    "ConfigError",
+    "Name",
+    "RowName",
+    "Strict",
+    "checked",
+    "explain",
+    "load",
+    "merged",
+    "parse",
+    "parse_file",
+    "read",
+    "recipes",
+    "refusal",
+    "shown",
+    "unknown",
+]
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which key, its value and what is valid."""
+Value = TypeVar("Value")
+REFUSED = "refused"  # the type of an error whose message follows its key as it is
 
 
 class Strict(BaseModel):
-    """A part of a configuration: unknown keys are errors."""
+    """A part of a configuration: unknown keys are errors, and so are numbers that are infinite or none."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True and False are no numbers."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise refusal(f"must be neither true nor false, got {str(value).lower()}")
+        return value
 
 
 def recipes(folder: Path) -> list[str]:
@@ -33,9 +68,7 @@ def recipes(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def load(
-    model: type[Model], folder: Path, source: str | Path | dict, overrides: list[str] | tuple[str, ...] = ()
-) -> Model:
+def load(model: type[Model], folder: Path, source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Model:
     """A run's configuration.
 
     Args:
@@ -52,14 +85,14 @@ def load(
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, e) for e in error.errors())) from None
+        raise ConfigError(explain(error, model)) from None
 
 
 def read(folder: Path, source: str | Path) -> dict[str, Any]:
     """The content of a recipe in `folder`, or of a YAML file.
 
     Raises:
-        ConfigError: there is none, or it is no mapping.
+        ConfigError: there is none, or it is no mapping; or as for :func:`fastkd.lab.reader.parse_file`.
     """
     path = folder / f"{source}.yaml"
     if not path.exists():
@@ -67,84 +100,144 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(
             f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes(folder))}"
-            + suggestion(str(source), recipes(folder))
+            + suggestion(source, recipes(folder))
         )
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+    content = parse_file(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping, got {type(content).__name__}")
     return content
 
 
-def merged(content: dict, changes: dict) -> dict:
+def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """content with changes laid over it, mapping by mapping. A None removes the key."""
-    out = _copy(content)
+    out: dict[str, Any] = _copy(content)
     for key, value in changes.items():
         if value is None:
             out.pop(key, None)
-        elif isinstance(value, dict) and isinstance(out.get(key), dict):
-            out[key] = merged(out[key], value)
+        elif isinstance(value, dict):
+            below = out.get(key)
+            out[key] = merged(below if isinstance(below, dict) else {}, value)
         else:
             out[key] = _copy(value)
     return out
+
+
+# --- names that become paths --------------------------------------------------------------------------
+
+
+def refusal(message: str) -> PydanticCustomError:
+    """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
+    return PydanticCustomError(REFUSED, message)
+
+
+def _name(value: str) -> str:
+    if not value or value[0] in ". " or len(value) > 100 or not all(c.isalnum() or c in "_-. +,=()" for c in value):
+        raise refusal(
+            "must be the name of a folder: letters, digits, spaces and _ - . + , = ( ), at most 100 of them, and "
+            f"neither a full stop nor a space first; got {shown(value)}"
+        )
+    return value
+
+
+def _row(value: str) -> str:
+    if not slug(value) or len(value) > 200:
+        raise refusal(f"must have a letter a-z or a digit, and at most 200 characters; got {shown(value)}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""What becomes the name of a file or folder as it is."""
+RowName = Annotated[str, AfterValidator(_row)]
+"""What becomes the name of a folder by :func:`fastkd._text.slug`."""
+
+
+def checked(kind: Any, value: Any, what: str) -> Any:
+    """A single value of a type, such as :data:`Name`.
+
+    Raises:
+        ConfigError: it is none; the message begins with `what`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(explain(error, None, what)) from None
+
+
+# --- what is wrong ------------------------------------------------------------------------------------
+
+
+def explain(error: ValidationError, model: type[BaseModel] | None, what: str = "") -> str:
+    """One line: every key that is wrong, its value and what is valid."""
+    return "; ".join(_explained(model, e, what) for e in error.errors())
+
+
+def unknown(key: str, parent: str, valid: Iterable[str]) -> str:
+    """The message for a key that is none of the valid ones."""
+    last, valid = key.rpartition(".")[2], list(valid)
+    return (
+        f"unknown key {key!r}{suggestion(last, valid)}: valid keys{f' of {parent}' if parent else ''} are "
+        f"{', '.join(valid) or 'none'}"
+    )
+
+
+def shown(value: object) -> str:
+    """A value in a message, which must stay one line."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    short.maxdict = short.maxlist = 10
+    text = short.repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _explained(model: type[BaseModel] | None, error: Any, what: str) -> str:
+    loc = [str(part) for part in error["loc"] if part != "[key]"]
+    key, parent = ".".join(loc) or what, ".".join(loc[:-1])
+    if error["type"] == REFUSED:
+        return f"{key} {error['msg']}"
+    if error["type"] == "extra_forbidden":
+        return unknown(key, parent, _keys(model, loc[:-1]))
+    if error["type"] == "missing":
+        return f"missing key {key!r}"
+    if error["type"] == "literal_error":
+        valid = [word.strip("'") for word in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        meant = suggestion(error["input"], valid)
+        return f"{key} must be one of {', '.join(valid)}, got {shown(error['input'])}{meant}"
+    return f"{key} = {shown(error['input'])}: {error['msg']}"
+
+
+def _keys(model: Any, loc: list[str]) -> list[str]:
+    """The valid keys of the model at a place inside another."""
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(part)
+            model = None if field is None else part_of(field.annotation)
+        elif typing.get_origin(model) is dict:  # its keys are free: a loss's name
+            model = part_of(typing.get_args(model)[1])
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def part_of(kind: Any) -> Any:
+    """The model, or the dictionary of models, in an annotation, or None."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return next((found for k in inner if (found := part_of(k)) is not None), None)
+    if origin is dict:
+        return kind if part_of(inner[1]) is not None else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _copy(x: Any) -> Any:
     return {k: _copy(v) for k, v in x.items()} if isinstance(x, dict) else x
 
 
-def _override(content: dict, override: str) -> None:
+def _override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"an override must be KEY=VALUE, such as losses.lsp.weight=100, got {override!r}")
+        raise ConfigError(f"an override must be KEY=VALUE, such as losses.lsp.weight=100, got {shown(override)}")
     *parents, last = key.strip().split(".")
     at = content
     for part in parents:
         at = at.setdefault(part, {})
         if not isinstance(at, dict):
-            raise ConfigError(f"{override!r}: {part!r} is a value, not a group of keys")
-    try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _explain(model: type[BaseModel], error: Any) -> str:
-    loc = [str(part) for part in error["loc"]]
-    key = ".".join(loc)
-    if error["type"] == "extra_forbidden":
-        valid = _keys(model, loc[:-1])
-        return (
-            f"unknown key {key!r}{suggestion(loc[-1], valid)}: valid keys"
-            f"{' of ' + '.'.join(loc[:-1]) if loc[:-1] else ''} are {', '.join(valid)}"
-        )
-    if error["type"] == "missing":
-        return f"missing key {key!r}"
-    return f"{key} = {error['input']!r}: {error['msg']}"
-
-
-def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """The valid keys of the model at a place inside another."""
-    for part in loc:
-        kinds = [model.model_fields[part].annotation] if part in model.model_fields else []
-        found = None
-        while kinds and found is None:
-            kind = kinds.pop()
-            origin = typing.get_origin(kind)
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found = kind
-            elif origin is dict:  # its own keys are free: a loss's name
-                inner = typing.get_args(kind)[1]
-                return _keys_of(inner)
-            elif origin in (typing.Union, types.UnionType):
-                kinds.extend(typing.get_args(kind))
-        if found is None:
-            return []
-        model = found
-    return _keys_of(model)
-
-
-def _keys_of(kind: Any) -> list[str]:
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
+            raise ConfigError(f"{shown(override)}: {shown(part)} is a value, not a group of keys")
+    at[last] = parse(value, f"the value of {shown(override)}")
