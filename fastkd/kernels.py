@@ -11,10 +11,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-__all__ = ["RBF", "Cosine", "Euclidean", "Kernel", "Laplacian", "Linear", "Poly", "resolve"]
+from ._ops import Metric, Shape, kernel_spec
 
-_DOT, _COSINE, _SQDIST, _L1 = range(4)
-_LINEAR, _POWER, _EXPONENTIAL = range(3)
+__all__ = ["RBF", "Cosine", "Euclidean", "Kernel", "Laplacian", "Linear", "Poly", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Kernel:
                 raise TypeError(f"{f.name} must be a bool, got {type(value).__name__}")
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        """``([metric, shape, root, degree], [scale, param])`` as the native core takes them."""
+        """``([metric, shape, root, degree], [scale, param])`` as the operators take them."""
         raise NotImplementedError
 
     def _scale(self, dim: int) -> float:
@@ -76,7 +75,9 @@ class RBF(Kernel):
     scale: Literal["sum", "mean"] = "sum"
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        return [_SQDIST, _EXPONENTIAL, 0, 1], [self._scale(dim), 0.5 / self.sigma]
+        return kernel_spec(
+            metric=Metric.sqdist, shape=Shape.exponential, scale=self._scale(dim), param=0.5 / self.sigma
+        )
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ class Euclidean(Kernel):
     squared: bool = True
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        root = int(not self.squared)
-        return [_SQDIST, _LINEAR, root, 1], [self._scale(dim), float(self.sign)]
+        return kernel_spec(
+            metric=Metric.sqdist,
+            shape=Shape.linear,
+            root=not self.squared,
+            scale=self._scale(dim),
+            param=float(self.sign),
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Linear(Kernel):
     scale: Literal["sum", "mean"] = "sum"
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        return [_DOT, _LINEAR, 0, 1], [self._scale(dim), 1.0]
+        return kernel_spec(metric=Metric.dot, shape=Shape.linear, scale=self._scale(dim))
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,13 @@ class Poly(Kernel):
     normalize: bool = False
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        scale = 1.0 if self.normalize else self._scale(dim)
-        return [_COSINE if self.normalize else _DOT, _POWER, 0, self.degree], [scale, float(self.c)]
+        return kernel_spec(
+            metric=Metric.cosine if self.normalize else Metric.dot,
+            shape=Shape.power,
+            degree=self.degree,
+            scale=1.0 if self.normalize else self._scale(dim),
+            param=float(self.c),
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ class Laplacian(Kernel):
     scale: Literal["sum", "mean"] = "sum"
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        return [_L1, _EXPONENTIAL, 0, 1], [self._scale(dim), 1.0 / self.sigma]
+        return kernel_spec(metric=Metric.l1, shape=Shape.exponential, scale=self._scale(dim), param=1.0 / self.sigma)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class Cosine(Kernel):
     scale: Literal["sum", "mean"] = "sum"
 
     def spec(self, dim: int) -> tuple[list[int], list[float]]:
-        return [_COSINE, _LINEAR, 0, 1], [1.0, 1.0]
+        return kernel_spec(metric=Metric.cosine, shape=Shape.linear)
 
 
 _BY_NAME: dict[str, Kernel] = {k.name: k() for k in (RBF, Euclidean, Linear, Poly, Laplacian, Cosine)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,11 @@ Features = Tensor | tuple[Tensor, Tensor]
 Divergence = Literal["student||teacher", "teacher||student"]
 Reduction = Literal["none", "sum", "mean", "mean_active", "mean_edges"]
 
-_DIVERGENCES = {"student||teacher": 0, "teacher||student": 1}
-_REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "mean_active": 3, "mean_edges": 4}
+_DIVERGENCES = {
+    "student||teacher": _ops.Divergence.student_teacher.value,
+    "teacher||student": _ops.Divergence.teacher_student.value,
+}
+_REDUCTIONS = {reduction.name: reduction.value for reduction in _ops.Reduction}
 _warned: set[str] = set()
 
 
@@ -201,47 +204,84 @@ def lsp_loss(
     )
     # SIM(i, j) = SIM(j, i) saves half the work, but not where the two ends have features of their own.
     reverse = graph.reverse if student_dst is None and teacher_dst is None else None
-    rest = (
-        teacher_src,
-        teacher_dst,
-        values,
-        weight,
-        graph.rowptr,
-        graph.col,
-        reverse,
-        graph.num_src,
-        *kernel.spec(student_src.shape[1]),
-        *teacher_kernel.spec(teacher_dim),
-        divergence_code,
-        reduction_code,
-        graph.max_degree,
+    student_kernel, student_param = kernel.spec(student_src.shape[1])
+    teacher_spec, teacher_param = teacher_kernel.spec(teacher_dim)
+    problem = _ops.Problem(
+        teacher=teacher_src,
+        teacher_dst=teacher_dst,
+        teacher_values=values,
+        weight=weight,
+        rowptr=graph.rowptr,
+        col=graph.col,
+        reverse=reverse,
+        num_src=graph.num_src,
+        student_kernel=student_kernel,
+        student_param=student_param,
+        teacher_kernel=teacher_spec,
+        teacher_param=teacher_param,
+        divergence=divergence_code,
+        reduction=reduction_code,
+        max_degree=graph.max_degree,
     )
     if needs_grad:
-        transpose = (graph.t_rowptr, graph.t_col, graph.t_perm) if reverse is None else (None,) * 3
         # One tuple for all that gets no gradient: autograd.Function looks at each of its arguments.
-        loss, diagnostics = _LSP.apply(student_src, student_dst, (*transpose, graph.max_incident), rest)
+        loss, diagnostics = _LSP.apply(student_src, student_dst, problem, _Transpose.of(graph, reverse))
     else:
-        loss, _, _, _, diagnostics = _ops.lsp_forward(student_src, student_dst, *rest, False)
+        loss, _, _, _, diagnostics = _ops.lsp_forward(student_src, student_dst, *problem, False)
     if not torch.compiler.is_compiling() and len(_warned) < 2 and (diagnostics.device.type == "cpu" or check_finite):
         _warn_if_saturated(diagnostics, kernel, teacher_kernel)
     return loss
 
 
+class _Transpose(NamedTuple):
+    """What the gradient needs besides; the transposed graph only where edges have no reverse."""
+
+    t_rowptr: Tensor | None
+    t_col: Tensor | None
+    t_perm: Tensor | None
+    max_incident: int
+
+    @staticmethod
+    def of(graph: Graph, reverse: Tensor | None) -> _Transpose:
+        if reverse is not None:
+            return _Transpose(None, None, None, graph.max_incident)
+        return _Transpose(graph.t_rowptr, graph.t_col, graph.t_perm, graph.max_incident)
+
+
 class _LSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_dst, transpose, rest):
-        loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(student, student_dst, *rest, True)
-        _, _, _, _, rowptr, col, reverse, num_src, (metric, *_), *_ = rest
-        *transpose, max_incident = transpose
-        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, rowptr, col, reverse, *transpose)
-        ctx.rest = (num_src, metric, max_incident)
+    def forward(
+        ctx: Any, student: Tensor, student_dst: Tensor | None, problem: _ops.Problem, transpose: _Transpose
+    ) -> tuple[Tensor, Tensor]:
+        loss, coef, src_inv_norm, dst_inv_norm, diagnostics = _ops.lsp_forward(student, student_dst, *problem, True)
+        graph = (problem.rowptr, problem.col, problem.reverse, transpose.t_rowptr, transpose.t_col, transpose.t_perm)
+        ctx.save_for_backward(student, student_dst, coef, src_inv_norm, dst_inv_norm, *graph)
+        ctx.num_src, ctx.metric, ctx.max_degree = problem.num_src, problem.student_kernel[0], transpose.max_incident
         ctx.mark_non_differentiable(diagnostics)
         return loss, diagnostics
 
     @staticmethod
-    def backward(ctx, grad, _):
-        student, student_dst, *rest = ctx.saved_tensors
-        src, dst = _ops.lsp_backward(grad, student, student_dst, *rest, *ctx.rest)
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        student, student_dst, coef, src_inv_norm, dst_inv_norm, *graph = ctx.saved_tensors
+        rowptr, col, reverse, t_rowptr, t_col, t_perm = graph
+        arguments = _ops.Backward(
+            grad=grad,
+            student=student,
+            student_dst=student_dst,
+            coef=coef,
+            src_inv_norm=src_inv_norm,
+            dst_inv_norm=dst_inv_norm,
+            rowptr=rowptr,
+            col=col,
+            reverse=reverse,
+            t_rowptr=t_rowptr,
+            t_col=t_col,
+            t_perm=t_perm,
+            num_src=ctx.num_src,
+            metric=ctx.metric,
+            max_degree=ctx.max_degree,
+        )
+        src, dst = _ops.lsp_backward(*arguments)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             src = _ops.NoSecondDerivative.apply("lsp_loss", src, student)
             dst = dst if student_dst is None else _ops.NoSecondDerivative.apply("lsp_loss", dst, student_dst)

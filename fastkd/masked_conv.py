@@ -60,10 +60,13 @@ def masked_conv2d(
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
-    rest = (in_mask, out_mask, *geometry, groups)
+    stride, padding, dilation = geometry
+    masked = _ops.Masked(
+        in_mask=in_mask, out_mask=out_mask, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _MaskedConv2d.apply(x, weight, bias, rest)
-    return _ops.masked_conv2d(x, weight, bias, *rest)
+        return _MaskedConv2d.apply(x, weight, bias, masked)
+    return _ops.masked_conv2d(x, weight, bias, *masked)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -75,16 +78,18 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
 
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, rest):
-        in_mask, out_mask, *ctx.geometry = rest
-        ctx.save_for_backward(x, weight, in_mask, out_mask)
-        return _ops.masked_conv2d(x, weight, bias, *rest)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, masked: _ops.Masked) -> Tensor:
+        ctx.save_for_backward(x, weight, masked.in_mask, masked.out_mask)
+        ctx.geometry = (masked.stride, masked.padding, masked.dilation, masked.groups)
+        return _ops.masked_conv2d(x, weight, bias, *masked)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, in_mask, out_mask = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = _ops.masked_conv2d_backward(grad, x, weight, in_mask, out_mask, *ctx.geometry, wanted)
+        masked = _ops.Masked(in_mask, out_mask, *ctx.geometry)
+        grads = _ops.masked_conv2d_backward(grad, x, weight, *masked, wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = [_ops.NoSecondDerivative.apply("masked_conv2d", g, grad, x, weight) for g in grads]
-        return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None
+        gx, gw, gb = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return gx, gw, gb, None

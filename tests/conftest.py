@@ -7,7 +7,6 @@ so that one build with sanitizers (``make sanitize``) covers both.
 import importlib
 import os
 import sys
-from types import SimpleNamespace
 
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Before torch is loaded: tests in several processes at a time have two threads each, which do not spin as they wait.
@@ -28,7 +27,9 @@ def simt_module():
         pytest.skip("FASTKD_SIMT_DIR is not set: `make test` builds the CUDA sources for the host")
     if SIMT_DIR not in sys.path:
         sys.path.insert(0, SIMT_DIR)
-    return importlib.import_module("_simt")
+    module = importlib.import_module("_simt")
+    _ops.structs.compare(module.fields)  # it must be of the same sources
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def device(request, monkeypatch):
         monkeypatch.setitem(_ops.backends, "cpu", simt_module().cuda)
     elif SANITIZED:
         monkeypatch.setitem(_ops.backends, "cpu", simt_module().cpu)
-        monkeypatch.setattr(_ops, "_C", SimpleNamespace(cpu=simt_module().cpu))
+        monkeypatch.setattr(_ops.native, "host", simt_module().cpu)
     return torch.device("cpu")
 
 

@@ -321,7 +321,7 @@ def test_loop_over_individuals(name):
         rest = (i, o, *([conv.options.get(k, d)] * 2 for k, d in defaults.items()), conv.options.get("groups", 1))
         y = _ops.masked_conv2d(x, weight, bias, *rest)
         cotangent = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
-        loop = _ops._masked_conv2d_backward_torch(cotangent, x, weight, *rest, [True] * 3)
+        loop = _ops.conv._masked_conv2d_backward_torch(cotangent, x, weight, *rest, [True] * 3)
         for a, b in zip(loop, _ops.masked_conv2d_backward(cotangent, x, weight, *rest, [True] * 3), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -12,6 +12,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "common/interrupt.h"
+
 namespace fastkd::cpu {
 namespace {  // one copy per source file: these are compiled for several instruction sets
 
@@ -21,14 +23,28 @@ constexpr std::int64_t kBlock = 512;
 // others costs a few, and on a busy machine much more.
 inline int threads_for(std::int64_t elements, int threads) { return elements < (1 << 20) ? 1 : threads; }
 
+// An exception of f, or an interrupt, skips the blocks that nobody has begun, and leaves.
 template <class F> void parallel_for(std::int64_t n, int threads, F&& f) {
     // A parallel region of one thread would still start OpenMP, which hangs in a forked child.
     if (threads <= 1 || n <= 1) {
-        for (std::int64_t k = 0; k < n; ++k) f(k);
+        for (std::int64_t k = 0; k < n; ++k) {
+            if (k) poll();
+            f(k);
+        }
         return;
     }
+    Loop loop;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (std::int64_t k = 0; k < n; ++k) f(k);
+    for (std::int64_t k = 0; k < n; ++k) {
+        if (loop.ended()) continue;
+        try {  // nothing may be thrown out of a parallel region
+            const Loop::Block block(loop);
+            f(k);
+        } catch (...) {
+            loop.end();
+        }
+    }
+    loop.rethrow();
 }
 
 inline std::int64_t num_blocks(std::int64_t rows, std::int64_t edges) {

@@ -18,8 +18,14 @@ int bits_for(std::int64_t count) {  // of the values 0 .. count - 1
     return bits;
 }
 
-std::pair<std::int64_t, std::int64_t> chunk(std::int64_t n, int threads, int t) {
-    return {n * t / threads, n * (t + 1) / threads};
+// f(x) for the part of 0 .. n - 1 that thread t of `threads` does.
+template <class F> void for_chunk(std::int64_t n, int threads, std::int64_t t, F f) {
+    constexpr std::int64_t piece = 1 << 16;
+    const std::int64_t end = n * (t + 1) / threads;
+    for (std::int64_t x = n * t / threads; x < end;) {
+        poll();
+        for (const std::int64_t last = std::min(end, x + piece); x < last; ++x) f(x);
+    }
 }
 
 // Keys with their payload, sorted in place of each other by the bits [low, high) of the key. Stable,
@@ -45,8 +51,7 @@ template <class Key, class I> struct Sorter {
         std::vector<std::int64_t> offset(std::size_t(digits * threads), 0);
         parallel_for(threads, threads, [&](std::int64_t t) {
             std::int64_t* count = &offset[std::size_t(t * digits)];
-            const auto [b, e] = chunk(n, threads, int(t));
-            for (std::int64_t x = b; x < e; ++x) ++count[(key[x] >> shift) & mask];
+            for_chunk(n, threads, t, [&](std::int64_t x) { ++count[(key[x] >> shift) & mask]; });
         });
         std::int64_t sum = 0;
         for (std::int64_t d = 0; d < digits; ++d)
@@ -56,12 +61,11 @@ template <class Key, class I> struct Sorter {
             }
         parallel_for(threads, threads, [&](std::int64_t t) {
             std::int64_t* next = &offset[std::size_t(t * digits)];
-            const auto [b, e] = chunk(n, threads, int(t));
-            for (std::int64_t x = b; x < e; ++x) {
+            for_chunk(n, threads, t, [&](std::int64_t x) {
                 const std::int64_t to = next[(key[x] >> shift) & mask]++;
                 key_next[to] = key[x];
                 value_next[to] = value[x];
-            }
+            });
         });
         std::swap(key, key_next);
         std::swap(value, value_next);
@@ -74,12 +78,11 @@ template <class Key, class I> struct Sorter {
             return x < 0 ? std::int64_t(-1) : (x == n ? rows : std::int64_t(key[x] >> col_bits));
         };
         parallel_for(threads, threads, [&](std::int64_t t) {
-            const auto [b, e] = chunk(n, threads, int(t));
-            for (std::int64_t x = b; x < e; ++x) {
+            for_chunk(n, threads, t, [&](std::int64_t x) {
                 for (std::int64_t i = row(x - 1) + 1; i <= row(x); ++i) rowptr[i] = I(x);
                 col[x] = I(key[x] & mask);
                 perm[x] = value[x];
-            }
+            });
         });
         for (std::int64_t i = row(n - 1) + 1; i <= rows; ++i) rowptr[i] = I(n);
     }
@@ -104,14 +107,13 @@ std::int64_t csr_from_coo(const void* src_data, const void* dst_data, bool wide_
         std::vector<std::int64_t> first_bad(std::size_t(threads), -1);
         std::vector<char> disorder(std::size_t(threads), 0);
         parallel_for(threads, threads, [&](std::int64_t t) {
-            const auto [b, e] = chunk(edges, threads, int(t));
-            for (std::int64_t x = b; x < e; ++x) {
+            for_chunk(edges, threads, t, [&](std::int64_t x) {
                 if (src[x] < 0 || src[x] >= num_src || dst[x] < 0 || dst[x] >= num_dst) {
-                    first_bad[std::size_t(t)] = x;
-                    break;
+                    if (first_bad[std::size_t(t)] < 0) first_bad[std::size_t(t)] = x;
+                    return;
                 }
                 if (x > 0 && src[x] < src[x - 1]) disorder[std::size_t(t)] = 1;
-            }
+            });
         });
         bool by_src = true;
         for (int t = threads; t-- > 0;) {
@@ -126,11 +128,10 @@ std::int64_t csr_from_coo(const void* src_data, const void* dst_data, bool wide_
                 using Key = typename decltype(key)::type;
                 Sorter<Key, I> sorter{edges, threads};
                 parallel_for(threads, threads, [&](std::int64_t t) {
-                    const auto [b, e] = chunk(edges, threads, int(t));
-                    for (std::int64_t x = b; x < e; ++x) {
+                    for_chunk(edges, threads, t, [&](std::int64_t x) {
                         sorter.key[x] = Key(Key(dst[x]) << src_bits) | Key(src[x]);
                         sorter.value[x] = I(x);
-                    }
+                    });
                 });
                 if (!by_src) sorter.sort(0, src_bits);
                 sorter.sort(src_bits, bits);

@@ -191,6 +191,7 @@ class Worker {
     }
 
     void individual(std::int64_t p) {
+        poll();
         const std::int64_t ins = op_.channels / op_.groups, outs = op_.outputs / op_.groups;
         PlaneGradients q{};
         for (int k = 0; k < 2; ++k) {

@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -279,6 +278,7 @@ template <class Plan> class Walk {
     }
 
     void execute(const Step& step, std::int64_t begin, std::int64_t end) {
+        poll();
         const Node& node = step.node;
         const auto channels = wanted(node.output, begin, end);
         switch (node.kind) {
@@ -371,6 +371,7 @@ template <class Plan> class Walk {
         const std::size_t size = std::size_t(size_of(plan_.dtype));
         auto q = geometry<PlaneConv>(step.node);
         for (std::int64_t b = 0; b < count_; ++b) {
+            poll();
             in_planes_.clear(), out_planes_.clear(), residual_.clear();
             for (std::int32_t c : layer_.inputs) in_planes_.push_back(plane(step.node.inputs[0], b, c));
             for (std::size_t j = 0; j < channels.size(); ++j) {
@@ -688,29 +689,22 @@ void Network::run(const NetworkRun& run, int threads) const {
     if (threads > 1 && image_tasks % threads) ranges = (4 * threads + image_tasks - 1) / image_tasks;
     ranges = std::min(ranges, individuals);
     std::vector<std::unique_ptr<Pool>> pools;  // of tasks that are done, for those that follow
-    std::exception_ptr error;
     std::mutex mutex;
     parallel_for(image_tasks * ranges, threads, [&](std::int64_t task) {
         const std::int64_t block = task / ranges, range = task % ranges;
-        try {
-            std::unique_ptr<Pool> pool;
-            {
-                const std::lock_guard<std::mutex> lock(mutex);
-                if (!pools.empty()) pool = std::move(pools.back()), pools.pop_back();
-            }
-            if (!pool) pool = std::make_unique<Pool>();
-            {
-                Walk<Plan> walk(plan, s, run, blocks, sorted, *pool, block * step, step);
-                walk(individuals * range / ranges, individuals * (range + 1) / ranges);
-            }
+        std::unique_ptr<Pool> pool;
+        {
             const std::lock_guard<std::mutex> lock(mutex);
-            pools.push_back(std::move(pool));
-        } catch (...) {
-            const std::lock_guard<std::mutex> lock(mutex);
-            error = std::current_exception();
+            if (!pools.empty()) pool = std::move(pools.back()), pools.pop_back();
         }
+        if (!pool) pool = std::make_unique<Pool>();
+        {
+            Walk<Plan> walk(plan, s, run, blocks, sorted, *pool, block * step, step);
+            walk(individuals * range / ranges, individuals * (range + 1) / ranges);
+        }
+        const std::lock_guard<std::mutex> lock(mutex);
+        pools.push_back(std::move(pool));
     });
-    if (error) std::rethrow_exception(error);
     plan.taken = 0;
     for (const auto& pool : pools) plan.taken += pool->most();
 }

@@ -1,0 +1,63 @@
+#include "common/interrupt.h"
+
+#include <chrono>
+
+namespace fastkd {
+
+void (*interrupt_hook)() = nullptr;
+
+namespace cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto kInterval =
+    std::chrono::milliseconds(200);  // between calls of the hook, which may wait for a lock
+constexpr auto kShort = std::chrono::milliseconds(1);
+constexpr int kMany = 16;  // polls between looks at the clock, while they take less than kShort
+
+struct Thread {
+    const Loop* loop = nullptr;  // in which it helps; the thread that called has none
+    int polls_left = kMany;
+    Clock::time_point looked{}, next{};
+};
+thread_local Thread self;
+
+struct Ended {};  // leaves a block of a loop that has ended
+
+}  // namespace
+
+void poll() {
+    Thread& thread = self;
+    if (thread.loop) {
+        if (thread.loop->ended()) throw Ended{};
+        return;
+    }
+    if (!interrupt_hook || --thread.polls_left > 0) return;
+    const auto now = Clock::now();
+    thread.polls_left = now - thread.looked < kShort ? kMany : 1;
+    thread.looked = now;
+    if (now < thread.next) return;
+    thread.next = now + kInterval;
+    interrupt_hook();
+}
+
+Loop::Loop() : caller_(&self) {}
+Loop::~Loop() = default;
+
+void Loop::end() noexcept {
+    if (!kept_.exchange(true)) exception_ = std::current_exception();
+    ended_.store(true, std::memory_order_relaxed);
+}
+
+void Loop::rethrow() {
+    if (exception_) std::rethrow_exception(exception_);
+}
+
+Loop::Block::Block(const Loop& loop) {
+    if (loop.caller_ == &self) poll();
+    else self.loop = &loop;
+}
+Loop::Block::~Block() { self.loop = nullptr; }
+
+}  // namespace cpu
+}  // namespace fastkd
