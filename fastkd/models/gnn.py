@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
 
+from .._adjacency import as_graph
 from .._ops import expand_rows
-from ..graph import Graph, as_graph
+from ..graph import Graph
 from ..kernels import Linear as DotProduct
 
 __all__ = ["GAT", "GCN", "MLP", "GraphSAGE", "Sparse", "gat_student", "gat_teacher"]
@@ -144,10 +145,6 @@ def _once(source: Any, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
 
 def _edges(adj: Any, n: int) -> Tensor:
     """[2, E]"""
-    if isinstance(adj, Tensor) and adj.layout != torch.strided:
-        values = adj._values() if adj.layout == torch.sparse_coo else adj.values()
-        if not bool((values == 1).all()):
-            raise ValueError("adj must hold the value 1 for every edge: these models know no edge weights")
     return as_graph(adj, n, n).edge_index
 
 
