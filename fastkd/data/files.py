@@ -304,7 +304,7 @@ def labels(arrays: Arrays, key: str, count: int | str, source: str) -> Tensor:
 def share(label: Tensor, part: int, generator: torch.Generator) -> Tensor:
     """[n] bool, true for one in `part` of each class of label [n], at least one where a class has two."""
     chosen = torch.zeros(len(label), dtype=torch.bool)
-    for c in label.unique().tolist():
+    for c in np.unique(label.numpy()).tolist():
         members = (label == c).nonzero()[:, 0]
         if len(members) > 1:
             order = members[torch.randperm(len(members), generator=generator)]

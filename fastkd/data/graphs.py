@@ -33,7 +33,8 @@ def _both_ways(edge_index: Tensor, n: int) -> np.ndarray:
     """int32 [2, E]: both directions, no self-loops, no duplicates."""
     from torch_geometric.utils import remove_self_loops, to_undirected
 
-    return to_undirected(remove_self_loops(edge_index)[0], num_nodes=n).numpy().astype(np.int32)
+    both: Tensor = to_undirected(remove_self_loops(edge_index)[0], num_nodes=n)
+    return both.numpy().astype(np.int32)
 
 
 def _bag(x: Tensor) -> Arrays:
@@ -250,7 +251,7 @@ def to_task(name: str, chosen: _Set, arrays: Arrays, source: str) -> Task:
         if not len(nodes):
             raise DamagedFile(f"{source}: {key} must hold one or more with nodes, got none")
     together = torch.cat(list(parts.values()))
-    if len(together.unique()) != len(together):
+    if len(np.unique(together.numpy())) != len(together):
         raise DamagedFile(f"{source}: {', '.join(part_keys)} overlap")
 
     train = _mask(n, parts["train"]) if of_node is None else torch.isin(of_node, parts["train"])

@@ -84,7 +84,8 @@ def unpack(residuals: np.ndarray) -> np.ndarray:
     p = p[:, :, 1:, 1:]
     p[0] = (p[0] + p[1]) & 255
     p[2] = (p[2] + p[1]) & 255
-    return p.astype(np.uint8).transpose(1, 0, 2, 3).copy()
+    images: np.ndarray = p.astype(np.uint8).transpose(1, 0, 2, 3).copy()
+    return images
 
 
 def _download(url: str, md5: str, folder: Path) -> Path:

@@ -63,7 +63,8 @@ def augment(
 def _unit(points: Tensor) -> Tensor:
     """[n, P, 3], each shape's centre at 0 and its farthest point at distance 1."""
     points = points - points.mean(1, keepdim=True)
-    return points / points.norm(dim=2).amax(1).clamp(min=1e-12)[:, None, None]
+    radius: Tensor = points.norm(dim=2).amax(1)
+    return points / radius.clamp(min=1e-12)[:, None, None]
 
 
 def _from_voxels(arrays: Arrays, source: str) -> Arrays:
@@ -88,22 +89,21 @@ def _modelnet(name: str, folder: Path) -> Arrays:
     from torch_geometric.io import read_off
     from torch_geometric.transforms import SamplePoints
 
-    class Sampled(ModelNet):
-        # The base class keeps all meshes (gigabytes), in the order in which the file system lists them.
-        def process_set(self, dataset: str) -> list[Data]:
-            out = []
-            categories = sorted(path for path in Path(self.raw_dir).iterdir() if path.is_dir())
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)
-                for label, category in enumerate(categories):
-                    for path in sorted((category / dataset).glob(f"{category.name}_*.off")):
-                        mesh = SamplePoints(POINTS)(read_off(str(path)))
-                        out.append(Data(pos=_unit(mesh.pos[None]), y=torch.tensor([label])))
-            if not out:
-                raise FileNotFoundError(f"no {dataset} meshes (*/{dataset}/*.off) in {self.raw_dir}")
-            return out
+    # The base class keeps all meshes (gigabytes), in the order in which the file system lists them.
+    def process_set(self: Any, dataset: str) -> list[Data]:
+        out = []
+        categories = sorted(path for path in Path(self.raw_dir).iterdir() if path.is_dir())
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            for label, category in enumerate(categories):
+                for path in sorted((category / dataset).glob(f"{category.name}_*.off")):
+                    mesh = SamplePoints(POINTS)(read_off(str(path)))
+                    out.append(Data(pos=_unit(mesh.pos[None]), y=torch.tensor([label])))
+        if not out:
+            raise FileNotFoundError(f"no {dataset} meshes (*/{dataset}/*.off) in {self.raw_dir}")
+        return out
 
-    dataset = official(Sampled)
+    dataset = official(type("Sampled", (ModelNet,), {"process_set": process_set}))
     parts = [dataset(str(folder), name, train=True, force_reload=True), dataset(str(folder), name, train=False)]
     return {
         "points": torch.cat([p._data.pos for p in parts]).numpy(),
