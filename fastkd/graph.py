@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import _ops
+from ._checks import integer
+from ._indices import INT32_MAX, check_indices, check_place, cloud_sizes, inferred, is_wide, node_count, node_counts
+from ._knn import neighbours
 
-__all__ = ["Graph", "as_graph"]
-
-_INT32_MAX = 2**31 - 1
+__all__ = ["Graph"]
 
 
 class Graph:
@@ -23,13 +23,19 @@ class Graph:
     reverse are computed when it is made, so that the loss itself never waits for the device.
 
     Attributes:
-        rowptr: [num_dst + 1], int32 (int64 for graphs of 2^31 edges or nodes, or on request).
-        col: [E], the source of every edge, ascending within a row.
+        rowptr: [num_dst + 1], int32 (int64 for graphs of 2^31 edges or more, or on request).
+        col: [E] of rowptr's dtype, the source of every edge, ascending within a row.
         perm: [E] or None. Slot -> position of the edge in the ``edge_index`` it came from; per-edge
             arguments such as ``edge_weight`` are in that order. None: the slots' own order.
         reverse: [E] or None. For a symmetric pattern, the slot of the reverse of every edge.
         num_src, num_dst, num_edges: int. ``num_src != num_dst`` makes the graph bipartite.
         max_degree: int, the largest in-degree (-1 if the graph was made while compiling).
+
+    >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]]))
+    >>> graph
+    Graph(num_nodes=3, num_edges=4, symmetric=False, device='cpu')
+    >>> graph.rowptr.tolist(), graph.col.tolist()
+    ([0, 1, 3, 4], [2, 0, 2, 1])
     """
 
     rowptr: Tensor
@@ -52,6 +58,22 @@ class Graph:
         transpose: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         # Trusts its arguments: the class methods check.
+        self._fingerprint: int | None = None
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # Autograd refuses to keep tensors of inference mode, and a graph outlives it.
+            with torch.inference_mode(False):
+                self._fill(rowptr.clone(), col.clone(), num_src, None if perm is None else perm.clone(), None)
+        else:
+            self._fill(rowptr, col, num_src, perm, transpose)
+
+    def _fill(
+        self,
+        rowptr: Tensor,
+        col: Tensor,
+        num_src: int,
+        perm: Tensor | None,
+        transpose: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> None:
         self.rowptr = rowptr
         self.col = col
         self.num_src = num_src
@@ -75,7 +97,6 @@ class Graph:
             if self.reverse is None:
                 most = arriving + leaving if num_src == self.num_dst else torch.cat((arriving, leaving))
             self.max_incident = int(most.max()) if most.numel() else 0
-        self._fingerprint: int | None = None
 
     # --- construction ---------------------------------------------------------------------------
 
@@ -93,19 +114,20 @@ class Graph:
         Args:
             edge_index: int32 or int64 [2, E]; row 0 is the source j and row 1 the destination i of
                 every edge j -> i (with ``flow="target_to_source"``, the other way round).
-            num_nodes: an int, ``(num_src, num_dst)`` for a bipartite block, or None for one more
-                than the largest index.
+            num_nodes: an int in [0, 2^31), ``(num_src, num_dst)`` for a bipartite block, or None for one
+                more than the largest index. It must be passed where that is above 2^24 and above 16 per edge:
+                memory is taken for every node, 8 bytes and more, and such an index is mostly a mistake.
             flow: PyG's ``flow``. The softmax of the loss runs over the in-edges of a destination.
             index_dtype: torch.int32 or torch.int64; None takes int32 where it suffices.
 
         Raises:
             IndexError: an index is negative or not below the number of nodes.
-            TypeError, ValueError: wrong dtype, shape or flow.
+            TypeError, ValueError: wrong dtype, shape, flow or number of nodes.
+
+        >>> Graph.from_edge_index(torch.tensor([[0, 1, 4], [1, 0, 1]]), (5, 2))
+        Graph(num_src=5, num_dst=2, num_edges=3, symmetric=False, device='cpu')
         """
-        if not isinstance(edge_index, Tensor):
-            raise TypeError(f"edge_index must be a tensor, got {type(edge_index).__name__}")
-        if edge_index.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"edge_index must be int32 or int64, got {edge_index.dtype}")
+        check_indices("edge_index", edge_index)
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
             raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}")
         if flow not in ("source_to_target", "target_to_source"):
@@ -114,9 +136,9 @@ class Graph:
         if flow == "target_to_source":
             src, dst = dst, src
         if num_nodes is None:
-            num_nodes = int(edge_index.max()) + 1 if edge_index.numel() else 0
-        num_src, num_dst = _sizes(num_nodes)
-        wide = _is_wide(index_dtype, edge_index.shape[1], num_src, num_dst)
+            num_nodes = inferred("num_nodes", "edge_index", edge_index, edge_index.shape[1])
+        num_src, num_dst = node_counts(num_nodes)
+        wide = is_wide(index_dtype, edge_index.shape[1])
         rowptr, col, perm = _ops.csr_from_coo(src, dst, num_src, num_dst, wide)
         return cls(rowptr, col, num_src, perm)
 
@@ -127,13 +149,18 @@ class Graph:
         Args:
             rowptr: int32 or int64 [num_dst + 1], from 0 to E, never decreasing.
             col: int32 or int64 [E]; the columns of a row may be in any order.
-            num_src: number of sources; None means num_dst, or more where col needs it.
+            num_src: number of sources, in [0, 2^31); None means num_dst, or more where col needs it (but
+                not 2^24 and 16 per edge more, as in :meth:`from_edge_index`).
+
+        Raises:
+            IndexError: a column is negative or not below num_src.
+            TypeError, ValueError: wrong dtype, shape, device or number, or rowptr is not as said above.
+
+        >>> Graph.from_csr(torch.tensor([0, 2, 3]), torch.tensor([1, 0, 0])).edge_index.tolist()
+        [[1, 0, 0], [0, 0, 1]]
         """
         for name, x in (("rowptr", rowptr), ("col", col)):
-            if not isinstance(x, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-            if x.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{name} must be int32 or int64, got {x.dtype}")
+            check_indices(name, x)
             if x.dim() != 1:
                 raise ValueError(f"{name} must be a vector, got shape {tuple(x.shape)}")
         if rowptr.device != col.device:
@@ -143,16 +170,23 @@ class Graph:
         edges = col.shape[0]
         if int(rowptr[-1]) != edges:
             raise ValueError(f"rowptr must end at E = {edges} (the length of col), got {int(rowptr[-1])}")
-        degree = rowptr[1:] - rowptr[:-1]
-        if degree.numel() and int(degree.min()) < 0:
-            i = int((degree < 0).nonzero()[0])
+        # Compared, not subtracted, which may wrap: then every entry is in [0, E].
+        if bool((falls := rowptr[1:] < rowptr[:-1]).any()):
+            i = int(falls.nonzero()[0])
             raise ValueError(
                 f"rowptr must not decrease, got rowptr[{i}] = {int(rowptr[i])} and "
                 f"rowptr[{i + 1}] = {int(rowptr[i + 1])}"
             )
         num_dst = rowptr.shape[0] - 1
         if num_src is None:
-            num_src = max(num_dst, int(col.max()) + 1 if edges else 0)
+            num_src = max(num_dst, inferred("num_src", "col", col, max(edges, num_dst)))
+        num_src = node_count("num_src", num_src)
+        if bool((outside := (col < 0) | (col >= num_src)).any()):
+            edge = int(outside.nonzero()[0])
+            raise IndexError(
+                f"col[{edge}] = {int(col[edge])} (source of edge {edge}) is out of range: "
+                f"valid indices are in [0, {num_src})"
+            )
         dst = _ops.expand_rows(rowptr, edges)
         graph = cls.from_edge_index(torch.stack((col.long(), dst)), (num_src, num_dst))
         perm = graph.perm
@@ -169,46 +203,40 @@ class Graph:
         the same distance either may be taken. No gradient flows through the choice.
 
         Args:
-            x: [N, D] points, or [B, n, D] for B clouds of n points each.
+            x: [N, D] points, or [B, n, D] for B clouds of n points each; any floating-point dtype.
             k: neighbours per point, >= 1. A cloud of fewer points gives what it has.
-            batch: int64 [N], ascending: the cloud of every point, as in PyG. None: one cloud.
+            batch: int32 or int64 [N], ascending: the cloud of every point, as in PyG. None: one cloud.
             loop: whether a point may be its own neighbour (as in DGCNN).
+
+        Raises:
+            TypeError, ValueError: wrong dtype, shape or order, or x is not finite.
+
+        >>> Graph.from_knn(torch.tensor([[0.0], [1.0], [5.0]]), 1).edge_index.tolist()
+        [[1, 0, 1], [0, 1, 2]]
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"x must be a floating-point tensor, got {_described(x)}")
-        if isinstance(k, bool) or not isinstance(k, int):
-            raise TypeError(f"k must be an int, got {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+            raise TypeError(
+                f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            )
+        check_place("x", x)
+        integer("k", k, 1)
+        if x.dim() not in (2, 3):
+            raise ValueError(f"x must have shape [N, D] or [B, n, D], got {tuple(x.shape)}")
         x = x.detach()
         if x.dim() == 3:
             if batch is not None:
                 raise ValueError("batch must be None where x has shape [B, n, D]")
             sizes = [x.shape[1]] * x.shape[0]
-            x = x.reshape(-1, x.shape[2])
-        elif x.dim() == 2:
-            sizes = _cloud_sizes(x, batch)
+            x = x.flatten(0, 1)
         else:
-            raise ValueError(f"x must have shape [N, D] or [B, n, D], got {tuple(x.shape)}")
+            sizes = [x.shape[0]] if batch is None else cloud_sizes(x, batch)
+        n = node_count("the number of points in x", x.shape[0])
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         if not bool(torch.isfinite(x).all()):
             raise ValueError("x must be finite, got NaN or infinity")
-        cols, counts, start = [], [], 0
-        for size, run in itertools.groupby(sizes):
-            clouds = len(list(run))
-            near = min(k, size if loop else size - 1)
-            points = x[start : start + clouds * size].view(clouds, size, x.shape[1])
-            first = start + size * torch.arange(clouds, device=x.device)
-            cols.append((_nearest(points, near, loop) + first[:, None, None]).flatten())
-            counts.append(torch.full((clouds * size,), near, dtype=torch.int64, device=x.device))
-            start += clouds * size
-        n = x.shape[0]
-        rowptr = torch.zeros(n + 1, dtype=torch.int64, device=x.device)
-        if n:
-            torch.cumsum(torch.cat(counts), 0, out=rowptr[1:])
-        col = torch.cat(cols) if cols else rowptr.new_empty(0)
-        dtype = torch.int64 if _is_wide(None, col.shape[0], n, n) else torch.int32
+        rowptr, col = neighbours(x, sizes, k, loop)
+        dtype = torch.int64 if is_wide(None, col.shape[0]) else torch.int32
         return cls(rowptr.to(dtype), col.to(dtype), n, None)
 
     # --- what it is -----------------------------------------------------------------------------
@@ -296,12 +324,44 @@ class Graph:
         if self.device != other.device:
             raise ValueError(f"a union needs graphs on one device, got {self.device} and {other.device}")
         a, b = self, other
-        wide = a.col.dtype == torch.int64 or b.col.dtype == torch.int64 or a.num_edges + b.num_edges > _INT32_MAX
+        wide = a.col.dtype == torch.int64 or b.col.dtype == torch.int64 or a.num_edges + b.num_edges > INT32_MAX
         dtype = torch.int64 if wide else torch.int32
         rowptr, col = _ops.csr_union(
             a.rowptr.to(dtype), a.col.to(dtype), b.rowptr.to(dtype), b.col.to(dtype), self.num_src
         )
         return Graph(rowptr, col, self.num_src, None)
+
+    def repeat(self, copies: int) -> Graph:
+        """Disjoint copies of the graph as one graph, as for several individuals on the same nodes.
+
+        Source j of copy c is c * num_src + j, and destination i is c * num_dst + i; per-edge arguments are those
+        of the copies one after the other, as :meth:`torch.Tensor.repeat` makes them.
+
+        Args:
+            copies: >= 0, and few enough for less than 2^31 sources and destinations.
+
+        >>> Graph.from_edge_index(torch.tensor([[1], [0]]), 2).repeat(3).edge_index.tolist()
+        [[1, 3, 5], [0, 2, 4]]
+        """
+        most = INT32_MAX // max(self.num_src, self.num_dst, 1)
+        if integer("copies", copies, 0) > most:
+            raise ValueError(f"copies must be at most {most} for {self}: nodes are numbered below 2**31, got {copies}")
+        edges = self.num_edges
+        wide = self.col.dtype == torch.int64 or edges * copies > INT32_MAX
+        dtype = torch.int64 if wide else torch.int32
+        copy = torch.arange(copies, dtype=dtype, device=self.device)[:, None]
+
+        def ends(pointers: Tensor) -> Tensor:
+            return torch.cat((copy.new_zeros(1), (pointers[1:].to(dtype) + copy * edges).flatten()))
+
+        def shifted(indices: Tensor, by: int) -> Tensor:
+            return (indices.to(dtype) + copy * by).flatten()
+
+        perm = None if self.perm is None else shifted(self.perm, edges)
+        transpose = ends(self.t_rowptr), shifted(self.t_col, self.num_dst), shifted(self.t_perm, edges)
+        return Graph(
+            ends(self.rowptr), shifted(self.col, self.num_src), copies * self.num_src, perm, transpose=transpose
+        )
 
     def coalesce(self) -> Graph:
         """Duplicate edges merged into one; per-edge arguments follow the new ``edge_index``."""
@@ -323,111 +383,7 @@ class Graph:
         if torch.empty(0, device=device).device == self.device:
             return self
         out = Graph.__new__(Graph)
-        out.__dict__.update(
-            {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
-        )
+        with torch.inference_mode(False):  # as in __init__
+            for name, value in self.__dict__.items():
+                setattr(out, name, value.to(device) if isinstance(value, Tensor) else value)
         return out
-
-
-def as_graph(graph: Any, num_src: int, num_dst: int) -> Graph:
-    """A :class:`Graph` from anything that stands for one.
-
-    A Graph; an ``edge_index`` [2, E] or PyG's ``EdgeIndex`` (source, destination); a sparse matrix
-    in the sense of PyG's ``adj_t``, in which an entry (i, j) is the edge j -> i: a ``SparseTensor``
-    (anything with ``csr()``), ``torch.sparse_csr``, ``sparse_csc`` or ``sparse_coo``.
-    """
-    if isinstance(graph, Graph):
-        return graph
-    if isinstance(graph, Tensor):
-        if graph.layout == torch.strided:
-            plain = graph if type(graph) is Tensor or not hasattr(graph, "as_tensor") else graph.as_tensor()
-            return Graph.from_edge_index(plain, (num_src, num_dst))
-        if graph.dim() != 2:
-            raise ValueError(f"a sparse graph must be a matrix, got shape {tuple(graph.shape)}")
-        _check_matrix_size(tuple(graph.shape), num_src, num_dst)
-        if graph.layout == torch.sparse_csr:
-            return Graph.from_csr(graph.crow_indices(), graph.col_indices(), graph.shape[1])
-        if graph.layout == torch.sparse_csc:
-            by_src = Graph.from_csr(graph.ccol_indices(), graph.row_indices(), graph.shape[0])
-            return by_src.reversed()
-        if graph.layout == torch.sparse_coo:
-            indices = graph._indices()
-            return Graph.from_edge_index(indices.flip(0), (num_src, num_dst))
-        raise TypeError(
-            f"graph has layout {graph.layout}; supported are strided (edge_index), "
-            "sparse_coo, sparse_csr and sparse_csc"
-        )
-    if hasattr(graph, "csr") and hasattr(graph, "sparse_sizes"):
-        rowptr, col, _ = graph.csr()
-        sizes = tuple(int(n) for n in graph.sparse_sizes())
-        _check_matrix_size(sizes, num_src, num_dst)
-        return Graph.from_csr(rowptr, col, sizes[1])
-    raise TypeError(
-        "graph must be a fastkd.Graph, an edge_index tensor [2, E], a sparse tensor or a "
-        f"PyG SparseTensor, got {type(graph).__name__}"
-    )
-
-
-def _check_matrix_size(shape: tuple[int, ...], num_src: int, num_dst: int) -> None:
-    if shape != (num_dst, num_src):
-        raise ValueError(
-            f"the sparse graph has shape {shape}, but the features have "
-            f"(num_dst, num_src) = ({num_dst}, {num_src}) rows"
-        )
-
-
-def _sizes(num_nodes: Any) -> tuple[int, int]:
-    pair = num_nodes if isinstance(num_nodes, tuple) else (num_nodes, num_nodes)
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in pair):
-        raise TypeError(f"num_nodes must be an int, (num_src, num_dst) or None, got {num_nodes!r}")
-    for n in pair:
-        if not isinstance(n, torch.SymInt) and not 0 <= n < 2**31:
-            raise ValueError(f"num_nodes must be in [0, 2**31), got {num_nodes!r}")
-    return pair
-
-
-def _is_wide(index_dtype: torch.dtype | None, edges: int, num_src: int, num_dst: int) -> bool:
-    if index_dtype is None:
-        return edges > _INT32_MAX
-    if index_dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"index_dtype must be torch.int32 or torch.int64, got {index_dtype}")
-    if index_dtype == torch.int32 and edges > _INT32_MAX:
-        raise ValueError(f"index_dtype must be torch.int64 for {edges} edges")
-    return index_dtype == torch.int64
-
-
-def _described(x: object) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-
-
-def _cloud_sizes(x: Tensor, batch: Tensor | None) -> list[int]:
-    if batch is None:
-        return [x.shape[0]] if x.shape[0] else []
-    if not isinstance(batch, Tensor) or batch.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"batch must be an int32 or int64 tensor, got {_described(batch)}")
-    if batch.shape != x.shape[:1]:
-        raise ValueError(f"batch must have shape [{x.shape[0]}], got {tuple(batch.shape)}")
-    if batch.numel() and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
-        raise ValueError("batch must be ascending and not negative")
-    return [int(n) for n in torch.bincount(batch) if n > 0]
-
-
-def _nearest(x: Tensor, k: int, loop: bool) -> Tensor:
-    """[B, n, k] indices of the nearest rows in the same cloud of x [B, n, D], ascending within a row."""
-    clouds, n, _ = x.shape
-    if k < 1:
-        return torch.empty(clouds, n, 0, dtype=torch.int64, device=x.device)
-    x = x - x.mean(1, keepdim=True)  # keeps the differences of squares small
-    squares = (x * x).sum(2)[:, None]
-    rows = max(1, min(n, (1 << 24) // n))  # of a large cloud, as many as 64 MB of distances hold
-    together = max(1, (1 << 20) // (rows * n))  # of small clouds, as many as stay in the cache
-    out = torch.empty(clouds, n, k, dtype=torch.int64, device=x.device)
-    for c in range(0, clouds, together):
-        cloud, square = x[c : c + together], squares[c : c + together]
-        for r in range(0, n, rows):
-            part = cloud[:, r : r + rows]
-            distance = torch.baddbmm(square, part, cloud.mT, alpha=-2)  # less |row|^2, equal in a row
-            if not loop:
-                distance.diagonal(r, 1, 2).fill_(torch.inf)
-            out[c : c + together, r : r + rows] = distance.topk(k, 2, largest=False, sorted=False).indices
-    return out.sort(2).values

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops, kernels
-from .graph import Graph, as_graph
+from ._adjacency import as_graph
+from .graph import Graph
 from .kernels import Kernel
 
 __all__ = ["LSPLoss", "TeacherStructure", "lsp_loss", "teacher_structure"]

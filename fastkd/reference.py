@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .graph import as_graph
+from ._adjacency import as_graph
 from .kernels import Kernel
 from .lsp import TeacherStructure, _pair, _sizes
 

@@ -1,11 +1,14 @@
 """Data sets: splits, counts and leakage of those that are here; official formats made small; errors."""
 
 import hashlib
+import io
 import json
 import os
 import pathlib
+import random
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from torch_geometric.loader import DataLoader
 
 from fastkd import data
 from fastkd.data import graphs
+from fastkd.data.files import DamagedFile
 
 HERE = os.environ.get("FASTKD_DATA")
 
@@ -535,6 +539,154 @@ def test_a_file_that_lacks_something(tmp_path, arrays, told):
         data.load("cora", root=tmp_path)
     for part in told:
         assert part in str(caught.value)
+
+
+def several(**changes):
+    """Two graphs of 4 nodes for each part."""
+    edges = np.concatenate([tiny()["edge_index"] + 4 * g for g in range(6)], 1)
+    parts = {f"{part}_graphs": np.array([2 * i, 2 * i + 1]) for i, part in enumerate(("train", "val", "test"))}
+    arrays = {
+        "edge_index": edges,
+        "x": np.eye(24, 3),
+        "y": np.arange(24) % 2,
+        "graph_ptr": np.arange(0, 25, 4),
+        **parts,
+    }
+    return {**arrays, **changes}
+
+
+def bag(**changes):
+    csr = {
+        "x_data": np.ones(4, np.uint8),
+        "x_indices": np.array([0, 1, 2, 0]),
+        "x_indptr": np.arange(5),
+        "x_shape": np.array([4, 3]),
+    }
+    return {**tiny(x=None), **csr, **changes}
+
+
+LIES = np.array([0, 2**63 - 1, -2, 4, 4])  # the differences wrap
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (tiny(y=np.array(["a", "b", "a", "b"])), "y must have shape [N] of integers in [0, 1048576), got (4,) of <U1"),
+        (tiny(y=np.array([0, 1, 0, 2**62])), "y must be in [0, 1048576), got 4611686018427387904"),
+        (tiny(y=np.array(3)), "y must have shape [N]"),
+        (tiny(y=np.array([0.0, np.nan, 1.0, 0.0])), "got (4,) of float64"),
+        (tiny(y=np.zeros(0, int)), "y must have one class or more, got none"),
+        (tiny(y=np.full((4, 2), 0.5)), "y must be 0 or 1 for each of N nodes and L labels, got shape (4, 2)"),
+        (tiny(y=np.zeros((4, 0))), "y must be 0 or 1"),
+        (
+            tiny(edge_index=np.zeros((2, 3))),
+            "edge_index must have shape [2, E] of integers in [0, 4), got (2, 3) of float64",
+        ),
+        (tiny(edge_index=np.zeros((3, 2), int)), "got (3, 2) of int64"),
+        (
+            tiny(edge_index=np.full((2, 1), 2**64 - 1, np.uint64)),
+            "edge_index must be in [0, 4), got 18446744073709551615",
+        ),
+        (tiny(x=np.full((4, 3), np.nan)), "x[0, 0] must be finite in float32, got nan"),
+        (tiny(x=np.full((4, 3), 1e300)), "x[0, 0] must be finite in float32, got 1e+300"),
+        (tiny(x=np.zeros((4, 0))), "x must have one feature or more per node"),
+        (tiny(x=np.zeros((4, 3), complex)), "x must have shape [4, F] of numbers, got (4, 3) of complex128"),
+        (tiny(train_idx=np.zeros((1, 1), int)), "train_idx must have shape [n] of integers in [0, 4), got (1, 1)"),
+        (tiny(val_idx=np.zeros(0, int)), "val_idx must hold one or more with nodes, got none"),
+        (several(graph_ptr=np.array([0, 2**63 - 1, -2, 24, 24, 24, 24])), "graph_ptr must be in [0, 25), got -2"),
+        (several(graph_ptr=np.array([0, 20, 4, 12, 16, 20, 24])), "graph_ptr must run from 0 to 24 and never decrease"),
+        (several(graph_ptr=np.zeros(0, int)), "graph_ptr must run from 0 to 24"),
+        (several(test_graphs=np.zeros(0, int)), "test_graphs must hold one or more with nodes, got none"),
+        (bag(x_indptr=LIES), "x_indptr must be in [0, 5), got -2"),
+        (bag(x_indptr=np.array([0, 3, 1, 4, 4])), "x_indptr must run from 0 to 4 and never decrease"),
+        (bag(x_indptr=np.arange(4)), "x_indptr must have shape [5]"),
+        (bag(x_indices=np.array([0, 1, 2, 3])), "x_indices must be in [0, 3), got 3"),
+        (bag(x_indices=np.array([0, 1])), "x_indices must have shape [4]"),
+        (bag(x_shape=np.array([4, 2**40])), "x_shape must be in [1, 2147483648), got 1099511627776"),
+        (bag(x_shape=np.array([5, 3])), "x has 5 rows, but y has 4"),
+        (bag(x_data=np.array([1.0, np.inf, 0, 1])), "x_data[1] must be finite"),
+    ],
+)
+def test_a_file_with_something_wrong_in_it(tmp_path, arrays, words):
+    name = "ppi" if "graph_ptr" in arrays else "cora"
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    with pytest.raises(DamagedFile) as caught:
+        data.load(name, root=tmp_path)
+    assert f"{tmp_path / name}.npz: " in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def shape_arrays(**changes):
+    return {"points": np.zeros((4, 5, 3)), "label": np.array([0, 1, 0, 1]), "split": np.array([0, 0, 1, 1]), **changes}
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        (shape_arrays(points=np.zeros((4, 5))), "points must have shape [n, P, 3] of numbers, got (4, 5)"),
+        (shape_arrays(points=np.full((4, 5, 3), np.inf)), "points[0, 0, 0] must be finite"),
+        (shape_arrays(points=np.zeros((4, 0, 3))), "points must have one point or more"),
+        (shape_arrays(label=np.array([0, 1, 0, 2**40])), "label must be in [0, 1048576), got 1099511627776"),
+        (shape_arrays(label=np.array([0, 1])), "label must have shape [4]"),
+        (shape_arrays(split=np.array(["a"] * 4)), "split must have shape [4] of integers"),
+        (shape_arrays(surface_ijk=np.zeros((4, 5, 2))), "surface_ijk must have shape [4, P, 3]"),
+        (shape_arrays(surface_ijk=np.zeros((4, 5, 3)), valid=np.ones(4)), "valid must be bool [4], got float64 [4]"),
+    ],
+)
+def test_a_shape_file_with_something_wrong_in_it(tmp_path, arrays, words):
+    np.savez(tmp_path / "modelnet40.npz", **arrays)
+    with pytest.raises(DamagedFile) as caught:
+        data.load("modelnet40", root=tmp_path)
+    assert f"{tmp_path / 'modelnet40.npz'}: " in str(caught.value) and words in str(caught.value)
+
+
+def changed(content, rng, kind):
+    """One way in which bytes are damaged."""
+    content, at = bytearray(content), rng.randrange(len(content))
+    if kind == "flip":
+        content[at] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del content[at:]
+    elif kind == "head":
+        del content[: at + 1]
+    else:
+        content[at : at + 40] = rng.randbytes(40)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "head", "noise"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_damaged_bytes_are_refused_in_one_line_or_change_nothing(tmp_path, kind, inside):
+    """Of the file, or of one of the arrays in it, in which case the checksums of the zip are right."""
+    rng, path = random.Random(0), tmp_path / "cora.npz"
+    refused = 0
+    for _ in range(40):
+        buffer = io.BytesIO()
+        rng.choice((np.savez, np.savez_compressed))(buffer, **bag())
+        content = buffer.getvalue()
+        if inside:
+            with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer := io.BytesIO(), "w") as new:
+                victim = rng.choice(old.namelist())
+                for name in old.namelist():
+                    part = old.read(name)
+                    new.writestr(name, changed(part, rng, kind) if name == victim else part)
+            content = buffer.getvalue()
+        else:
+            content = changed(content, rng, kind)
+        path.write_bytes(content)
+        try:
+            data.load("cora", root=tmp_path)
+        except DamagedFile as error:
+            refused += 1
+            assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+        assert path.read_bytes() == content
+    assert refused > 20
+
+
+def test_checksums_that_are_no_text(tmp_path):
+    np.savez(tmp_path / "cora.npz", **tiny())
+    (tmp_path / "SHA256SUMS").write_bytes(b"\xff\xfe\x00" * 40)
+    data.load("cora", root=tmp_path)
 
 
 def task_of(graph, **changes):

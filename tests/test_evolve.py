@@ -750,9 +750,9 @@ def test_qualities_without_labels(evaluator, tmp_path, quality):
     values = fitness.measure(evaluator, limits, masks)[:, 0]
     assert values[0] > values[1:].max()
     assert torch.equal(values, -getattr(evaluator, quality)(masks, [x]))
-    whole = fastkd.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "a")
-    fastkd.evolve(evaluator, fitness, population=6, generations=2, seed=1, checkpoint=tmp_path / "b")
-    again = fastkd.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "b")
+    whole = fastkd.evolve.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "a")
+    fastkd.evolve.evolve(evaluator, fitness, population=6, generations=2, seed=1, checkpoint=tmp_path / "b")
+    again = fastkd.evolve.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "b")
     assert torch.equal(whole.best, again.best) and whole.best_score == again.best_score < 0
     name = next(op.name for op in evaluator.space.ops if op.kind == "conv")
     assert Fitness(quality, [x], layers=[name]).identity()["layers"] == [name]
@@ -1442,4 +1442,4 @@ def test_a_lost_rank(ranked):
 
 
 def test_the_function_of_the_package():
-    assert fastkd.evolve is evolve
+    assert fastkd.evolve.evolve is evolve

@@ -1,5 +1,6 @@
 """Graph: every way to make one, and what it knows about itself."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -261,3 +262,244 @@ E_ = torch.tensor([[0, 1], [1, 0]])
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+WRAPS = torch.tensor(
+    [0, 2**63 - 1, -2, 0]
+)  # its differences are 2**63 - 1, 2**63 - 1 and 2: as int64, none is negative
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+class Matrix:
+    """torch_sparse's interface, with parts that may not fit each other."""
+
+    def __init__(self, rowptr, col, sizes, values=None):
+        self.parts, self.sizes = (rowptr, col, values), sizes
+
+    def csr(self):
+        return self.parts
+
+    def sparse_sizes(self):
+        return self.sizes
+
+
+def unchecked(make, *parts):
+    return make(*parts, check_invariants=False)
+
+
+def loss_on(graph, nodes=3):
+    return lsp_loss(torch.randn(nodes, 2), torch.randn(nodes, 2), graph)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda p, c, n: Graph.from_csr(p, c),
+        lambda p, c, n: loss_on(unchecked(torch.sparse_csr_tensor, p, c, torch.ones(len(c)), (n, n)), n),
+        lambda p, c, n: loss_on(unchecked(torch.sparse_csc_tensor, p, c, torch.ones(len(c)), (n, n)), n),
+        lambda p, c, n: loss_on(Matrix(p, c, (n, n)), n),
+    ],
+    ids=["from_csr", "sparse_csr", "sparse_csc", "SparseTensor"],
+)
+@pytest.mark.parametrize(
+    "rowptr, col, error, message",
+    [
+        (
+            WRAPS,
+            NONE,
+            ValueError,
+            r"rowptr must not decrease, got rowptr\[1\] = 9223372036854775807 and rowptr\[2\] = -2",
+        ),
+        (torch.tensor([0, 2**31 - 1, -2, 0], dtype=torch.int32), NONE.int(), ValueError, "rowptr must not decrease"),
+        (torch.tensor([0, -(2**63), 2**63 - 1, 1]), NONE.new_zeros(1), ValueError, "rowptr must not decrease"),
+        (torch.tensor([0, 2**40, 2**40, 1]), NONE.new_zeros(1), ValueError, "rowptr must not decrease"),
+        (torch.tensor([0, 0, 0, 2**63 - 1]), NONE, ValueError, "rowptr must end at E = 0"),
+        (
+            torch.tensor([0, 0, 0, 1]),
+            torch.tensor([-(2**63)]),
+            IndexError,
+            r"col\[0\] = -9223372036854775808 .*\[0, 3\)",
+        ),
+    ],
+)
+def test_pointers_that_lie_are_found_before_they_are_followed(way, rowptr, col, error, message):
+    with pytest.raises(error, match=message):
+        way(rowptr, col, 3)
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        unchecked(torch.sparse_csr_tensor, torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (3, 3)),
+        unchecked(torch.sparse_csc_tensor, torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (3, 3)),
+        Matrix(torch.tensor([0, 1]), torch.tensor([0]), (3, 3)),
+    ],
+)
+def test_fewer_rows_than_the_matrix_says(graph):
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), and so must have 4 row pointers, got 2"):
+        loss_on(graph)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda i: Graph.from_edge_index(torch.tensor([[i], [0]])), ValueError, "num_nodes must be passed where"),
+        (lambda i: Graph.from_edge_index(torch.tensor([[0], [i]]).int()), ValueError, "num_nodes must be passed where"),
+        (lambda i: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([i])), ValueError, "num_src must be passed where"),
+    ],
+)
+def test_one_large_index_does_not_take_gigabytes(call, error, message):
+    for index in (2**31 - 2, 2**24):
+        with pytest.raises(error, match=rf"{message}.* 1 edges .* largest index is {index}: {index + 1} nodes take"):
+            call(index)
+    call(70_000)
+
+
+def test_the_number_of_nodes_is_inferred_where_the_edges_bear_it_out(monkeypatch):
+    from fastkd import _indices
+
+    monkeypatch.setattr(_indices, "MOST_INFERRED", 100)
+    assert Graph.from_edge_index(torch.tensor([[99], [0]])).num_src == 100
+    edges = torch.arange(1, 11).repeat(2, 1) * 15
+    assert Graph.from_edge_index(edges).num_src == 151
+    with pytest.raises(ValueError, match="10 edges and its largest index is 160"):
+        Graph.from_edge_index(torch.tensor([[*range(9), 160], [0] * 10]))
+    assert Graph.from_edge_index(torch.tensor([[160], [0]]), 161).num_src == 161
+    pointers = torch.arange(201).clamp(max=1)
+    assert Graph.from_csr(pointers, torch.tensor([3000])).num_src == 3001, "as rowptr is long itself"
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: Graph.from_edge_index(torch.tensor([[2**63 - 1], [0]])),
+            IndexError,
+            "edge_index holds the index 9223372036854775807",
+        ),
+        (lambda: Graph.from_edge_index(torch.tensor([[2**31 - 1], [0]])), IndexError, "below 2\\*\\*31 - 1"),
+        (lambda: Graph.from_edge_index(torch.tensor([[-5], [-3]])), IndexError, r"edge_index\[0, 0\] = -5"),
+        (lambda: Graph.from_edge_index(E_, 2**31), ValueError, r"num_nodes must be in \[0, 2\*\*31\), got 2147483648"),
+        (lambda: Graph.from_edge_index(E_, 2**70), ValueError, "num_nodes must be in"),
+        (lambda: Graph.from_edge_index(E_, (2, -1)), ValueError, r"num_nodes\[1\] must be in .* got -1"),
+        (lambda: Graph.from_edge_index(E_, True), TypeError, "num_nodes must be an int, got True"),
+        (lambda: Graph.from_edge_index(E_, np.float64(2)), TypeError, "num_nodes must be an int"),
+        (lambda: Graph.from_edge_index(torch.empty(2, 0)), TypeError, r"got torch.float32 \(an empty one, too"),
+        (
+            lambda: Graph.from_edge_index(E_.to("meta"), 2),
+            ValueError,
+            "edge_index must be on a device that holds values",
+        ),
+        (lambda: Graph.from_edge_index(E_.to_sparse()), TypeError, "edge_index must be a dense tensor"),
+        (lambda: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([0]), -1), ValueError, "num_src must be in"),
+        (lambda: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([0]), 1.0), TypeError, "num_src must be an int"),
+        (lambda: Graph.from_csr(torch.tensor([0, 1]), torch.tensor([-7])), IndexError, r"col\[0\] = -7 .*\[0, 1\)"),
+        (lambda: Graph.from_knn(torch.randn(4, 2), True), TypeError, "k must be an int"),
+        (lambda: Graph.from_knn(torch.randn(4, 2, device="meta"), 1), ValueError, "x must be on a device"),
+        (lambda: Graph.from_knn(torch.randn(4, 2).to_sparse(), 1), TypeError, "x must be a dense tensor"),
+        (lambda: Graph.from_edge_index(E_, 2).repeat(-1), ValueError, "copies must be at least 0, got -1"),
+        (lambda: Graph.from_edge_index(E_, 2).repeat(2.0), TypeError, "copies must be an int, got 2.0"),
+        (lambda: Graph.from_edge_index(E_, 2).repeat(2**30), ValueError, "copies must be at most 1073741823 for Graph"),
+        (lambda: loss_on([[0], [1]], 2), TypeError, r"got list: pass torch.stack\(\(sources, destinations\)\)"),
+        (lambda: loss_on((E_[0], E_[1]), 2), TypeError, r"got tuple: pass torch.stack"),
+        (lambda: loss_on(type("Data", (), {"edge_index": E_})(), 2), TypeError, "got Data: pass its edge_index"),
+        (lambda: loss_on(torch.eye(3)), TypeError, "graph is a dense matrix of torch.float32: pass its entries"),
+        (lambda: loss_on(None), TypeError, "graph must be a fastkd.Graph, .* got NoneType"),
+    ],
+)
+def test_more_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("layout", ["to_sparse_coo", "to_sparse_csr", "to_sparse_csc"])
+def test_weights_in_a_sparse_matrix_are_not_dropped(layout):
+    matrix = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.5], [0.0, 1.0, 0.0]])
+    with pytest.raises(
+        ValueError, match=r"must hold the value 1 for every edge, got 0\.5: pass edge weights by themselves"
+    ):
+        loss_on(getattr(matrix, layout)())
+    loss_on(getattr(matrix.ceil().bool(), layout)())
+    with pytest.raises(ValueError, match=r"got 2\.0"):
+        loss_on(Matrix(torch.tensor([0, 1, 1, 1]), torch.tensor([2]), (3, 3), torch.tensor([2.0])))
+
+
+def test_scipy_matrices_are_told_how(tmp_path):
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    m = sparse.coo_matrix(np.array([[0, 1, 0], [0, 0, 1], [0, 1, 0]]))
+    with pytest.raises(TypeError, match=r"got coo_matrix: pass Graph\.from_csr"):
+        loss_on(m)
+    m = m.tocsr()
+    graph = Graph.from_csr(torch.from_numpy(m.indptr), torch.from_numpy(m.indices), m.shape[1])
+    assert graph.edge_index.tolist() == [[1, 2, 1], [0, 1, 2]]
+
+
+def test_numbers_of_nodes_of_other_types():
+    for n in (np.int64(3), np.int32(3), torch.tensor(3), (np.int64(3), 3)):
+        assert repr(Graph.from_edge_index(E_, n)) == repr(Graph.from_edge_index(E_, 3))
+
+
+def test_points_of_clouds_with_large_numbers():
+    """The clouds' numbers only tell them apart: they are no sizes."""
+    x, batch = features(30, 3, torch.float32), torch.arange(3).repeat_interleave(10)
+    few, many = Graph.from_knn(x, 4, batch), Graph.from_knn(x, 4, batch * 2**61)
+    assert torch.equal(few.col, many.col) and torch.equal(few.rowptr, many.rowptr)
+    assert Graph.from_knn(x, 2**70, batch).num_edges == 30 * 9
+    for shape in ((0, 5, 3), (4, 0, 3), (0, 3)):
+        assert Graph.from_knn(torch.zeros(shape), 2).num_edges == 0
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("copies", [0, 1, 2, 5])
+def test_repeated_graph_is_the_graph_of_the_shifted_edges(name, copies):
+    sample = SAMPLES[name]
+    if sample.edges.shape[1] > 1000:
+        pytest.skip("checked by the smaller ones")
+    sizes = torch.tensor([[sample.num_src], [sample.num_dst]])
+    shifted = [sample.edges + c * sizes for c in range(copies)]
+    edges = torch.cat([*shifted, sample.edges[:, :0]], 1)
+    for dtype in (torch.int32, torch.int64):
+        one = Graph.from_edge_index(sample.edges, (sample.num_src, sample.num_dst), index_dtype=dtype)
+        graph = one.repeat(copies)
+        expected = Graph.from_edge_index(edges, (copies * sample.num_src, copies * sample.num_dst), index_dtype=dtype)
+        assert graph.col.dtype == dtype
+        check_invariants(graph, edges)
+        for key, value in vars(expected).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(getattr(graph, key), value), key
+            else:
+                assert getattr(graph, key) == value, key
+
+
+def test_repeated_graph_without_perm_and_wider_indices(monkeypatch):
+    one = Graph.from_knn(features(20, 2, torch.float32), 3)
+    graph = one.repeat(4)
+    assert graph.perm is None and graph.col.dtype == torch.int32
+    assert torch.equal(graph.edge_index, torch.cat([one.edge_index + 20 * c for c in range(4)], 1))
+    import fastkd.graph
+
+    monkeypatch.setattr(fastkd.graph, "INT32_MAX", 239)
+    assert one.repeat(4).col.dtype == torch.int64, "240 edges"
+    assert one.repeat(3).col.dtype == torch.int32
+    weight = torch.rand(60)
+    x, t = features(80, 4, torch.float64), features(80, 3, torch.float64, seed=1)
+    loss = lsp_loss(x, t, graph, edge_weight=weight.repeat(4), reduction="none")
+    each = [
+        lsp_loss(a, b, one, edge_weight=weight, reduction="none") for a, b in zip(x.split(20), t.split(20), strict=True)
+    ]
+    torch.testing.assert_close(loss, torch.cat(each))
+
+
+def test_graphs_made_in_inference_mode_can_be_trained_on():
+    edges = SAMPLES["directed"].edges
+    x = features(40, 8, torch.float32).requires_grad_()
+    t = features(40, 5, torch.float32, seed=1)
+    with torch.inference_mode():
+        graph = Graph.from_edge_index(edges.clone(), 40)
+        graphs = [graph, graph.reversed().reversed(), graph.repeat(1), Graph.from_csr(graph.rowptr, graph.col)]
+        near = Graph.from_knn(t.clone(), 3)
+    assert repr(graph) == repr(Graph.from_edge_index(edges, 40))
+    for way in graphs:
+        (grad,) = torch.autograd.grad(lsp_loss(x, t, way), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(lsp_loss(x, t, edges), x)[0])
+    lsp_loss(x, t, near.union(near.reversed())).backward()

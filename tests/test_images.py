@@ -13,6 +13,7 @@ import torch
 
 from fastkd import data
 from fastkd.data import images
+from fastkd.data.files import DamagedFile
 from fastkd.models import build_cnn, load_weights
 
 HERE = os.environ.get("FASTKD_DATA")
@@ -194,6 +195,63 @@ def test_official_mnist(cache, monkeypatch):
     loaded = data.load_images("mnist")
     assert np.array_equal(loaded.images["test"][:, 0].numpy(), arrays["x_test"])
     assert loaded.labels["test"].tolist() == arrays["y_test"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(r_train=None), "has no r_train: needed are r_train, y_train, r_test, y_test"),
+        (
+            dict(r_test=np.zeros((3, 10, 16, 16), np.uint8)),
+            r"r_test must be uint8 \[3, n, 32, 32\], got uint8 \[3, 10, 16",
+        ),
+        (dict(y_train=np.full(40, 10)), r"y_train must be in \[0, 10\), got 10"),
+        (dict(y_test=np.zeros(9, int)), r"y_test must have shape \[10\]"),
+    ],
+)
+def test_wrong_packed_cifar10_leaves_nothing_in_the_cache(cache, tmp_path, changes, words):
+    arrays = {}
+    for part, n in (("train", 40), ("test", 10)):
+        arrays |= {f"r_{part}": np.zeros((3, n, 32, 32), np.uint8), f"y_{part}": np.arange(n) % 10}
+    arrays = {key: x for key, x in {**arrays, **changes}.items() if x is not None}
+    np.savez(tmp_path / "cifar10.packed.npz", **arrays)
+    with pytest.raises(DamagedFile, match=rf"{tmp_path / 'cifar10.packed.npz'}.*{words}"):
+        data.load_images("cifar10", root=tmp_path)
+    assert not cache.exists()
+
+
+def test_wrong_jpegs(tmp_path):
+    pillow = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    buffer = io.BytesIO()
+    pillow.fromarray(np.zeros((224, 224, 3), np.uint8)).save(buffer, "JPEG")
+    jpeg = np.frombuffer(buffer.getvalue(), np.uint8)
+    right = dict(jpeg=np.tile(jpeg, 10), offset=np.arange(11) * len(jpeg), label=np.arange(10))
+    for changes, words in (
+        (dict(label=np.arange(10)[None]), r"label must have shape \[n\]"),
+        (dict(label=np.full(10, 1000)), r"label must be in \[0, 1000\), got 1000"),
+        (dict(offset=np.arange(11)[None]), "offset must be 11 rising integers"),
+        (dict(jpeg=np.zeros(10 * len(jpeg), np.uint8)), r"jpeg\[0:\d+\], image 0, cannot be decoded"),
+    ):
+        np.savez(tmp_path / "imagenet_sample1000_224.npz", **{**right, **changes})
+        with pytest.raises(ValueError, match=words):
+            data.load_images("imagenet_sample", root=tmp_path)
+
+
+@pytest.mark.parametrize("kind", [b"", b"PK", b"no zip", b"\x80\x04K\x01.", b"\x93NUMPY\x01\x00"])
+def test_files_of_other_kinds(tmp_path, kind):
+    (tmp_path / "own.npz").write_bytes(kind)
+    with pytest.raises(DamagedFile, match=r"own\.npz is not a complete npz of plain arrays.*replace it by a whole one"):
+        data.load_images(tmp_path / "own.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "own.npz").write_bytes((tmp_path / "array.npy").read_bytes())
+    with pytest.raises(DamagedFile, match="not a complete npz"):
+        data.load_images(tmp_path / "own.npz")
+
+
+def test_labels_that_would_need_a_million_outputs(tmp_path):
+    own(tmp_path, y_val=np.full(12, 2**40))
+    with pytest.raises(ValueError, match=r"y_val must be in \[0, 1048575\], got 1099511627776"):
+        data.load_images(tmp_path / "own.npz")
 
 
 def test_offline_says_where_it_looked(cache):

@@ -13,7 +13,8 @@ from cases import SAMPLES
 from fastkd import Graph, models
 from fastkd.models import dgcnn
 from fastkd.models.dgcnn import EdgeConv as FastEdgeConv
-from fastkd.models.gnn import GATLayer, GCNLayer, SAGELayer, Sparse
+from fastkd.models.gnn import GATLayer, GCNLayer, SAGELayer
+from fastkd.models.sparse import Sparse
 
 GRAPH_MODELS = {
     "gat": {"hidden": 5, "heads": (2, 2, 3)},
@@ -233,14 +234,14 @@ def test_mlp_needs_no_graph():
 
 
 def test_nothing_is_kept_longer_than_the_graph():
-    from fastkd.models import gnn
+    from fastkd.models import sparse
 
     model, edges = make("gcn"), directed()
-    before = len(gnn._made)
+    before = len(sparse._kept)
     model(torch.randn(40, 12), edges)
-    assert len(gnn._made) == before + 1
+    assert len(sparse._kept) == before + 1
     del edges
-    assert len(gnn._made) == before
+    assert len(sparse._kept) == before
 
 
 @pytest.mark.parametrize("name", GRAPH_MODELS)
@@ -433,3 +434,10 @@ def test_errors_of_other_types():
         make("gcn")(None, directed())
     with pytest.raises(IndexError, match="edge_index"):
         make("gcn")(torch.randn(30, 12), directed())
+    for name in ("gcn", "graphsage", "gat"):
+        for adj, words in ((None, "got NoneType"), (([0], [1]), r"got tuple: pass torch\.stack")):
+            with pytest.raises(TypeError, match=rf"graph must be a fastkd\.Graph.*{words}"):
+                make(name)(torch.randn(30, 12), adj)
+    for value in ("0.5", None, True):
+        with pytest.raises(TypeError, match="dropout must be a number, got"):
+            models.GCN(3, 4, dropout=value)

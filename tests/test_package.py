@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -91,6 +92,103 @@ def test_public_names():
     for name in fastkd.__all__:
         assert getattr(fastkd, name) is not None
     assert (pathlib.Path(fastkd.__file__).parent / "py.typed").exists()
+
+
+SUBPACKAGES = ["compress", "data", "distill", "evolve", "models", "population"]
+
+
+def test_dir_is_the_api():
+    assert dir(fastkd) == [
+        "Graph",
+        "LSPLoss",
+        "PopulationEvaluator",
+        "TeacherStructure",
+        "__version__",
+        "compact",
+        "compress",
+        "data",
+        "distill",
+        "evolve",
+        "kernels",
+        "lsp_loss",
+        "masked_conv2d",
+        "models",
+        "population",
+        "reference",
+        "show_config",
+        "teacher_structure",
+    ]
+    assert dir(fastkd) == sorted([*fastkd.__all__, *SUBPACKAGES])
+    with pytest.raises(AttributeError, match="module 'fastkd' has no attribute 'evaluate'"):
+        _ = fastkd.evaluate
+
+
+def python(code, cwd, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **env}
+    )
+
+
+def test_subpackages_are_loaded_when_they_are_touched(tmp_path):
+    """And name their own extra where it is not installed. Nobody waits for what the name `fastkd` does not need."""
+    code = f"""
+import sys, types
+import fastkd
+early = {{"fastkd.evolve", "fastkd.population", "fastkd.runtime", "pydantic", "rich", "typer"}} & set(sys.modules)
+assert not early, early
+sys.modules["pydantic"] = None
+for name in {SUBPACKAGES}:
+    try:
+        assert isinstance(getattr(fastkd, name), types.ModuleType)
+    except ImportError as error:
+        print(error)
+import fastkd.evolve as package
+assert isinstance(package, types.ModuleType) and callable(package.evolve) and fastkd.evolve is package
+from fastkd import compact, population, PopulationEvaluator
+assert compact is population.compact is fastkd.compact and PopulationEvaluator is population.PopulationEvaluator
+"""
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f'fastkd.{name} needs pydantic: pip install "fastkd[{name}]"' for name in ("compress", "distill")
+    ]
+
+
+def test_type_checkers_see_the_subpackages(tmp_path):
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    names = [f"fastkd.{name}" for name in (*SUBPACKAGES, "compact", "PopulationEvaluator")]
+    (tmp_path / "use.py").write_text("import fastkd\n" + "".join(f"reveal_type({name})\n" for name in names))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "use.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    revealed = [line for line in done.stdout.splitlines() if "Revealed type" in line]
+    assert len(revealed) == len(names), done.stdout + done.stderr
+    assert all("ModuleType" in line for line in revealed[: len(SUBPACKAGES)]), done.stdout
+    assert not any("Any" in line.split("is", 1)[1][:8] for line in revealed), done.stdout
+
+
+@pytest.mark.parametrize("source", [True, False])
+@pytest.mark.parametrize("statement", ["import fastkd", "from fastkd import data", "import fastkd.cli"])
+def test_without_a_built_core(tmp_path, source, statement):
+    """In a source folder that was never built, or with a wheel for another Python: one sentence, and what to do."""
+    package = pathlib.Path(fastkd.__file__).parent
+    shutil.copytree(package, tmp_path / "fastkd", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    if source:
+        (tmp_path / "CMakeLists.txt").touch()
+    done = python(statement, tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "circular import" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    if source:
+        wanted = (
+            f"ImportError: {tmp_path / 'fastkd'} is fastkd's source folder, whose native core is not built: install"
+        )
+        assert line.startswith(wanted) and f"`pip install {tmp_path}`" in line and "`make setup`" in line
+    else:
+        assert line.startswith(f"ImportError: {tmp_path / 'fastkd'} has no native core for this Python (fastkd._C)")
 
 
 def test_simt_selftest(tmp_path):

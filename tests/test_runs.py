@@ -15,9 +15,10 @@ from test_grid import DISTIL, plan_of
 from torch import nn
 from typer.testing import CliRunner
 
-from fastkd import cli, compress, data, evolve, models
+from fastkd import cli, compress, data, models
 from fastkd.distill import Distiller, TrainConfig, runs
 from fastkd.distill import load_config as distilling
+from fastkd.evolve import evolve
 from fastkd.lab import plan as grid
 from fastkd.population import trace
 from fastkd.runtime.checkpoint import Busy, CheckpointError, alone

@@ -14,9 +14,9 @@ their official raw files. Nobody states sums for the downloads themselves.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
+from .._text import suggestion
 from . import graphs, shapes
 from .files import Task
 from .images import Images
@@ -81,7 +81,4 @@ def load(name: str, root: str | Path | None = None) -> Task:
         return shapes.load(name, root)
     if name in graphs.SETS or (name.startswith("tu:") and name != "tu:<NAME>"):
         return graphs.load(name, root)
-    close = difflib.get_close_matches(name, names(), 1)
-    raise ValueError(
-        f"name must be one of {', '.join(names())}, got {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
-    )
+    raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}{suggestion(name, names())}")

@@ -5,21 +5,38 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
 
-__all__ = ["Arrays", "Task", "cache_folder", "find", "official", "write"]
+__all__ = [
+    "Arrays",
+    "DamagedFile",
+    "Task",
+    "cache_folder",
+    "find",
+    "integers",
+    "numbers",
+    "official",
+    "read",
+    "require",
+]
 
 Arrays = dict[str, np.ndarray]
+
+MOST_CLASSES = 2**20  # a larger label is a damaged one: networks have an output for every class
+
+
+class DamagedFile(ValueError):
+    """A file that is there but does not hold what it should; another download would not be tried in its place."""
 
 
 @dataclass
@@ -111,13 +128,13 @@ def find(
         raise FileNotFoundError(f"{where}, and there is no download. {hint}")
     try:
         arrays = fetch(cache_folder() / name.replace(":", "_"))
-    except ImportError:
+    except (ImportError, DamagedFile):
         raise
     except Exception as error:  # urllib, fsspec, aiohttp and zipfile share no base class
         raise FileNotFoundError(
             f"{where}; the download into {cache_folder() / name.replace(':', '_')} failed: "
-            f"{type(error).__name__}: {error}. Put the npz into a folder and set FASTKD_DATA to it, or the official "
-            "raw files into that download folder (remove what an interrupted download left there)"
+            f"{type(error).__name__}: {_one_line(error)}. Put the npz into a folder and set FASTKD_DATA to it, "
+            "or the official raw files into that download folder (remove what an interrupted download left there)"
         ) from error
     path = cache_folder() / f"{stems[-1]}.npz"
     write(path, arrays)
@@ -125,23 +142,42 @@ def find(
 
 
 def read(path: Path, folder: Path) -> Arrays:
-    """All arrays of an npz whose checksum is the stated one, if one is stated."""
+    """All arrays of an npz, whose checksum is the stated one where one is stated.
+
+    Args:
+        path: the file.
+        folder: where a SHA256SUMS is looked for besides the file's own folder.
+
+    Raises:
+        DamagedFile: another checksum, or no npz that can be read to its end without unpickling.
+    """
     stated = _stated_sum(path, folder)
     if stated is not None:
         actual = _sha256(path)
         if actual != stated[0]:
-            raise ValueError(
+            raise DamagedFile(
                 f"{path} has the sha256 {actual}, but {stated[1]} states {stated[0]}: the file is damaged "
                 "or another one. It was left as it is; replace it, or correct the sum"
             )
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return {key: content[key] for key in content.files}
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        with (
+            open(path, "rb") as file,
+            np.load(file, allow_pickle=False) as content,
+        ):  # np.load leaves what it opens open
+            arrays = {key: content[key] for key in content.files}
+        if strange := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]!r} is no array")
+        return arrays
+    except Exception as error:  # zipfile, zlib, struct, tokenize and numpy share no base class
         pickled = " (fastkd unpickles nothing)" if "pickle" in str(error) else ""
-        raise ValueError(
-            f"{path} is not a complete npz of plain arrays{pickled}: {error}. It was left as it is"
+        raise DamagedFile(
+            f"{path} is not a complete npz of plain arrays{pickled}: {_one_line(error)}. It was left as it is; "
+            "replace it by a whole one, or remove it and load it anew"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _sha256(path: str | Path) -> str:
@@ -155,7 +191,7 @@ def _sha256(path: str | Path) -> str:
 def _stated_sum(path: Path, folder: Path) -> tuple[str, Path] | None:
     for sums in dict.fromkeys((path.parent / "SHA256SUMS", folder / "SHA256SUMS")):
         if sums.is_file():
-            for line in sums.read_text().splitlines():
+            for line in sums.read_text(errors="replace").splitlines():
                 stated, _, named = line.strip().partition(" ")
                 if named and sums.parent / named.strip().lstrip("*") == path:
                     return stated.lower(), sums
@@ -198,9 +234,79 @@ def official(dataset: Any) -> Any:
 
 
 def require(arrays: Arrays, keys: tuple[str, ...], source: str) -> None:
+    """Raises DamagedFile where an array is missing."""
     missing = [key for key in keys if key not in arrays]
     if missing:
-        raise ValueError(
+        raise DamagedFile(
             f"{source} has no {', '.join(missing)}: needed are {', '.join(keys)}; the file has "
             f"{', '.join(arrays) or 'nothing'}"
         )
+
+
+def _shaped(arrays: Arrays, key: str, shape: tuple[int | str, ...], kinds: str, words: str, source: str) -> np.ndarray:
+    require(arrays, (key,), source)
+    array = arrays[key]
+    fits = array.ndim == len(shape) and all(
+        a == b for a, b in zip(array.shape, shape, strict=True) if isinstance(b, int)
+    )
+    if not fits or array.dtype.kind not in kinds:
+        raise DamagedFile(
+            f"{source}: {key} must have shape [{', '.join(map(str, shape))}] of {words}, got {array.shape} of "
+            f"{array.dtype}"
+        )
+    return array
+
+
+def integers(arrays: Arrays, key: str, shape: tuple[int | str, ...], below: int, source: str, least: int = 0) -> Tensor:
+    """An array of integers as int64.
+
+    Args:
+        shape: the size of each dimension, or a letter where any will do.
+        below, least: entries are in [least, below).
+
+    Raises:
+        DamagedFile: another dtype or shape, or an entry out of range.
+    """
+    array = _shaped(arrays, key, shape, "iu", f"integers in [{least}, {below})", source)
+    if array.size and not least <= int(array.min()) <= int(array.max()) < below:
+        wrong = int(array.min()) if int(array.min()) < least else int(array.max())
+        raise DamagedFile(f"{source}: {key} must be in [{least}, {below}), got {wrong}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def numbers(arrays: Arrays, key: str, shape: tuple[int | str, ...], source: str) -> Tensor:
+    """An array of finite numbers as float32; arguments and errors as for :func:`integers`."""
+    array = _shaped(arrays, key, shape, "fiub", "numbers", source)
+    with np.errstate(over="ignore"):
+        values = torch.from_numpy(array.astype(np.float32))
+    if not bool(values.isfinite().all()):
+        where = [int(i) for i in (~values.isfinite()).nonzero()[0]]
+        raise DamagedFile(f"{source}: {key}{where} must be finite in float32, got {array[tuple(where)]}")
+    return values
+
+
+def pointers(arrays: Arrays, key: str, count: int | str, last: int, source: str) -> Tensor:
+    """int64 [count] from 0 to `last`, never decreasing: where each of several rows begins, and the last one ends."""
+    ends = integers(arrays, key, (count,), last + 1, source)
+    if not len(ends) or int(ends[0]) != 0 or int(ends[-1]) != last or bool((ends[1:] < ends[:-1]).any()):
+        raise DamagedFile(f"{source}: {key} must run from 0 to {last} and never decrease")
+    return ends
+
+
+def labels(arrays: Arrays, key: str, count: int | str, source: str) -> Tensor:
+    """int64 [count] of classes, one or more."""
+    y = integers(arrays, key, (count,), MOST_CLASSES, source)
+    if not len(y):
+        raise DamagedFile(f"{source}: {key} must have one class or more, got none")
+    return y
+
+
+def share(label: Tensor, part: int, generator: torch.Generator) -> Tensor:
+    """[n] bool, true for one in `part` of each class of label [n], at least one where a class has two."""
+    chosen = torch.zeros(len(label), dtype=torch.bool)
+    for c in np.unique(label.numpy()).tolist():
+        members = (label == c).nonzero()[:, 0]
+        if len(members) > 1:
+            order = members[torch.randperm(len(members), generator=generator)]
+            chosen[order[: max(1, round(len(members) / part))]] = True
+    return chosen

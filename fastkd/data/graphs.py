@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..graph import Graph
-from .files import Arrays, Task, find, official, require
+from .files import Arrays, DamagedFile, Task, find, integers, labels, numbers, official, pointers, require
 
 if TYPE_CHECKING:
     from torch_geometric.data import Data
@@ -33,7 +33,8 @@ def _both_ways(edge_index: Tensor, n: int) -> np.ndarray:
     """int32 [2, E]: both directions, no self-loops, no duplicates."""
     from torch_geometric.utils import remove_self_loops, to_undirected
 
-    return to_undirected(remove_self_loops(edge_index)[0], num_nodes=n).numpy().astype(np.int32)
+    both: Tensor = to_undirected(remove_self_loops(edge_index)[0], num_nodes=n)
+    return both.numpy().astype(np.int32)
 
 
 def _bag(x: Tensor) -> Arrays:
@@ -189,7 +190,7 @@ class _Set:
     split: str
     fetch: Callable[[Path], Arrays] | None = None
     x: Literal["bag", "standard", "plain", "identity"] = "bag"
-    """Bags of words are told by their CSR parts; other features of such a set are standardised."""
+    """A bag of words where the file has its CSR parts, else standardised; as published; no features."""
     row_norm: Literal[1, 2] = 2
     """Every bag is divided by its sum (1) or its length (2)."""
     binary: bool = False
@@ -230,64 +231,61 @@ def load(name: str, root: str | Path | None) -> Task:
 
 
 def to_task(name: str, chosen: _Set, arrays: Arrays, source: str) -> Task:
+    """The task that the arrays of an npz are; ValueError names what is wrong in them."""
     inductive = "graph_ptr" in arrays
     part_keys = tuple(f"{part}_{'graphs' if inductive else 'idx'}" for part in PARTS)
     require(arrays, ("edge_index", "y", *part_keys), source)
-    multilabel = arrays["y"].ndim == 2
-    y = torch.from_numpy(arrays["y"].astype(np.float32 if multilabel else np.int64))
+    y, classes = _targets(arrays, source)
     n = len(y)
-    if not multilabel and (y.dim() != 1 or (n and int(y.min()) < 0)):
-        raise ValueError(f"{source}: y must be [N] classes >= 0, or [N, L], got shape {tuple(y.shape)}")
-    edges = torch.from_numpy(arrays["edge_index"].astype(np.int64))
-    if edges.dim() != 2 or edges.shape[0] != 2 or (edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < n):
-        raise ValueError(f"{source}: edge_index must be [2, E] with entries in [0, {n}), the length of y")
-
-    parts = {part: torch.from_numpy(arrays[key].astype(np.int64)) for part, key in zip(PARTS, part_keys, strict=True)}
-    of_node = None
-    count = n
+    edges = integers(arrays, "edge_index", (2, "E"), n, source)
+    of_node, count = None, n
     if inductive:
-        ptr = torch.from_numpy(arrays["graph_ptr"].astype(np.int64))
+        ptr = pointers(arrays, "graph_ptr", "graphs + 1", n, source)
         count = len(ptr) - 1
-        if int(ptr[0]) != 0 or int(ptr[-1]) != n:
-            raise ValueError(f"{source}: graph_ptr must run from 0 to {n}, the length of y")
         of_node = torch.repeat_interleave(torch.arange(count), ptr.diff())
         if bool((of_node[edges[0]] != of_node[edges[1]]).any()):
-            raise ValueError(f"{source}: edge_index joins nodes of two graphs")
+            raise DamagedFile(f"{source}: edge_index joins nodes of two graphs")
+    parts = {part: integers(arrays, key, ("n",), count, source) for part, key in zip(PARTS, part_keys, strict=True)}
+    for part, key in zip(PARTS, part_keys, strict=True):
+        nodes = parts[part] if of_node is None else torch.isin(of_node, parts[part]).nonzero()
+        if not len(nodes):
+            raise DamagedFile(f"{source}: {key} must hold one or more with nodes, got none")
     together = torch.cat(list(parts.values()))
-    if together.numel() and not 0 <= int(together.min()) <= int(together.max()) < count:
-        raise ValueError(f"{source}: {', '.join(part_keys)} must have entries in [0, {count})")
-    if len(together.unique()) != len(together):
-        raise ValueError(f"{source}: {', '.join(part_keys)} overlap")
+    if len(np.unique(together.numpy())) != len(together):
+        raise DamagedFile(f"{source}: {', '.join(part_keys)} overlap")
 
-    train = torch.zeros(n, dtype=torch.bool)
-    if of_node is None:
-        train[parts["train"]] = True
-    else:
-        train = torch.isin(of_node, parts["train"])
+    train = _mask(n, parts["train"]) if of_node is None else torch.isin(of_node, parts["train"])
     x = _features(arrays, chosen, n, train, source)
     if of_node is None:
-        masks = {part: _mask(n, nodes) for part, nodes in parts.items()}
-        data = _data(x, y, edges, masks)
+        data = _data(x, y, edges, {part: _mask(n, nodes) for part, nodes in parts.items()})
         graphs = {part: [data] for part in PARTS}
     else:
-
-        def of_part(part: str) -> list[Data]:
-            groups = [parts[part]] if chosen.union else [g[None] for g in parts[part]]
-            return [_selected(x, y, edges, of_node, group, part) for group in groups]
-
-        graphs = {part: of_part(part) for part in PARTS}
-    classes = y.shape[1] if multilabel else int(y.max()) + 1
+        graphs = {}
+        for part, numbers_of_graphs in parts.items():
+            groups = [numbers_of_graphs] if chosen.union and len(numbers_of_graphs) else numbers_of_graphs[:, None]
+            graphs[part] = [_selected(x, y, edges, of_node, group, part) for group in groups]
     return Task(
         name,
         "nodes",
         x.shape[1],
         classes,
-        multilabel,
+        y.dim() == 2,
         inductive,
         graphs,
         f"{source}; split: {chosen.split}",
         known_counts=chosen.known_counts,
     )
+
+
+def _targets(arrays: Arrays, source: str) -> tuple[Tensor, int]:
+    """Classes int64 [N] or labels float32 [N, L], and how many classes or labels there are."""
+    if arrays["y"].ndim != 2:
+        y = labels(arrays, "y", "N", source)
+        return y, int(y.max()) + 1
+    y = numbers(arrays, "y", ("N", "L"), source)
+    if not y.numel() or bool(((y != 0) & (y != 1)).any()):
+        raise DamagedFile(f"{source}: y must be 0 or 1 for each of N nodes and L labels, got shape {tuple(y.shape)}")
+    return y, y.shape[1]
 
 
 def _mask(n: int, nodes: Tensor) -> Tensor:
@@ -301,22 +299,23 @@ def _features(arrays: Arrays, chosen: _Set, n: int, train: Tensor, source: str) 
         return _csr(torch.arange(n + 1), torch.arange(n), torch.ones(n), (n, n))
     if "x_data" in arrays:
         require(arrays, ("x_data", "x_indices", "x_indptr", "x_shape"), source)
-        values = torch.from_numpy(arrays["x_data"].astype(np.float32))
-        indptr, indices = (torch.from_numpy(arrays[k].astype(np.int64)) for k in ("x_indptr", "x_indices"))
-        shape = (int(arrays["x_shape"][0]), int(arrays["x_shape"][1]))
-        if shape[0] != n or len(indptr) != n + 1:
-            raise ValueError(f"{source}: x has {shape[0]} rows, but y has {n}")
+        entries = arrays["x_data"].size
+        values = numbers(arrays, "x_data", (entries,), source)
+        rows, width = integers(arrays, "x_shape", (2,), 2**31, source, least=1).tolist()
+        if rows != n:
+            raise DamagedFile(f"{source}: x has {rows} rows, but y has {n}")
+        indptr = pointers(arrays, "x_indptr", n + 1, entries, source)
+        indices = integers(arrays, "x_indices", (entries,), width, source)
         if chosen.binary:
             values = (values != 0).float()
         row = torch.repeat_interleave(torch.arange(n), indptr.diff())
         norm = torch.zeros(n).index_add_(0, row, values.abs() ** chosen.row_norm) ** (1 / chosen.row_norm)
         values /= norm.clamp(min=1e-12)[row]
-        sparse = _csr(indptr, indices, values, shape)
-        return sparse if len(values) < _SPARSE_BELOW * shape[0] * shape[1] else sparse.to_dense()
-    require(arrays, ("x",), source)
-    x = torch.from_numpy(arrays["x"].astype(np.float32))
-    if x.dim() != 2 or x.shape[0] != n:
-        raise ValueError(f"{source}: x must have shape [{n}, F] as y has {n} rows, got {tuple(x.shape)}")
+        sparse = _csr(indptr, indices, values, (n, width))
+        return sparse if entries < _SPARSE_BELOW * n * width else sparse.to_dense()
+    x = numbers(arrays, "x", (n, "F"), source)
+    if not x.shape[1]:
+        raise DamagedFile(f"{source}: x must have one feature or more per node, got shape {tuple(x.shape)}")
     if chosen.x == "plain":
         return x
     deviation, mean = torch.std_mean(x[train], 0, correction=0)

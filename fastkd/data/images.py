@@ -1,8 +1,7 @@
-"""Images to compress networks with: digits, MNIST, CIFAR-10, a sample of ImageNet, and own files."""
+"""Images to compress networks with: digits, MNIST, CIFAR-10, a sample of ImageNet, and files of a user."""
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import io
@@ -20,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import Arrays, find, read, require
-from .shapes import _share
+from .._text import suggestion
+from .files import MOST_CLASSES, Arrays, DamagedFile, find, integers, read, require, share
 
 __all__ = ["PARTS", "SETS", "Images", "load", "unpack"]
 
@@ -85,7 +84,8 @@ def unpack(residuals: np.ndarray) -> np.ndarray:
     p = p[:, :, 1:, 1:]
     p[0] = (p[0] + p[1]) & 255
     p[2] = (p[2] + p[1]) & 255
-    return p.astype(np.uint8).transpose(1, 0, 2, 3).copy()
+    images: np.ndarray = p.astype(np.uint8).transpose(1, 0, 2, 3).copy()
+    return images
 
 
 def _download(url: str, md5: str, folder: Path) -> Path:
@@ -116,7 +116,7 @@ MNIST = {
 def _cifar10(root: str | Path | None, folder: Path) -> Arrays:
     """From the packed file, or else the official binary archive: records of a label and 3 x 32 x 32 bytes."""
     try:
-        packed, _ = find("cifar10", ("cifar10.packed",), root, None, "")
+        packed, source = find("cifar10", ("cifar10.packed",), root, None, "")
     except FileNotFoundError:
         parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
         with tarfile.open(_download(*CIFAR10, folder)) as archive:
@@ -132,6 +132,14 @@ def _cifar10(root: str | Path | None, folder: Path) -> Arrays:
             out[f"y_{part}"] = records[:, 0]
             out[f"x_{part}"] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return out
+    require(packed, ("r_train", "y_train", "r_test", "y_test"), source)
+    for part in ("train", "test"):
+        residuals = packed[f"r_{part}"]
+        if residuals.dtype != np.uint8 or residuals.shape != (3, residuals.size // 3072, 32, 32):
+            raise DamagedFile(
+                f"{source}: r_{part} must be uint8 [3, n, 32, 32], got {residuals.dtype} {list(residuals.shape)}"
+            )
+        integers(packed, f"y_{part}", (residuals.shape[1],), 10, source)
     return {
         **{f"x_{part}": unpack(packed[f"r_{part}"]).transpose(0, 2, 3, 1) for part in ("train", "test")},
         **{f"y_{part}": packed[f"y_{part}"] for part in ("train", "test")},
@@ -164,7 +172,7 @@ def _digits(root: str | Path | None) -> tuple[Arrays, str]:
     digits = load_digits()
     x = (digits.images * (255 / 16)).round().astype(np.uint8)
     x = np.pad(x.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))
-    test = _share(torch.from_numpy(digits.target.astype(np.int64)), 4, torch.Generator().manual_seed(0)).numpy()
+    test = share(torch.from_numpy(digits.target.astype(np.int64)), 4, torch.Generator().manual_seed(0)).numpy()
     return {
         "x_train": x[~test],
         "y_train": digits.target[~test],
@@ -187,7 +195,8 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
         "Put the npz with arrays jpeg (uint8, the files one after the other), offset [n + 1] and label [n] there",
     )
     require(packed, ("jpeg", "offset", "label"), source)
-    content, ends, n = packed["jpeg"].tobytes(), packed["offset"], packed["label"].size
+    n = len(integers(packed, "label", ("n",), 1000, source))
+    content, ends = packed["jpeg"].tobytes(), packed["offset"]
     if (
         ends.dtype.kind not in "iu"
         or ends.shape != (n + 1,)
@@ -195,18 +204,18 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
         or ends[-1] != len(content)
         or (ends[1:] <= ends[:-1]).any()
     ):
-        raise ValueError(
+        raise DamagedFile(
             f"{source}: offset must be {n + 1} rising integers from 0 to {len(content)}, as there are "
-            f"{n} labels and so many bytes of jpeg, got {ends.dtype} {list(ends.shape)}: {ends}"
+            f"{n} labels and so many bytes of jpeg, got {ends.dtype} {list(ends.shape)}: {' '.join(str(ends).split())}"
         )
     x = np.empty((n, 224, 224, 3), np.uint8)
     for k, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
         try:
             image = Image.open(io.BytesIO(content[start:end])).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{source}: jpeg[{start}:{end}], image {k}, cannot be decoded: {error}") from error
+        except Exception as error:  # PIL's decoders share no base class
+            raise DamagedFile(f"{source}: jpeg[{start}:{end}], image {k}, cannot be decoded: {error}") from error
         if image.size != (224, 224):
-            raise ValueError(f"{source}: image {k} must be 224 x 224, got {image.width} x {image.height}")
+            raise DamagedFile(f"{source}: image {k} must be 224 x 224, got {image.width} x {image.height}")
         x[k] = np.asarray(image)
     order = np.random.default_rng(0).permutation(len(x))
     parts = dict(zip(PARTS, np.split(order, [len(x) * k // 10 for k in (2, 5, 7)]), strict=True))
@@ -219,7 +228,7 @@ def _imagenet_sample(root: str | Path | None) -> tuple[Arrays, str]:
 @dataclass(frozen=True)
 class _Set:
     arrays: Callable[[str | Path | None], tuple[Arrays, str]]
-    """And where they are from; given where to look."""
+    """From the folder to look in first, or None: the arrays and where they are from."""
     split: str
     shape: tuple[int, ...]
     mean: tuple[float, ...]
@@ -265,13 +274,11 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
         ImportError: a package is needed (scikit-learn, pillow).
     """
     if str(name).endswith(".npz"):
-        return _own(Path(name))
+        return _from_file(Path(name))
     name = str(name)
     if name not in SETS:
-        close = difflib.get_close_matches(name, SETS, 1)
         raise ValueError(
-            f"name must be one of {', '.join(SETS)}, or a path to an npz, got {name!r}"
-            + (f" (did you mean {close[0]!r}?)" if close else "")
+            f"name must be one of {', '.join(SETS)}, or a path to an npz, got {name!r}{suggestion(name, SETS)}"
         )
     chosen = SETS[name]
     arrays, source = chosen.arrays(root)
@@ -280,9 +287,9 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
     x = {part: _images(arrays, part, chosen.shape, source) for part in parts}
     y = {part: _labels(arrays, part, chosen.classes, source) for part in parts}
     if "val" not in x:
-        held = _share(y["train"], 10, torch.Generator().manual_seed(0))
+        held = share(y["train"], 10, torch.Generator().manual_seed(0))
         rest = (~held).nonzero()[:, 0]
-        fitness = _share(y["train"][rest], 9, torch.Generator().manual_seed(1))
+        fitness = share(y["train"][rest], 9, torch.Generator().manual_seed(1))
         rows: dict[str, Any] = {"train": rest[~fitness], "fitness": rest[fitness], "val": held}
         x = {**{part: x["train"][r] for part, r in rows.items()}, "test": x["test"]}
         y = {**{part: y["train"][r] for part, r in rows.items()}, "test": y["test"]}
@@ -293,7 +300,7 @@ def _images(arrays: Arrays, part: str, shape: tuple[int, ...], source: str) -> T
     """uint8 [n, C, H, W]."""
     images = arrays[f"x_{part}"]
     if images.dtype != np.uint8 or images.shape[1:] != shape or not images.size:
-        raise ValueError(
+        raise DamagedFile(
             f"{source}: x_{part} must be uint8 [n, {', '.join(map(str, shape))}] with n > 0, "
             f"got {images.dtype} {list(images.shape)}"
         )
@@ -304,24 +311,23 @@ def _labels(arrays: Arrays, part: str, classes: int | None, source: str) -> Tens
     """int64 [n]."""
     labels, n = arrays[f"y_{part}"], len(arrays[f"x_{part}"])
     if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        raise ValueError(
+        raise DamagedFile(
             f"{source}: y_{part} must be integers [{n}] as x_{part} has images, got {labels.dtype} {list(labels.shape)}"
         )
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (classes is not None and high >= classes):
-        raise ValueError(
-            f"{source}: y_{part} must be in [0, {'...' if classes is None else classes - 1}], got "
-            f"{low if low < 0 else high}"
-        )
+    if low < 0 or high >= (classes or MOST_CLASSES):
+        last = (classes or MOST_CLASSES) - 1 if classes or low >= 0 else "..."
+        raise DamagedFile(f"{source}: y_{part} must be in [0, {last}], got {low if low < 0 else high}")
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _own(path: Path) -> Images:
+def _from_file(path: Path) -> Images:
+    """A set from a user's npz, whose parts are those of the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     arrays = read(path, path.parent)
     if "x_fitness" not in arrays:
-        raise ValueError(
+        raise DamagedFile(
             f"{path} has no fitness split: it needs x_fitness (and y_fitness), images that choose between "
             "individuals, apart from those that train, validate and test"
         )
@@ -331,38 +337,41 @@ def _own(path: Path) -> Images:
         require(arrays, tuple(f"y_{part}" for part in PARTS), str(path))
     shape = arrays["x_train"].shape[1:]
     if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(
+        raise DamagedFile(
             f"{path}: x_train must be uint8 [n, H, W] or [n, H, W, C] with H, W, C > 0, got "
             f"{list(arrays['x_train'].shape)}"
         )
     x = {part: _images(arrays, part, shape, str(path)) for part in PARTS}
     y = {part: _labels(arrays, part, None, str(path)) for part in PARTS if labelled}
-    channels = x["train"].shape[1]
-    # from histograms: the images as float64 would take eight times their memory
-    share = torch.stack([c.flatten().bincount(minlength=256) for c in x["train"].unbind(1)]).double()
-    share, level = share / share.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ level
-    std = (share * (level - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1e-6)
-    stated = {"mean": mean.numpy(), "std": std.numpy()}
-    for key in stated:
-        own = arrays.get(key, stated[key])
-        if (
-            own.dtype.kind not in "iuf"
-            or own.shape != (channels,)
-            or not np.isfinite(own).all()
-            or (key == "std" and (own <= 0).any())
-        ):
-            raise ValueError(
-                f"{path}: {key} must be {channels} finite numbers"
-                f"{' above 0' if key == 'std' else ''}, one per channel, got {own.tolist()}"
-            )
-        stated[key] = own
+    classes = max((int(labels.max()) + 1 for labels in y.values()), default=0)
+    mean, std = _statistics(x["train"])
     return Images(
         path.stem,
-        max((int(labels.max()) + 1 for labels in y.values()), default=0),
+        classes,
         f"{path}; its own split",
         x,
         y,
-        tuple(stated["mean"].tolist()),
-        tuple(stated["std"].tolist()),
+        _per_channel(arrays, "mean", mean, path),
+        _per_channel(arrays, "std", std, path),
     )
+
+
+def _statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation [C] of uint8 [n, C, H, W] / 255, from histograms: as float64 they would take eight times
+    their memory."""
+    counts = torch.stack([c.flatten().bincount(minlength=256) for c in images.unbind(1)]).double()
+    share_of, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    mean = share_of @ level
+    std = (share_of * (level - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1e-6)
+    return mean.numpy(), std.numpy()
+
+
+def _per_channel(arrays: Arrays, key: str, default: np.ndarray, path: Path) -> tuple[float, ...]:
+    values = arrays.get(key, default)
+    fits = values.dtype.kind in "iuf" and values.shape == default.shape and bool(np.isfinite(values).all())
+    if not fits or (key == "std" and bool((values <= 0).any())):
+        raise DamagedFile(
+            f"{path}: {key} must be {len(default)} finite numbers{' above 0' if key == 'std' else ''}, "
+            f"one per channel, got {' '.join(str(values).split())}"
+        )
+    return tuple(float(v) for v in values)

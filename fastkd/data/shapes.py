@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import Arrays, Task, find, official, require
+from .files import MOST_CLASSES, Arrays, DamagedFile, Task, find, integers, labels, numbers, official, require, share
 
 __all__ = ["SETS", "augment", "load"]
 
@@ -63,14 +63,21 @@ def augment(
 def _unit(points: Tensor) -> Tensor:
     """[n, P, 3], each shape's centre at 0 and its farthest point at distance 1."""
     points = points - points.mean(1, keepdim=True)
-    return points / points.norm(dim=2).amax(1).clamp(min=1e-12)[:, None, None]
+    radius: Tensor = points.norm(dim=2).amax(1)
+    return points / radius.clamp(min=1e-12)[:, None, None]
 
 
 def _from_voxels(arrays: Arrays, source: str) -> Arrays:
     """Surface voxels, every point at random in its voxel (seed 0); broken shapes are left out."""
     require(arrays, ("surface_ijk", "label", "split"), source)
-    keep = arrays.get("valid", np.ones(len(arrays["label"]), bool))
-    points = torch.from_numpy(arrays["surface_ijk"][keep].astype(np.float32))
+    n = arrays["label"].size
+    for key in ("label", "split"):
+        integers(arrays, key, (n,), MOST_CLASSES, source)
+    voxels = numbers(arrays, "surface_ijk", (n, "P", 3), source)
+    keep = arrays.get("valid", np.ones(n, bool))
+    if keep.shape != (n,) or keep.dtype != bool:
+        raise DamagedFile(f"{source}: valid must be bool [{n}], got {keep.dtype} {list(keep.shape)}")
+    points = voxels[torch.from_numpy(keep)]
     points += torch.rand(points.shape, generator=torch.Generator().manual_seed(0))
     return {"points": _unit(points).numpy(), "label": arrays["label"][keep], "split": arrays["split"][keep]}
 
@@ -82,22 +89,21 @@ def _modelnet(name: str, folder: Path) -> Arrays:
     from torch_geometric.io import read_off
     from torch_geometric.transforms import SamplePoints
 
-    class Sampled(ModelNet):
-        # The base class keeps all meshes (gigabytes), in the order in which the file system lists them.
-        def process_set(self, dataset: str) -> list[Data]:
-            out = []
-            categories = sorted(path for path in Path(self.raw_dir).iterdir() if path.is_dir())
-            with torch.random.fork_rng(devices=()):
-                torch.manual_seed(0)
-                for label, category in enumerate(categories):
-                    for path in sorted((category / dataset).glob(f"{category.name}_*.off")):
-                        mesh = SamplePoints(POINTS)(read_off(str(path)))
-                        out.append(Data(pos=_unit(mesh.pos[None]), y=torch.tensor([label])))
-            if not out:
-                raise FileNotFoundError(f"no {dataset} meshes (*/{dataset}/*.off) in {self.raw_dir}")
-            return out
+    # The base class keeps all meshes (gigabytes), in the order in which the file system lists them.
+    def process_set(self: Any, dataset: str) -> list[Data]:
+        out = []
+        categories = sorted(path for path in Path(self.raw_dir).iterdir() if path.is_dir())
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            for label, category in enumerate(categories):
+                for path in sorted((category / dataset).glob(f"{category.name}_*.off")):
+                    mesh = SamplePoints(POINTS)(read_off(str(path)))
+                    out.append(Data(pos=_unit(mesh.pos[None]), y=torch.tensor([label])))
+        if not out:
+            raise FileNotFoundError(f"no {dataset} meshes (*/{dataset}/*.off) in {self.raw_dir}")
+        return out
 
-    dataset = official(Sampled)
+    dataset = official(type("Sampled", (ModelNet,), {"process_set": process_set}))
     parts = [dataset(str(folder), name, train=True, force_reload=True), dataset(str(folder), name, train=False)]
     return {
         "points": torch.cat([p._data.pos for p in parts]).numpy(),
@@ -123,19 +129,8 @@ def _digits() -> Arrays:
         out[:, :2] = place.t() / 4 - 1
         out[:, 2] = image[row, col][pixel]
     label = torch.from_numpy(digits.target)
-    test = _share(label, 5, torch.Generator().manual_seed(0))
+    test = share(label, 5, torch.Generator().manual_seed(0))
     return {"points": points.numpy(), "label": label.numpy(), "split": test.long().numpy()}
-
-
-def _share(label: Tensor, part: int, generator: torch.Generator) -> Tensor:
-    """[n] bool, true for one in `part` of each class, at least one where a class has two."""
-    chosen = torch.zeros(len(label), dtype=torch.bool)
-    for c in range(int(label.max()) + 1):
-        members = (label == c).nonzero()[:, 0]
-        if len(members) > 1:
-            order = members[torch.randperm(len(members), generator=generator)]
-            chosen[order[: max(1, round(len(members) / part))]] = True
-    return chosen
 
 
 @dataclass(frozen=True)
@@ -170,17 +165,14 @@ def load(name: str, root: str | Path | None) -> Task:
 
 def to_task(name: str, split: str, arrays: Arrays, source: str) -> Task:
     require(arrays, ("points", "label", "split"), source)
-    points = torch.from_numpy(arrays["points"].astype(np.float32))
-    label, test = (torch.from_numpy(arrays[key].astype(np.int64)) for key in ("label", "split"))
-    if points.dim() != 3 or points.shape[2] != 3 or not len(points) == len(label) == len(test):
-        raise ValueError(
-            f"{source}: points, label and split must have shapes [n, P, 3], [n] and [n], got "
-            f"{tuple(points.shape)}, {tuple(label.shape)} and {tuple(test.shape)}"
-        )
+    points = numbers(arrays, "points", ("n", "P", 3), source)
+    label, test = (labels(arrays, key, len(points), source) for key in ("label", "split"))
+    if not points.shape[1]:
+        raise DamagedFile(f"{source}: points must have one point or more per shape, got shape {tuple(points.shape)}")
     if not bool(((test == 0) | (test == 1)).all()):
-        raise ValueError(f"{source}: split must be 0 (train) or 1 (test)")
+        raise DamagedFile(f"{source}: split must be 0 (train) or 1 (test)")
     train = (test == 0).nonzero()[:, 0]
-    held = _share(label[train], 10, torch.Generator().manual_seed(0))
+    held = share(label[train], 10, torch.Generator().manual_seed(0))
     rows: dict[str, Any] = {"train": train[~held], "val": train[held], "test": (test == 1).nonzero()[:, 0]}
     return Task(
         name,

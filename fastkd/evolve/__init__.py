@@ -1,6 +1,6 @@
 """Evolution of masks: operators, fitness, the run with its checkpoints.
 
-``fastkd.evolve`` is the function; its parts are imported from here: ``from fastkd.evolve import Fitness``.
+The function is ``fastkd.evolve.evolve``, with its parts beside it: ``from fastkd.evolve import Fitness, evolve``.
 """
 
 from ..runtime.checkpoint import CheckpointError

@@ -25,7 +25,7 @@ class Pymoo(Algorithm):
     >>> from pymoo.operators.crossover.ux import UX
     >>> from pymoo.operators.mutation.bitflip import BitflipMutation
     >>> nsga2 = NSGA2(pop_size=32, sampling=BinaryRandomSampling(), crossover=UX(), mutation=BitflipMutation())
-    >>> fastkd.evolve(evaluator, fitness, algorithm=Pymoo(nsga2), population=32)
+    >>> fastkd.evolve.evolve(evaluator, fitness, algorithm=Pymoo(nsga2), population=32)
 
     It minimises the objectives of :class:`fastkd.evolve.Scores`; one for a problem of a single objective: then the
     score. The population's size is pymoo's own. Its state is not in checkpoints: a resumed run asks and tells

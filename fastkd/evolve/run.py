@@ -118,7 +118,7 @@ def evolve(
 
     >>> evaluator = fastkd.PopulationEvaluator(model, images[:1])
     >>> fitness = Fitness("accuracy", batches, budget={"macs": 0.4})
-    >>> result = fastkd.evolve(evaluator, fitness, checkpoint="runs/first", progress=True)
+    >>> result = fastkd.evolve.evolve(evaluator, fitness, checkpoint="runs/first", progress=True)
     >>> small = fastkd.compact(model, result.best, images[:1])
 
     Args:
@@ -576,7 +576,7 @@ def _digest(array: np.ndarray) -> bytes:
 class TensorBoard(Curves):
     """A callback that writes every number of the history as a scalar, by generation.
 
-    >>> fastkd.evolve(evaluator, fitness, callback=TensorBoard("runs/first/tensorboard"))
+    >>> fastkd.evolve.evolve(evaluator, fitness, callback=TensorBoard("runs/first/tensorboard"))
 
     After a resume, one made anew for the same folder goes on with the same curves. Under torchrun, give it to rank 0
     alone.

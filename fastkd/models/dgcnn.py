@@ -3,16 +3,18 @@ makes anew in its own input's space."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .._checks import integer
 from ..graph import Graph
-from .gnn import Sparse, check_count, check_dropout, full_precision
+from .gnn import check_dropout
+from .sparse import Sparse, full_precision
 
 __all__ = ["DGCNN", "EdgeConv", "dgcnn_student", "dgcnn_teacher"]
 
@@ -31,8 +33,8 @@ def neighbour_max(x: Tensor, graph: Graph) -> Tensor:
             check_invariants=False,
         )
         with torch.autocast("cpu", enabled=False):
-            return torch.sparse.mm(pattern, x, "amax")
-    return _GatheredMax.apply(x, graph.col.view(graph.num_dst, -1).long())
+            return cast(Tensor, torch.sparse.mm(pattern, x, "amax"))
+    return _gathered_max(x, graph.col.view(graph.num_dst, -1).long())
 
 
 class _GatheredMax(torch.autograd.Function):
@@ -46,8 +48,12 @@ class _GatheredMax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return torch.zeros_like(grad).scatter_add_(0, ctx.saved_tensors[0], grad), None
+
+
+# torch declares no types for `apply`.
+_gathered_max: Callable[[Tensor, Tensor], Tensor] = _GatheredMax.apply
 
 
 class EdgeConv(nn.Module):
@@ -68,8 +74,8 @@ class EdgeConv(nn.Module):
 
     def forward(self, x: Tensor, graph: Graph) -> Tensor:
         """x [N, in_dim] and a graph of k in-edges for every node -> [N, out_dim]."""
-        first, second = self.lin.weight.split(self.in_dim, 1)
-        u, v = full_precision(F.linear(x, torch.cat((first - second, second)))).split(self.out_dim, 1)
+        first, second = torch.split(self.lin.weight, self.in_dim, 1)
+        u, v = torch.split(full_precision(F.linear(x, torch.cat((first - second, second)))), self.out_dim, 1)
         mean, var = self._batch_statistics(u, v, graph) if self.training else self._running()
         sign = torch.where(self.norm.weight < 0, -1.0, 1.0).detach()
         highest = sign * neighbour_max(sign * v, graph)
@@ -131,7 +137,7 @@ class DGCNN(nn.Module):
                 raise ValueError(f"{name} must list the width of each layer, got {values!r}")
             counts += [(f"{name}[{i}]", w) for i, w in enumerate(values)]
         for name, value in counts:
-            check_count(name, value)
+            integer(name, value, 1)
         check_dropout(dropout)
         self.k, self.dims, self.dropout = k, list(widths), dropout
         self.hidden = self.dims
@@ -158,7 +164,8 @@ class DGCNN(nn.Module):
             x = F.leaky_relu(layer(x, self.graphs[-1]), _SLOPE)
             features.append(x)
         x = self.emb(torch.cat(features, 1)).view(clouds, size, -1)
-        return self.head(torch.cat((x.max(1).values, x.mean(1)), 1))
+        logits: Tensor = self.head(torch.cat((x.max(1).values, x.mean(1)), 1))
+        return logits
 
     def graph(self, layer: int | str) -> Graph:
         """The graph over the B*P points that a layer used in the last forward pass: 2 or ``"layers.2"``."""
