@@ -21,13 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .space import KEPT, ZERO, GeneSpace, Group, Kind, Op, Value
+from .space import KEPT, ZERO, GeneSpace, Group, Kind, Op, UnsupportedModelError, Value, filter_norms
 
 __all__ = ["UnsupportedModelError", "at_positions", "trace"]
-
-
-class UnsupportedModelError(ValueError):
-    """The model does something whose channels fastkd cannot follow."""
 
 
 # --- the functions of operations that torch has under no name of its own ------------------------------
@@ -160,14 +156,18 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
     return builder.finish()
 
 
+def space_of(model: nn.Module, example_input: Tensor | GeneSpace) -> GeneSpace:
+    """The trace of a model: what :func:`trace` gave for it, or gives now."""
+    if not isinstance(example_input, GeneSpace):
+        return trace(model, example_input)
+    example_input.require(model)
+    return example_input
+
+
 def _checked(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
-        if module.training:
-            raise ValueError(
-                f"model must be in evaluation mode, but {path or 'it'} is in training mode: call model.eval()"
-            )
+    _check_mode(model)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(
             f"example_input must be a floating-point tensor, got "
@@ -175,6 +175,26 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
         )
     if x.dim() < 2 or x.shape[0] < 1:
         raise ValueError(f"example_input must have shape [N, C, ...] with N >= 1, got {list(x.shape)}")
+    _check_weights(model, x)
+    return x[:1].detach()
+
+
+def check_model(model: nn.Module, x: Tensor) -> None:
+    """Raises an error if a model that was traced before is in training mode, not of the dtype and on the device of x,
+    holds values that are not finite, or shares weights."""
+    _check_mode(model)
+    _check_weights(model, x)
+
+
+def _check_mode(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if module.training:
+            raise ValueError(
+                f"model must be in evaluation mode, but {path or 'it'} is in training mode: call model.eval()"
+            )
+
+
+def _check_weights(model: nn.Module, x: Tensor) -> None:
     seen: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.dtype != x.dtype or parameter.device != x.device:
@@ -188,7 +208,6 @@ def _checked(model: nn.Module, x: Tensor) -> Tensor:
             raise UnsupportedModelError(
                 f"{path} and {seen[id(parameter)]} are the same tensor: shared weights are not supported"
             )
-    return x[:1].detach()
 
 
 # --- torch.fx ------------------------------------------------------------------------------------------
@@ -781,12 +800,6 @@ class _Builder:
             groups.append(Group(modules[0] + again, modules, start, len(roots)))
             start += len(roots)
         genes = [torch.from_numpy(np.where(c == ZERO, ZERO, gene[root[c.clip(0)]])) for c in self.channels]
-        l1 = torch.zeros(start, dtype=torch.float64)
-        for op in producers:
-            assert isinstance(op.module, nn.Conv2d | nn.Linear)
-            weight = op.module.weight.detach().flatten(1)
-            norms = torch.linalg.vector_norm(weight, 1, 1, dtype=torch.float64).cpu()
-            on = genes[op.output] >= 0
-            l1.index_add_(0, genes[op.output][on], norms[on])
         values = [Value(n, tuple(x.shape[1:]), g) for n, x, g in zip(self.names, self.tensors, genes, strict=True)]
+        l1 = filter_norms(self.ops, values, start)
         return GeneSpace(self.ops, values, self.output, groups, l1, sum(p.numel() for p in self.model.parameters()))

@@ -17,9 +17,9 @@ __all__ = ["of_config", "of_tensors", "of_weights"]
 
 
 def of_tensors(*parts: Tensor | str) -> str:
-    """16 hexadecimal digits of the values of tensors of any shape, dtype and device, and of text between them, in order.
+    """16 hexadecimal digits of the values of tensors (any shape, dtype and device), and of text between them, in order.
 
-    Values alone count: shapes, dtypes and names do where they are given as text.
+    Values alone count: shapes, dtypes and names do where they are among the text.
 
     >>> of_tensors(torch.arange(3)) == of_tensors(torch.tensor([0, 1, 2]))
     True
