@@ -424,7 +424,7 @@ def test_weights_are_those_of_construction(resnet):
 
 def test_one_trace_serves_all(resnet):
     """The space that `trace` gave; its order of filters follows the weights that were loaded since."""
-    model, x, y, masks = resnet
+    model, x, _, masks = resnet
     model = copy.deepcopy(model)
     space = trace(model, x)
     before = space.l1.clone()

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from ..reference import masked_forward
 from ..runtime import atomic
+from .operations import at_positions
 from .space import GeneSpace, Op
-from .trace import at_positions, space_of
+from .trace import space_of
 
 __all__ = ["Arrange", "compact", "export_onnx", "load", "save"]
 

@@ -242,13 +242,13 @@ class PopulationEvaluator:
         inner, sizes, values = self._up_to(layers)
         data = Data(list(images_of(batches, self._check)))
         full = self._full_features(inner, data)
-        norms = np.array([float(f.double().square().sum()) for f in full.split(sizes, 1)])
+        norms = np.array([float(f.double().square().sum()) for f in torch.split(full, sizes, 1)])
 
         def compute(masks: Tensor, done: _Done) -> None:
             sums = np.zeros((len(masks), len(sizes)))
 
             def take(rows: slice, at: slice, y: Tensor) -> None:
-                for k, (a, b) in enumerate(zip(y.split(sizes, 2), full[at].split(sizes, 1), strict=True)):
+                for k, (a, b) in enumerate(zip(torch.split(y, sizes, 2), torch.split(full[at], sizes, 1), strict=True)):
                     each = (a.double() - b.double()).square_().sum(2).cpu().numpy()
                     # One after the other, so that the sum does not depend on where the images are cut.
                     sums[rows, k] = np.add.accumulate(np.concatenate((sums[rows, k, None], each), 1), 1)[:, -1]

@@ -103,7 +103,7 @@ def explanation(engine: Engine, masks: Tensor, rate: float) -> str:
 
 
 def _depthwise(node: dict[str, Any]) -> bool:
-    return node.get("groups", 1) > 1 and node["weight"].shape[1] == 1
+    return bool(node.get("groups", 1) > 1 and node["weight"].shape[1] == 1)
 
 
 def _described(node: dict[str, Any]) -> str:

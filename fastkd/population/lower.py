@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .operations import at_positions, expand_positions, function_name, reshape_positions
 from .space import GeneSpace, Op, UnsupportedModelError
-from .trace import at_positions, expand_positions, reshape_positions
 
 __all__ = ["Program", "feature_sizes", "lower", "lower_features"]
 
@@ -254,7 +254,7 @@ class _Lowering:
             found = tuple(given.get(n, d) for n, d in zip(limits, defaults, strict=True))
             if found in ((0, None), (0, 6)):
                 return self.node("activation", a, name="relu" if found[1] is None else "relu6")
-        _refuse(op, f"{_name(f)} with {given}" if given else _name(f))
+        _refuse(op, f"{function_name(f)} with {given}" if given else function_name(f))
 
     def lower_spatial(self, op: Op, a: int) -> int:
         f, given = op.function, op.attributes
@@ -296,7 +296,7 @@ class _Lowering:
             left, right, top, bottom = (*given["pad"], 0, 0)[:4]
             if min(left, right, top, bottom) >= 0:
                 return self.node("avg_pool", a, kernel=(1, 1), padding=(top, left))
-        _refuse(op, f"{_name(f)} with {given}")
+        _refuse(op, f"{function_name(f)} with {given}")
 
     def window(self) -> dict[str, Any]:
         given = self.op.attributes
@@ -317,7 +317,7 @@ class _Lowering:
     def lower_softmax(self, op: Op, a: int) -> int:
         later = {i for other in self.space.ops for i in other.inputs}
         if op.output in later and not all(o.kind == "softmax" for o in self.space.ops if op.output in o.inputs):
-            _refuse(op, f"{_name(op.function)} inside the network")
+            _refuse(op, f"{function_name(op.function)} inside the network")
         if op.output not in later and op.output != self.space.output:
             return a
         self.softmax.append(op)
@@ -355,7 +355,3 @@ class _Lowering:
 
 def _copy(x: Tensor | None) -> Any:
     return None if x is None else x.detach().clone()
-
-
-def _name(f: Any) -> str:
-    return getattr(f, "__name__", str(f))

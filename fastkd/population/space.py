@@ -82,7 +82,7 @@ class Op:
     ``prelu``        ``module`` is an nn.PReLU
     ``elementwise``  ``function(x, **attributes)``: each number by itself, such as F.relu
     ``spatial``      ``function(x, **attributes)``: each channel by itself, such as F.max_pool2d, torch.mean
-                     over positions, :func:`fastkd.population.trace.at_positions` (slices of H and W)
+                     over positions, :func:`fastkd.population.operations.at_positions` (slices of H and W)
     ``softmax``      over channels, all of them KEPT
     ``flatten``      [C, H, W] -> [C * H * W]: each channel H * W times
     ``pad``          ZERO channels before and after; nothing in a compact layout
@@ -118,7 +118,8 @@ class Op:
 
     def run(self, *inputs: Tensor) -> Tensor:
         if self.module is not None:
-            return self.module(*inputs)
+            y: Tensor = self.module(*inputs)
+            return y
         assert self.function is not None
         return self.function(*inputs, **self.attributes)
 
