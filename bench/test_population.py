@@ -15,6 +15,7 @@ from torch import nn
 
 from fastkd import PopulationEvaluator
 from fastkd.population import trace
+from fastkd.population.explain import work
 
 from .cases import SEED, Absent
 from .peers import available
@@ -130,7 +131,7 @@ def test_network(name: str, dtype: torch.dtype, benchmark, device: torch.device,
         absent = {side: f"needs {largest / 1e9:.0f} GB" for side in ("dense", "vmap")}
     every = {side: run for side, run in every.items() if side not in absent}
     once = agree(every, TOLERANCE[device.type, str(dtype).removeprefix("torch.")])
-    steps = list(e._program.steps(e._network, masks.numpy()))
+    steps = list(work(e._engine, masks))
     benchmark.group = f"{name}: all logits of a population"
     benchmark.extra_info.update(
         kind="population",
@@ -161,7 +162,7 @@ def test_converging(benchmark, device: torch.device, share: float) -> None:
         masks = populations[len(taken["alone"])]
         fresh = [m for m in torch.unique(masks, dim=0) if m.numpy().tobytes() not in known]
         known.update(m.numpy().tobytes() for m in fresh)
-        steps = fast._program.steps(fast._network, torch.stack(fresh).numpy()) if fresh else ()
+        steps = work(fast._engine, torch.stack(fresh)) if fresh else ()
         values = len(masks), len(fresh), int(fast.space.macs(masks).sum()), sum(int(s.macs[2]) for s in steps)
         for key, value in zip(counts, values, strict=True):
             counts[key].append(value)

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastkd import PopulationEvaluator, data
 from fastkd.models import build_cnn, load_weights
-from fastkd.population import UnsupportedModelError, compact, evaluator
+from fastkd.population import UnsupportedModelError, compact, engine, trace
 
 
 def close(y, expected, tolerance):
@@ -210,8 +210,8 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypat
             (2, 1, 64, need + 20_000),
         ):
             torch.set_num_threads(threads)
-            monkeypatch.setitem(evaluator.WORK, device.type, work)
-            monkeypatch.setattr(evaluator, "PIECE", piece)
+            monkeypatch.setitem(engine.WORK, device.type, work)
+            monkeypatch.setattr(engine, "PIECE", piece)
             other = make(resnet, bn=bn, memory_limit=limit)
             assert torch.equal(
                 other.loss(
@@ -222,7 +222,7 @@ def test_results_do_not_depend_on_the_cut(resnet, bn, device, request, monkeypat
                 loss[order],
             )
             assert torch.equal(other.accuracy(masks[order[:1]], (x, y)), accuracy[order[:1]])
-            assert limit is None or 0 < other._network.taken() <= limit
+            assert limit is None or 0 < other._engine.network.taken() <= limit
             assert calls[-1][0] == calls[-1][1] == 6 * (n + 3 * n // 5 * (bn == "recalibrate"))
             other.memory_limit = None
             assert torch.equal(other.logits(masks[order], x), logits[order])
@@ -325,8 +325,8 @@ def test_features_do_not_depend_on_the_cut(resnet, monkeypatch, poisoned):
     e = make(resnet, bn="recalibrate")
     found = {name: getattr(e, name)(masks, x) for name in ("reconstruction", "lsp")}
     order = torch.randperm(len(masks), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setitem(evaluator.WORK, "cpu", 1)
-    monkeypatch.setattr(evaluator, "PIECE", 7)
+    monkeypatch.setitem(engine.WORK, "cpu", 1)
+    monkeypatch.setattr(engine, "PIECE", 7)
     other = make(resnet, bn="recalibrate", memory_limit=400_000_000)
     for name, values in found.items():
         assert torch.equal(getattr(other, name)(masks[order], [x[:40], x[40:]]), values[order])
@@ -341,9 +341,9 @@ def test_memory_of_features(resnet, name, copies):
     e = make(resnet, memory_limit=16_000_000)
     layers = [op.name for op in e.space.ops if op.kind == "conv"]
     found = getattr(e, name)(masks[:2], x, layers)
-    (inner,) = e._upto.values()
-    held = copies * len(x) * inner._program.shape[0] * 4
-    assert held > 5_000_000 and 0 < inner._network.taken() <= e.memory_limit - held
+    (inner,) = e._inner.values()
+    held = copies * len(x) * inner.program.shape[0] * 4
+    assert held > 5_000_000 and 0 < inner.network.taken() <= e.memory_limit - held
     assert torch.equal(found, getattr(make(resnet), name)(masks[:2], x, layers))
     e = make(resnet, memory_limit=held)
     with pytest.raises(ValueError, match="one individual needs"):
@@ -393,8 +393,8 @@ def test_memo(resnet):
 
 def test_interrupted(resnet, monkeypatch):
     _, x, y, masks = resnet
-    monkeypatch.setitem(evaluator.WORK, "cpu", 1)
-    monkeypatch.setattr(evaluator, "PIECE", 48)
+    monkeypatch.setitem(engine.WORK, "cpu", 1)
+    monkeypatch.setattr(engine, "PIECE", 48)
     g = torch.Generator().manual_seed(0)
     e = make(resnet)
     masks = e.space.repair(e.space.random(20, 0.5, g))
@@ -420,6 +420,28 @@ def test_weights_are_those_of_construction(resnet):
             p.add_(1)
         model.bn1.running_mean.add_(1)
     assert torch.equal(e.logits(masks, x[:5]), y)
+
+
+def test_one_trace_serves_all(resnet):
+    """The space that `trace` gave; its order of filters follows the weights that were loaded since."""
+    model, x, _, masks = resnet
+    model = copy.deepcopy(model)
+    space = trace(model, x)
+    before = space.l1.clone()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    e, other = PopulationEvaluator(model, space), PopulationEvaluator(model, x)
+    assert e.space is space and torch.equal(space.l1, other.space.l1) and not torch.equal(space.l1, before)
+    assert e.weights == other.weights and torch.equal(e.logits(masks, x), other.logits(masks, x))
+    assert e.identity() == other.identity()
+    with pytest.raises(ValueError, match="the trace of another model: its conv1 is not this model's"):
+        PopulationEvaluator(copy.deepcopy(model), space)
+    model.bn1.bias.data[0] = torch.inf
+    with pytest.raises(ValueError, match=r"bn1\.bias holds values that are not finite"):
+        PopulationEvaluator(model, space)
+    with pytest.raises(ValueError, match="evaluation mode, but it is in training mode"):
+        PopulationEvaluator(model.train(), space)
 
 
 def test_published_resnet20():

@@ -15,11 +15,11 @@ from ..config import environment
 from ..data import Images, load_images
 from ..evolve import Result
 from ..lab.settings import ConfigError
-from ..lab.stage import fingerprint, finished, stage, trained_network
+from ..lab.stage import finished, stage, trained_network
 from ..lab.study import Progress
 from ..models.cnn import load_weights
 from ..population import compact, save, trace
-from ..runtime import checkpoint
+from ..runtime import checkpoint, fingerprint
 from ..runtime.world import World, usable
 from . import export
 from .config import CompressConfig
@@ -151,7 +151,7 @@ class _Compression:
         self.model.eval()
         keys = ("budget", "k_min", "fitness", "algorithm")
         identity = {**self._dense_identity(), **{key: self.identity[key] for key in keys}, "seed": self.seed}
-        folder = self.shared / f"search-{fingerprint(identity)}"
+        folder = self.shared / f"search-{fingerprint.of_config(identity)}"
         file = folder / "search.json"
         search = stage(
             world,
@@ -168,7 +168,7 @@ class _Compression:
         if self.weights is not None:
             load_weights(self.model, self.weights)
             return self.model.state_dict(), {"seconds": 0.0, "history": []}
-        folder, c = self.shared / f"dense-{fingerprint(self._dense_identity())}", self.config.train
+        folder, c = self.shared / f"dense-{fingerprint.of_config(self._dense_identity())}", self.config.train
 
         def train() -> Record:
             start = time.perf_counter()

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .._text import suggestion
 from ..data import Images
-from ..evolve import ALGORITHMS, Algorithm, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
-from ..evolve.algorithms import _duplicates
+from ..evolve import QUALITIES, ALGORITHMS, Algorithm, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
 from ..evolve.budget import group_norm, largest, strongest
 from ..lab.settings import ConfigError
 from ..population import GeneSpace, PopulationEvaluator
+from ..population.masks import duplicates, from_hex, to_hex
 from ..runtime import checkpoint
 from ..runtime.world import World
 from .config import CompressConfig
@@ -90,7 +90,7 @@ class Search:
     def _fitness(self) -> Fitness:
         c = self.config.fitness
         batch = self._batch("fitness", c.images)
-        if not isinstance(batch, tuple) and c.quality in ("accuracy", "loss"):
+        if not isinstance(batch, tuple) and c.quality in QUALITIES and QUALITIES[c.quality].labels:
             raise ConfigError(
                 f"fitness.quality = {c.quality!r} needs labels, and data {self.data.name} has none: take agreement"
             )
@@ -187,7 +187,7 @@ class Search:
             "full_quality": float(steps[-1, 0]),
             "full_cost": float(steps[-1, 1]),
             "chosen": mask_id(mask),
-            "mask": _hex(mask),
+            "mask": to_hex(mask),
             "l1": {"density": densities, **_columns(None, steps[:, 0], steps[:, 1]), "test": tested[len(masks) :]},
         }
 
@@ -204,7 +204,7 @@ class Search:
 
 def mask_of(record: Record, space: GeneSpace) -> Tensor:
     """The mask that a search took, bool [genes]."""
-    return _unhex(record["mask"], space.num_genes)
+    return fromto_hex(record["mask"], space.num_genes)
 
 
 def _of_norm(limits: Limits, count: int) -> Tensor:
@@ -219,20 +219,7 @@ def _of_norm(limits: Limits, count: int) -> Tensor:
             for ladder, density in zip(ladders, most, strict=True)
         ]
     )
-    return masks[~_duplicates(masks)][:count]
-
-
-def _hex(mask: Tensor) -> str:
-    import numpy as np
-
-    return np.packbits(mask.cpu().numpy()).tobytes().hex()
-
-
-def _unhex(text: str, genes: int) -> Tensor:
-    import numpy as np
-
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=genes)
-    return torch.from_numpy(bits.astype(bool))
+    return masks[~duplicates(masks)][:count]
 
 
 def _columns(
@@ -240,4 +227,4 @@ def _columns(
 ) -> dict[str, Any]:
     out: dict[str, Any] = {} if ids is None else {"id": ids}
     out |= {"quality": quality.tolist(), "cost": [] if cost is None else cost.tolist()}
-    return out if masks is None else {**out, "mask": [_hex(m) for m in masks]}
+    return out if masks is None else {**out, "mask": [to_hex(m) for m in masks]}

@@ -14,9 +14,9 @@ from .. import models
 from ..config import environment
 from ..data import Task
 from ..data import load as load_data
-from ..lab.stage import fingerprint, finished, stage, trained_network
+from ..lab.stage import finished, stage, trained_network
 from ..lab.study import Progress
-from ..runtime import checkpoint, measure
+from ..runtime import checkpoint, fingerprint, measure
 from ..runtime.world import World
 from .batches import batches, check_sampler
 from .config import ConfigError, NetworkConfig, RunConfig, TrainConfig
@@ -60,7 +60,7 @@ def teacher_of(
     """The trained teacher, and its record; trained only if the directory does not hold it."""
     seed, network, world = config.teacher_seed, config.teacher, world or World()
     identity = {"network": network.model_dump(), "seed": seed, "data": config.data}
-    folder = directory / f"teacher-{fingerprint(identity)}"
+    folder = directory / f"teacher-{fingerprint.of_config(identity)}"
     model = build(network, task, seed)
 
     def train() -> dict[str, Any]:

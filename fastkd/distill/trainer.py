@@ -9,7 +9,6 @@ step, see `distributed`.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data import Task
 from ..lab.loop import Loop, optimizer_of
-from ..runtime import measure
+from ..runtime import fingerprint, measure
 from ..runtime.world import RankLost, World, usable
 from .batches import Batch, batches, check_sampler
 from .config import LossConfig, TrainConfig
@@ -120,7 +119,7 @@ class Distiller:
             "losses": {name: c.model_dump() for name, c in configs.items()},
             "seed": seed,
             "student": {name: list(x.shape) for name, x in student.state_dict().items()},
-            "teacher": None if teacher is None else _fingerprint(teacher),
+            "teacher": None if teacher is None else fingerprint.of_weights(teacher),
             **(identity or {}),
         }
 
@@ -281,8 +280,8 @@ class Distiller:
                 {
                     **self._identity,
                     "writes checkpoints": self.loop.file is not None,
-                    "student's weights": _fingerprint(self.student),
-                    "losses' weights": _fingerprint(self.losses),
+                    "student's weights": fingerprint.of_weights(self.student),
+                    "losses' weights": fingerprint.of_weights(self.losses),
                 },
             )
         memory, loop = measure.PeakMemory(self.device), self.loop
@@ -322,12 +321,3 @@ def _predicted_labels(logits: Tensor, y: Tensor, known_counts: bool) -> Tensor:
         return logits > 0
     rank = logits.argsort(stable=True, dim=1, descending=True).argsort(1)
     return rank < y.sum(1, keepdim=True)
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Of the weights' values."""
-    digest = hashlib.sha256()
-    for name, x in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -3,8 +3,6 @@ run at a time and written at once, whole."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +13,7 @@ from ..runtime import checkpoint
 from ..runtime.checkpoint import CheckpointError, differences
 from ..runtime.world import World
 
-__all__ = ["fingerprint", "finished", "some", "stage", "trained_network"]
+__all__ = ["finished", "some", "stage", "trained_network"]
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -35,11 +33,6 @@ def stage(world: World, folder: Path, find: Callable[[], T | None], compute: Cal
             if found is None:
                 found = compute()
     return found
-
-
-def fingerprint(identity: Json) -> str:
-    """12 hexadecimal digits, for the name of a folder that several runs share."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def finished(file: Path, config: Json, seed: int) -> Json | None:

@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 
 from ..reference import masked_forward
 from ..runtime import atomic
+from .operations import at_positions
 from .space import GeneSpace, Op
-from .trace import at_positions, trace
+from .trace import space_of
 
 __all__ = ["Arrange", "compact", "export_onnx", "load", "save"]
 
@@ -59,16 +60,12 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
         TypeError, ValueError: as :func:`trace`; a mask of wrong length or dtype, or one that leaves a value
             without channels (repair it).
     """
-    space = example_input if isinstance(example_input, GeneSpace) else trace(model, example_input)
+    space = space_of(model, example_input)
     if not isinstance(mask, Tensor) or mask.dim() != 1:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must be a tensor of shape [{space.num_genes}], got {got}")
     space.check(mask)
     mask = mask.cpu()
-    modules = dict(model.named_modules())
-    for op in space.ops:
-        if op.module is not None and modules.get(op.name) is not op.module:
-            raise ValueError(f"example_input is the trace of another model: its {op.name} is not this model's")
     small = copy.deepcopy(model)
     with torch.no_grad():
         for op in space.ops:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _ops
-from .space import GeneSpace, Op
-from .trace import UnsupportedModelError, at_positions, expand_positions, reshape_positions
+from .operations import at_positions, expand_positions, function_name, reshape_positions
+from .space import GeneSpace, Op, UnsupportedModelError
 
-__all__ = ["Program", "Step", "feature_sizes", "lower", "lower_features"]
+__all__ = ["Program", "feature_sizes", "lower", "lower_features"]
 
 POOLED = 4  # positions of a side to which feature maps are averaged before they are compared
 
@@ -28,19 +26,6 @@ _PLAIN = {
     torch.sigmoid: "sigmoid",
     torch.tanh: "tanh",
 }
-
-
-@dataclass
-class Step:
-    """What the executor does at once, for a population."""
-
-    name: str
-    kernel: str
-    shape: tuple[int, ...]
-    kept: float
-    """Mean number of channels."""
-    macs: np.ndarray
-    """int64 [3]: of whole networks, masked ones, and with equal beginnings shared."""
 
 
 @dataclass
@@ -70,52 +55,6 @@ class Program:
         for op in self.softmax:
             y = op.run(y.flatten(0, 1)).reshape(y.shape)
         return y
-
-    def steps(self, network: _ops.Network, masks: np.ndarray) -> Iterator[Step]:
-        """What a population of distinct masks [P, genes] costs, by what the executor does at once."""
-        order, producer, seen = network.outline()
-        key = masks[:, order]
-        rows = np.lexsort(key.T[::-1]) if masks.shape[1] else np.arange(len(masks))
-        key = key[rows]
-        agree = np.zeros(len(rows), np.int64)  # with the one before
-        if masks.shape[1]:
-            differ = key[1:] != key[:-1]
-            agree[1:] = np.where(differ.any(1), differ.argmax(1), masks.shape[1])
-        lookup = np.concatenate((masks[rows], np.zeros((len(rows), 1), bool), np.ones((len(rows), 1), bool)), 1)
-        kept = lambda v: lookup[:, self.values[v][3]]
-        for k, depends in enumerate(seen):
-            nodes = [n for n in self.nodes if producer[n["output"]] == k]
-            main, out = nodes[0], nodes[-1]["output"]
-            on = kept(out)
-            macs = np.zeros(3, np.int64)
-            if main["op"] == "conv":
-                a = main["inputs"][0]
-                weight, positions = main["weight"], self.values[out][1] * self.values[out][2]
-                groups = main.get("groups", 1)
-                taps = weight[0, 0].numel() if weight.dim() == 4 else 1
-                depthwise = groups > 1 and weight.shape[1] == 1
-                inputs = np.ones(len(rows), np.int64) if depthwise else kept(a).sum(1) // groups
-                starts = np.flatnonzero((agree < depends) | (np.arange(len(rows)) == 0))
-                union = np.logical_or.reduceat(on, starts, axis=0).sum(1)
-                macs[:] = (
-                    len(rows) * weight.numel() * positions,
-                    (on.sum(1) * inputs).sum() * taps * positions,
-                    (union * inputs[starts]).sum() * taps * positions,
-                )
-            kernel = " + ".join([_describe(main), *(n.get("name", n["op"]) for n in nodes[1:])])
-            yield Step(self.name[main["output"]], kernel, self.values[out][:3], float(on.sum(1).mean()), macs)
-
-
-def _describe(n: dict[str, Any]) -> str:
-    if n["op"] == "conv":
-        if n["weight"].dim() == 2:
-            return "linear"
-        size = "x".join(map(str, n["weight"].shape[2:]))
-        kind = "depthwise" if n["groups"] > 1 and n["weight"].shape[1] == 1 else "conv"
-        return f"{kind} {size}" + (f" / {n['stride'][0]}" if n["stride"] != (1, 1) else "")
-    if n["op"] in ("select", "flatten"):
-        return "no work"
-    return n.get("name", n["op"])
 
 
 def lower(space: GeneSpace) -> Program:
@@ -315,7 +254,7 @@ class _Lowering:
             found = tuple(given.get(n, d) for n, d in zip(limits, defaults, strict=True))
             if found in ((0, None), (0, 6)):
                 return self.node("activation", a, name="relu" if found[1] is None else "relu6")
-        _refuse(op, f"{_name(f)} with {given}" if given else _name(f))
+        _refuse(op, f"{function_name(f)} with {given}" if given else function_name(f))
 
     def lower_spatial(self, op: Op, a: int) -> int:
         f, given = op.function, op.attributes
@@ -357,7 +296,7 @@ class _Lowering:
             left, right, top, bottom = (*given["pad"], 0, 0)[:4]
             if min(left, right, top, bottom) >= 0:
                 return self.node("avg_pool", a, kernel=(1, 1), padding=(top, left))
-        _refuse(op, f"{_name(f)} with {given}")
+        _refuse(op, f"{function_name(f)} with {given}")
 
     def window(self) -> dict[str, Any]:
         given = self.op.attributes
@@ -378,7 +317,7 @@ class _Lowering:
     def lower_softmax(self, op: Op, a: int) -> int:
         later = {i for other in self.space.ops for i in other.inputs}
         if op.output in later and not all(o.kind == "softmax" for o in self.space.ops if op.output in o.inputs):
-            _refuse(op, f"{_name(op.function)} inside the network")
+            _refuse(op, f"{function_name(op.function)} inside the network")
         if op.output not in later and op.output != self.space.output:
             return a
         self.softmax.append(op)
@@ -416,7 +355,3 @@ class _Lowering:
 
 def _copy(x: Tensor | None) -> Any:
     return None if x is None else x.detach().clone()
-
-
-def _name(f: Any) -> str:
-    return getattr(f, "__name__", str(f))

@@ -19,7 +19,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["COSTS", "KEPT", "ZERO", "GeneSpace", "Group", "Kind", "Op", "Value"]
+from .._checks import integer
+
+__all__ = [
+    "COSTS",
+    "KEPT",
+    "ZERO",
+    "GeneSpace",
+    "Group",
+    "Kind",
+    "Op",
+    "UnsupportedModelError",
+    "Value",
+    "filter_norms",
+]
 
 KEPT, ZERO = -1, -2
 COSTS = ("filters", "parameters", "macs")
@@ -39,6 +52,10 @@ Kind = Literal[
     "concat",
     "take",
 ]
+
+
+class UnsupportedModelError(ValueError):
+    """The model does something whose channels fastkd cannot follow, or that has no kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +82,7 @@ class Op:
     ``prelu``        ``module`` is an nn.PReLU
     ``elementwise``  ``function(x, **attributes)``: each number by itself, such as F.relu
     ``spatial``      ``function(x, **attributes)``: each channel by itself, such as F.max_pool2d, torch.mean
-                     over positions, :func:`fastkd.population.trace.at_positions` (slices of H and W)
+                     over positions, :func:`fastkd.population.operations.at_positions` (slices of H and W)
     ``softmax``      over channels, all of them KEPT
     ``flatten``      [C, H, W] -> [C * H * W]: each channel H * W times
     ``pad``          ZERO channels before and after; nothing in a compact layout
@@ -101,7 +118,8 @@ class Op:
 
     def run(self, *inputs: Tensor) -> Tensor:
         if self.module is not None:
-            return self.module(*inputs)
+            y: Tensor = self.module(*inputs)
+            return y
         assert self.function is not None
         return self.function(*inputs, **self.attributes)
 
@@ -128,7 +146,7 @@ class GeneSpace:
         groups: in the network's order.
         num_genes: their total size.
         l1: float64 [num_genes], the sum of the absolute weights of all filters that a gene stands for, when
-            the network was traced.
+            the network was traced, or :meth:`refresh` was called.
     """
 
     def __init__(
@@ -142,8 +160,8 @@ class GeneSpace:
     ) -> None:
         self.ops, self.values, self.output, self.groups, self.l1 = tuple(ops), tuple(values), output, tuple(groups), l1
         self.num_genes = sum(group.size for group in groups)
-        own = {id(op.module): op.module for op in ops if op.module is not None}
-        self._outside = parameters - sum(p.numel() for m in own.values() for p in m.parameters())
+        modules = {id(op.module): op.module for op in ops if op.module is not None}
+        self._outside = parameters - sum(p.numel() for m in modules.values() for p in m.parameters())
         rows: dict[bytes, int] = {}
         self._row = [rows.setdefault(value.genes.numpy().tobytes(), len(rows)) for value in values]
         self._first = [self._row.index(row) for row in range(len(rows))]
@@ -154,6 +172,19 @@ class GeneSpace:
             on = value.genes[value.genes >= 0]
             self._count[row].index_add_(0, on, torch.ones(len(on), dtype=torch.float64))
             self._kept[row] = (value.genes == KEPT).sum()
+
+    # --- the model ---------------------------------------------------------------------------------
+
+    def require(self, model: nn.Module) -> None:
+        """Raises ValueError if this is the trace of another model."""
+        modules = dict(model.named_modules())
+        for op in self.ops:
+            if op.module is not None and modules.get(op.name) is not op.module:
+                raise ValueError(f"example_input is the trace of another model: its {op.name} is not this model's")
+
+    def refresh(self) -> None:
+        """Reads `l1` anew, from the weights as they are now: for weights that were loaded after the trace."""
+        self.l1 = filter_norms(self.ops, self.values, self.num_genes)
 
     # --- populations -------------------------------------------------------------------------------
 
@@ -182,7 +213,7 @@ class GeneSpace:
 
     def ones(self, population: int) -> Tensor:
         """bool [population, num_genes]: the whole network each time."""
-        return torch.ones(_positive("population", population), self.num_genes, dtype=torch.bool)
+        return torch.ones(integer("population", population, 1), self.num_genes, dtype=torch.bool)
 
     def random(self, population: int, density: float | Tensor, generator: torch.Generator | None = None) -> Tensor:
         """bool [population, num_genes]: every gene is on with probability `density`, not repaired.
@@ -196,7 +227,7 @@ class GeneSpace:
             raise ValueError(f"density must be a number or have shape [{population}], got {list(d.shape)}")
         if not bool(((d >= 0) & (d <= 1)).all()):
             raise ValueError(f"density must be in [0, 1], got {density}")
-        size = (_positive("population", population), self.num_genes)
+        size = (integer("population", population, 1), self.num_genes)
         return torch.rand(size, generator=generator, dtype=torch.float64) < d.reshape(-1, 1)
 
     def repair(self, masks: Tensor, k_min: int = 1) -> Tensor:
@@ -205,7 +236,7 @@ class GeneSpace:
         Values are looked at in the network's order; the missing channels come back in the order of
         ``l1``, largest first, those of equal norm in the order of genes.
         """
-        _positive("k_min", k_min)
+        integer("k_min", k_min, 1)
         population = self.check(masks, empty=True).clone()
         single, masks = masks.dim() == 1, population
         have, count = self._counts(masks, empty=True), self._count.to(masks.device).long()
@@ -307,6 +338,20 @@ class GeneSpace:
         return self.table()
 
 
+def filter_norms(ops: Sequence[Op], values: Sequence[Value], num_genes: int) -> Tensor:
+    """float64 [num_genes], the sum of the absolute weights of all filters that a gene stands for."""
+    l1 = torch.zeros(num_genes, dtype=torch.float64)
+    for op in ops:
+        if op.kind not in ("conv", "linear") or op.depthwise:
+            continue
+        assert isinstance(op.module, (nn.Conv2d, nn.Linear))
+        weight = op.module.weight.detach().flatten(1)
+        norms = torch.linalg.vector_norm(weight, 1, 1, dtype=torch.float64).cpu()
+        on = values[op.output].genes >= 0
+        l1.index_add_(0, values[op.output].genes[on], norms[on])
+    return l1
+
+
 def _weights(op: Op, have: Tensor) -> Tensor:
     """int64 [P]: how many weights a convolution or linear layer has left, given the channels [P, values]."""
     a, b, m = have[:, op.inputs[0]], have[:, op.output], op.module
@@ -314,11 +359,3 @@ def _weights(op: Op, have: Tensor) -> Tensor:
         return a * b
     window = m.kernel_size[0] * m.kernel_size[1]
     return b * window if op.depthwise else a * b // m.groups * window
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value

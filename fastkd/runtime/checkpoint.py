@@ -7,15 +7,13 @@ import fcntl
 import json
 import os
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import atomic
+from . import atomic, tensorfile
 
 __all__ = ["Busy", "CheckpointError", "alone", "differences", "load", "read_json", "replace", "save", "write_json"]
 
@@ -145,17 +143,10 @@ def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | No
     Args:
         previous: where the file that was at `path` goes, once the new one is written.
     """
-    import safetensors.torch
-
-    separate = {name: x.detach().contiguous().clone() for name, x in tensors.items()}  # no shared storage
     text = json.dumps(state)
-    metadata = {"fastkd": text, "crc32": _checksum(text, separate)}
 
     def write(part: Path) -> None:
-        try:
-            safetensors.torch.save_file(separate, part, metadata)
-        except safetensors.SafetensorError as error:  # what the system said is its text
-            raise OSError(str(error)) from error
+        tensorfile.write(part, tensors, text)
         if previous is not None and path.exists():
             path.replace(previous)
 
@@ -163,30 +154,20 @@ def save(path: Path, tensors: dict[str, Tensor], state: Any, previous: Path | No
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], Any]:
-    import safetensors
+    """The tensors and the state of a file that :func:`save` wrote.
 
+    Raises:
+        CheckpointError: it is not there, damaged, or not one of these.
+    """
     try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, text = tensorfile.read(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint {path}") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file ({error}){_REMEDY}") from None
-    if "fastkd" not in metadata:
+    except tensorfile.DamagedFile as error:
+        raise CheckpointError(f"{error}{_REMEDY}") from None
+    if text is None:
         raise CheckpointError(f"{path} was not written by fastkd: it has no state in its metadata")
-    text = metadata["fastkd"]
-    if metadata.get("crc32", "") not in ("", _checksum(text, tensors)):  # older files have none
-        raise CheckpointError(f"{path} is damaged (its checksum differs){_REMEDY}")
     return tensors, json.loads(text)
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    crc = zlib.crc32(text.encode())
-    for name in sorted(tensors):
-        data = tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data
-        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
-    return f"{crc:08x}"
 
 
 def differences(theirs: Any, ours: Any, key: str = "", *, there: str = "there", here: str = "here") -> list[str]:
