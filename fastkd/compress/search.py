@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .._text import suggestion
 from ..data import Images
-from ..evolve import QUALITIES, ALGORITHMS, Algorithm, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
+from ..evolve import ALGORITHMS, QUALITIES, Algorithm, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
 from ..evolve.budget import group_norm, largest, strongest
 from ..lab.settings import ConfigError
 from ..population import GeneSpace, PopulationEvaluator
-from ..population.masks import duplicates, from_hex, to_hex
+from ..population.masks import duplicates, to_hex
 from ..runtime import checkpoint
 from ..runtime.world import World
 from .config import CompressConfig
@@ -204,7 +204,7 @@ class Search:
 
 def mask_of(record: Record, space: GeneSpace) -> Tensor:
     """The mask that a search took, bool [genes]."""
-    return fromto_hex(record["mask"], space.num_genes)
+    return from_hex(record["mask"], space.num_genes)
 
 
 def _of_norm(limits: Limits, count: int) -> Tensor:
