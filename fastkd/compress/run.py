@@ -23,11 +23,12 @@ from ..config import environment
 from ..data import load_images
 from ..data.files import cache_folder
 from ..evolve import ALGORITHMS, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
-from ..evolve.algorithms import _duplicates
-from ..evolve.budget import group_norm, largest, strongest
+from ..evolve.limits import largest
+from ..evolve.ranking import group_norm, strongest
 from ..lab.settings import ConfigError
 from ..models.cnn import CNNS, build_cnn, load_weights
 from ..population import GeneSpace, PopulationEvaluator, compact, save
+from ..population.masks import duplicates
 from ..population.trace import trace
 from ..runtime import checkpoint as files
 from ..runtime.world import World, usable
@@ -540,7 +541,7 @@ def _of_norm(limits: Limits, count: int) -> Tensor:
             for ladder, density in zip(ladders, most, strict=True)
         ]
     )
-    return masks[~_duplicates(masks)][:count]
+    return masks[~duplicates(masks)][:count]
 
 
 def _key(identity: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
         objectives: float [P, K], minimised.
     """
     _check(objectives)
-    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)  # in lexicographic order
+    distinct, inverse = _distinct(objectives)
     if objectives.shape[1] == 1:
         return inverse
     front = torch.full((len(distinct),), -1, dtype=torch.int64, device=objectives.device)
@@ -36,7 +36,7 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
             left, k = left[~first], k + 1
         return front[inverse]
     rows = max(1, BLOCK // max(distinct.numel(), 1))
-    worse = torch.cat([(distinct <= some[:, None]).all(2) for some in distinct.split(rows)])  # [who, than whom]
+    worse = torch.cat([(distinct <= some[:, None]).all(2) for some in torch.split(distinct, rows)])  # [who, than whom]
     while len(left):
         first = worse[left][:, left].sum(1) == 1  # dominated by none but itself
         front[left[first]] = k
@@ -47,7 +47,7 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
 def nondominated(objectives: Tensor) -> Tensor:
     """int64 [F], ascending: those that no other dominates, one of each that are equal (the first)."""
     _check(objectives)
-    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)
+    distinct, inverse = _distinct(objectives)
     rows = torch.arange(len(objectives), device=objectives.device)
     first = torch.full((len(distinct),), len(objectives), dtype=torch.int64, device=objectives.device)
     first.scatter_reduce_(0, inverse, rows, "amin")
@@ -119,6 +119,14 @@ def hypervolume(objectives: Tensor, reference: Sequence[float] | Tensor) -> floa
     order = x.argsort()
     x, y = x[order], y[order]  # x ascends, y descends
     return float(((point[0] - x) * (torch.cat((point[1:], y[:-1])) - y)).sum())
+
+
+def _distinct(objectives: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows in lexicographic order, and which of them each row is."""
+    distinct: Tensor
+    inverse: Tensor
+    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)
+    return distinct, inverse
 
 
 def _check(objectives: Tensor) -> None:

@@ -92,7 +92,7 @@ def result(path: Path, config: dict[str, Any], seed: int) -> dict[str, Any] | No
     """
     if not path.exists():
         return None
-    record = json.loads(path.read_text())
+    record: dict[str, Any] = json.loads(path.read_text())
     if found := differences({**record["config"], "seed": record["seed"]}, {**config, "seed": seed}):
         raise CheckpointError(
             f"{path} holds the result of another configuration: " + "; ".join(found) + ". Take another directory"
