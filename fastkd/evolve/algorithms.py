@@ -92,6 +92,9 @@ class ECS(_Drawn):
     probabilities; parents by roulette; a two-point crossover gives both its children; a mutation flips every
     bit of one random segment. Where only one place is left, a second child has none.
 
+    >>> ECS(selection="tournament", elites=2).identity()["elites"]
+    2
+
     Args:
         copy, crossover, mutation: probabilities, of sum 1.
         selection: "roulette", "rank", "tournament".

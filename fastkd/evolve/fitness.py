@@ -200,6 +200,11 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Ma
 
     A measurement, and so not the same twice; a run remembers it with the individual. State the batch size
     of `example_input`, and the number of threads, with every figure.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> cost = latency(model, torch.randn(1, 1, 6, 6), repeats=2)
+    >>> bool((cost(torch.ones(2, 4, dtype=torch.bool)) > 0).all())
+    True
     """
 
     def milliseconds(masks: Tensor) -> Tensor:

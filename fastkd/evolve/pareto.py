@@ -19,6 +19,9 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
     Equal individuals are in the same front. For two objectives memory is O(P), and time O(P log P) and O(P) for each
     front; for more, memory is P^2 bytes.
 
+    >>> nondominated_sort(torch.tensor([[0.0, 2.0], [1.0, 1.0], [1.0, 2.0]]))
+    tensor([0, 0, 1])
+
     Args:
         objectives: float [P, K], minimised.
     """
@@ -45,7 +48,14 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
 
 
 def nondominated(objectives: Tensor) -> Tensor:
-    """int64 [F], ascending: those that no other dominates, one of each that are equal (the first)."""
+    """int64 [F], ascending: those that no other dominates, one of each that are equal (the first).
+
+    >>> nondominated(torch.tensor([[1.0, 2.0], [0.0, 2.0], [1.0, 1.0], [1.0, 1.0]]))
+    tensor([1, 2])
+
+    Args:
+        objectives: float [P, K], minimised.
+    """
     _check(objectives)
     distinct, inverse = _distinct(objectives)
     rows = torch.arange(len(objectives), device=objectives.device)
@@ -60,6 +70,10 @@ def nondominated(objectives: Tensor) -> Tensor:
 def crowding_distance(objectives: Tensor, front: Tensor) -> Tensor:
     """float64 [P]: how far the neighbours in the own front are apart, summed over objectives, each relative to the
     front's extent; inf at the ends. Of equal values the one that comes first counts as the smaller.
+
+    >>> points = torch.tensor([[0.0, 4.0], [1.0, 1.0], [4.0, 0.0]])
+    >>> crowding_distance(points, nondominated_sort(points))
+    tensor([inf, 2., inf], dtype=torch.float64)
 
     Args:
         objectives: float [P, K].
@@ -103,6 +117,9 @@ def survivors(objectives: Tensor, count: int, duplicate: Tensor | None = None) -
 
 def hypervolume(objectives: Tensor, reference: Sequence[float] | Tensor) -> float:
     """The exact area that two minimised objectives dominate, up to the reference point; those beyond it count nothing.
+
+    >>> hypervolume(torch.tensor([[0.25, 0.5]]), (1, 1))
+    0.375
 
     Args:
         objectives: float [P, 2]; may be empty.

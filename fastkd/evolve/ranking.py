@@ -45,6 +45,11 @@ def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, co
     (as their output and as their input), of the sum of squares, relative to the mean of its group. Unlike that
     package's, it also ranks the filters that an option-A shortcut couples.
 
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
+    >>> global_norm(space, torch.tensor([0.25, 1.0])).sum(1)
+    tensor([1, 4])
+
     Args:
         density: in [0, 1], or float [D].
         k_min: filters that every group keeps, or all where it has fewer.

@@ -52,6 +52,14 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
     of channels (a view to a stated width, a slice or shuffle of channels; an option-A shortcut that is not a module by
     itself), it is an fx.GraphModule with the same names of parameters instead, and then has no dropout.
 
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> compact(model, torch.tensor([True, False, True, False]), torch.zeros(1, 1, 6, 6))
+    Sequential(
+      (0): Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
+      (1): Flatten(start_dim=1, end_dim=-1)
+      (2): Linear(in_features=32, out_features=3, bias=True)
+    )
+
     Args:
         model: in evaluation mode, as for :func:`trace`. Not changed.
         mask: bool [num_genes].
@@ -255,8 +263,8 @@ def load(path: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _arguments(config: dict[str, Any], build: Callable[..., nn.Module]) -> dict[str, Any]:
-    """What `build` is called with. Files of ``fastkd compress`` hold {"name": ..., "args": {...}}: a function without an
-    argument `args` gets what is in it, and `name` if it takes one, as ``build_cnn`` does."""
+    """What `build` is called with. Files of ``fastkd compress`` hold {"name": ..., "args": {...}}: a function that has
+    no argument `args` gets what is in it, and `name` if it takes one, as ``build_cnn`` does."""
     if set(config) != {"name", "args"} or not isinstance(config["args"], dict):
         return config
     taken = inspect.signature(build).parameters
