@@ -88,10 +88,10 @@ def theirs(limits: Limits, size: int) -> Callable[[], object]:
         old, children, scores = state
         masks = torch.cat((old, children))  # type: ignore[arg-type]
         stay = algorithm.tell(old, children, scores)  # type: ignore[arg-type]
-        own = Scores(*(x[stay] for x in scores))
-        children = algorithm.ask(limits, masks[stay], own, torch.Generator())
+        kept = Scores(*(x[stay] for x in scores))
+        children = algorithm.ask(limits, masks[stay], kept, torch.Generator())
         new = scored(children)
-        state[:] = [masks[stay], children, Scores(*(torch.cat((a, b)) for a, b in zip(own, new, strict=True)))]
+        state[:] = [masks[stay], children, Scores(*(torch.cat((a, b)) for a, b in zip(kept, new, strict=True)))]
 
     return step
 
@@ -103,21 +103,21 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment(torch.device("cpu")), "sizes": {}}
     for size in (args.pymoo, 10_000):
         functions = steps(size, size == args.pymoo and find_spec("pymoo") is not None)
-        own: dict[str, list[float]] = {name: [] for name in functions}
+        taken: dict[str, list[float]] = {name: [] for name in functions}
         for k in range(ROUNDS + 1):  # in turn, and the first round warms up
             for name, function in functions.items():
                 spent = seconds(function)
                 if k:
-                    own[name].append(spent)
-        results["sizes"][size] = own
+                    taken[name].append(spent)
+        results["sizes"][size] = taken
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     env = results["environment"]
     text = [
         f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}; seconds, median of {ROUNDS} rounds (least "
         "to most).\n"
     ]
-    for size, own in results["sizes"].items():
-        body = [[name, f"{statistics.median(x):.3g}", f"{min(x):.3g} to {max(x):.3g}"] for name, x in own.items()]
+    for size, taken in results["sizes"].items():
+        body = [[name, f"{statistics.median(x):.3g}", f"{min(x):.3g} to {max(x):.3g}"] for name, x in taken.items()]
         text.append(table([f"{size:,} individuals of {size:,} genes", "seconds", "spread"], body) + "\n")
     RESULTS.with_suffix(".md").write_text("\n".join(text))
     print("\n".join(text))

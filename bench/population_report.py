@@ -25,7 +25,7 @@ def of(results: dict[str, Any], kind: str) -> list[Benchmark]:
 
 
 def ratios(b: Benchmark, side: str) -> list[float]:
-    return [a / own for a, own in zip(b["seconds"][side], b["seconds"]["fastkd"], strict=True)]
+    return [theirs / ours for theirs, ours in zip(b["seconds"][side], b["seconds"]["fastkd"], strict=True)]
 
 
 def better(b: Benchmark, side: str) -> str:
@@ -45,10 +45,10 @@ def best(b: Benchmark) -> float | None:
 
 def per_layer(b: Benchmark) -> list[float]:
     """Seconds of one layer of fastkd in each round, between others like it where that was measured."""
-    own = b["seconds"]["fastkd"]
+    ours = b["seconds"]["fastkd"]
     if "alone" not in b["seconds"]:
-        return own
-    return [(row - one) / (b["depth"] - 1) for row, one in zip(own, b["seconds"]["alone"], strict=True)]
+        return ours
+    return [(row - one) / (b["depth"] - 1) for row, one in zip(ours, b["seconds"]["alone"], strict=True)]
 
 
 def of_gemm(b: Benchmark, taken: list[float], macs: int) -> float:

@@ -7,10 +7,12 @@ import pathlib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastkd import data
 from fastkd.data import images
 from fastkd.models import CNNS, build_cnn, load_weights
+from fastkd.runtime import checkpoint
 
 HERE = os.environ.get("FASTKD_DATA")
 
@@ -150,3 +152,111 @@ def test_unknown_names():
         build_cnn("resnet2")
     with pytest.raises(ValueError, match="lenet has no hyperparameter 'width': it has num_classes"):
         build_cnn("lenet", width=2)
+
+
+# --- damaged files -----------------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16, 2)).eval()
+
+
+def flips(content, step):
+    """The file with one bit changed, at many places."""
+    for bit in range(0, 8 * len(content), step):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        yield bytes(damaged)
+
+
+def same_state(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def written(model, path):
+    if path.suffix == ".npz":
+        np.savez(path, **{key: x.numpy() for key, x in model.state_dict().items()})
+    else:
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+        checkpoint.save(path, model.state_dict(), {"of": "a teacher"})
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz"])
+def test_no_flipped_bit_loads_as_other_weights(tmp_path, name):
+    """A file that fastkd wrote, or an npz, is refused in one line that names it; or what was changed has no meaning."""
+    path, model = tmp_path / name, small_model()
+    written(model, path)
+    content, other, loaded = path.read_bytes(), small_model(), 0
+    load_weights(other, path)
+    assert same_state(model, other)
+    for damaged in flips(content, 3 if name == "w.safetensors" else 5):
+        path.write_bytes(damaged)
+        try:
+            load_weights(other, path)
+            loaded += 1
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        assert same_state(model, other)
+    assert loaded < 0.3 * len(content) * 8 / 3
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:7],
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        lambda content: b"<html>not found</html>" * 100,
+        lambda content: b"\x00" * 4096,
+        lambda content: (10**5 * 6).to_bytes(8, "little") + b'{"a":' * 10**5 + b"}" * 10**5,
+    ],
+)
+def test_damaged_weights(tmp_path, name, damage):
+    path, model = tmp_path / name, small_model()
+    written(model, path)
+    path.write_bytes(damage(path.read_bytes()))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"w\.(npz|safetensors) is no whole .*: put a copy in its place") as caught:
+        load_weights(model, path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_weights_of_another_kind(tmp_path):
+    model = small_model()
+    state = {key: x.numpy() for key, x in model.state_dict().items()}
+    for other, message in (
+        (state["0.bias"].astype(object), "is no whole .npz file of numbers .*allow_pickle"),
+        (state["0.bias"].astype("U8"), "is no whole .npz file of numbers"),
+        (
+            state["0.bias"].astype(np.int32),
+            "does not fit Sequential: 0.bias is torch.int32 in the file and torch.float32",
+        ),
+        (state["0.bias"].astype(np.complex64), "does not fit Sequential: 0.bias is torch.complex64 in the file"),
+    ):
+        np.savez(tmp_path / "w.npz", **{**state, "0.bias": other}, allow_pickle=True)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, tmp_path / "w.npz")
+    np.save(tmp_path / "w.npy", state["0.bias"])
+    (tmp_path / "w.npy").rename(tmp_path / "w.npz")
+    with pytest.raises(ValueError, match=r"is no whole \.npz file of numbers"):
+        load_weights(model, tmp_path / "w.npz")
+    np.savez(
+        tmp_path / "w.npz", **{key: x.astype(np.float64) if x.dtype.kind == "f" else x for key, x in state.items()}
+    )
+    other = small_model()
+    load_weights(other, tmp_path / "w.npz")
+    assert same_state(model, other)
+
+
+def test_weights_without_a_checksum(tmp_path):
+    """As others write them, and fastkd's first versions."""
+    save_file = pytest.importorskip("safetensors.torch", reason="safetensors is not installed").save_file
+    model, other = small_model(), small_model()
+    for metadata in (None, {"format": "pt"}, {"fastkd": "{}"}):
+        save_file(model.state_dict(), tmp_path / "w.safetensors", metadata)
+        load_weights(other, tmp_path / "w.safetensors")
+        assert same_state(model, other)

@@ -17,7 +17,6 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 import safetensors.torch
 
-import fastkd
 from fastkd import PopulationEvaluator
 from fastkd.evolve import (
     ECS,
@@ -46,9 +45,11 @@ from fastkd.evolve import (
     pareto,
     uniform_l1,
 )
-from fastkd.evolve.budget import group_norm, largest
+from fastkd.evolve.limits import largest
+from fastkd.evolve.ranking import group_norm
 from fastkd.models import build_cnn
 from fastkd.population import GeneSpace, Group, trace
+from fastkd.population.masks import packed, unpacked
 from fastkd.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,10 +185,10 @@ def test_adaptive_rates():
 
 def test_packing():
     for genes in (1, 8, 13):
-        masks = torch.rand(5, genes, generator=seeded()) < 0.5
-        assert torch.equal(operators.unpacked(operators.packed(masks), genes), masks)
-    masks = torch.rand(700, 13, generator=seeded()) < 0.9
-    assert torch.equal(operators.occurrences(masks), masks.sum(0))
+        rows = torch.rand(5, genes, generator=seeded()) < 0.5
+        assert torch.equal(unpacked(packed(rows), genes), rows)
+    rows = torch.rand(700, 13, generator=seeded()) < 0.9
+    assert torch.equal(operators.occurrences(rows), rows.sum(0))
 
 
 def ecs_in_plain_python(masks, score, generator, copy=0.2, crossover=0.7):
@@ -750,9 +751,9 @@ def test_qualities_without_labels(evaluator, tmp_path, quality):
     values = fitness.measure(evaluator, limits, masks)[:, 0]
     assert values[0] > values[1:].max()
     assert torch.equal(values, -getattr(evaluator, quality)(masks, [x]))
-    whole = fastkd.evolve.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "a")
-    fastkd.evolve.evolve(evaluator, fitness, population=6, generations=2, seed=1, checkpoint=tmp_path / "b")
-    again = fastkd.evolve.evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "b")
+    whole = evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "a")
+    evolve(evaluator, fitness, population=6, generations=2, seed=1, checkpoint=tmp_path / "b")
+    again = evolve(evaluator, fitness, population=6, generations=4, seed=1, checkpoint=tmp_path / "b")
     assert torch.equal(whole.best, again.best) and whole.best_score == again.best_score < 0
     name = next(op.name for op in evaluator.space.ops if op.kind == "conv")
     assert Fitness(quality, [x], layers=[name]).identity()["layers"] == [name]
@@ -1052,6 +1053,45 @@ def test_a_cost_without_limits_of_its_own(evaluator):
     assert result.history[-1]["hypervolume"] > result.history[0]["hypervolume"] > 0
     result = run(evaluator, fitness=Fitness("loss", images(), cost="filters"), algorithm="nsga2", generations=4)
     assert result.best_quality < 0 and result.history[-1]["hypervolume"] >= result.history[0]["hypervolume"] > 0
+
+
+def test_a_budget_is_stated_once(evaluator, tmp_path):
+    """To the search, in its limits, or with the fitness: the same search, and the same checkpoint."""
+    plain = lambda **options: Fitness("accuracy", images(), cost="macs", **options)
+    limits = Limits(evaluator.space, {"macs": 0.6}, 2)
+    stated = [
+        dict(fitness=plain(budget={"macs": 0.6}, k_min=2)),
+        dict(fitness=plain(), budget={"macs": 0.6}, k_min=2),
+        dict(fitness=plain(), limits=limits),
+    ]
+    results = [run(evaluator, tmp_path, generations=k + 1, **options) for k, options in enumerate(stated)]
+    assert_same(results[-1], run(evaluator, generations=3, **stated[0]))
+    assert bool(limits.within(limits.counts(results[-1].population.masks)).all())
+    for options, message in (
+        (dict(fitness=plain(budget={"macs": 0.6}), budget={"macs": 0.6}), "budget must be stated once"),
+        (dict(fitness=plain(k_min=2), k_min=2), "k_min must be stated once"),
+        (dict(fitness=plain(), limits=limits, budget={"macs": 0.6}), "budget must be stated once, .* and limits"),
+        (dict(fitness=plain(), limits=Limits(trace(net(), images()[0]))), "limits must be of the evaluator's space"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(evaluator, **options)
+    with pytest.raises(TypeError, match="limits must be a Limits or None, got dict"):
+        run(evaluator, fitness=plain(), limits={"macs": 0.6})
+
+
+def test_the_order_of_removal_is_of_the_weights_that_are_loaded():
+    """Limits that were made before the weights came repair by these."""
+    model = net()
+    space = trace(model, images()[0])
+    early = Limits(space, {"macs": 0.4})
+    torch.manual_seed(1)
+    for module in model:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    e = PopulationEvaluator(model, space)
+    late = Limits(PopulationEvaluator(model, images()[0]).space, {"macs": 0.4})
+    assert early.space is e.space and torch.equal(early.order, late.order)
+    assert torch.equal(early.repair(space.ones(1)), late.repair(space.ones(1)))
 
 
 def test_history_and_curves(evaluator, tmp_path, capsys):
@@ -1442,4 +1482,6 @@ def test_a_lost_rank(ranked):
 
 
 def test_the_function_of_the_package():
+    import fastkd
+
     assert fastkd.evolve.evolve is evolve

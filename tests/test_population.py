@@ -767,6 +767,54 @@ def test_saved_and_rebuilt(name, tmp_path):
         load(tmp_path / "none", cnn.build_cnn)
 
 
+def test_the_file_of_fastkd_compress(tmp_path):
+    """Its config is a name with arguments, for `build_cnn` or for a function of one's own."""
+    model, x, space = network("lenet")
+    mask = some_masks(space, (0.4,))[0]
+    small, path = compact(model, mask, space), tmp_path / "weights.safetensors"
+    for config in ({"name": "lenet", "args": {"num_classes": 10}}, {"name": "lenet", "num_classes": 10}):
+        save(path, small, mask, config=config, input_shape=x.shape[1:])
+        assert torch.equal(load(path, cnn.build_cnn)(x), small(x))
+    save(path, small, mask, config={"name": "nets:lenet", "args": {"num_classes": 10}}, input_shape=x.shape[1:])
+    for build in (
+        cnn.LeNet,
+        lambda num_classes=3: cnn.LeNet(num_classes),
+        lambda name, args: cnn.LeNet(**args),
+        lambda *, name, **others: cnn.LeNet(**others),
+    ):
+        assert torch.equal(load(path, build)(x), small(x))
+    with pytest.raises(
+        ValueError, match=r"does not fit the network built with {'num_classes': 10}.*unexpected keyword"
+    ):
+        load(path, lambda classes: cnn.LeNet(classes))
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    """No bit of it can change without a word, but where it has no meaning."""
+    torch.manual_seed(0)
+    full = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).eval()
+    x = torch.randn(3, 1, 4, 4)
+    space = trace(full, x)
+    mask = torch.tensor([True, False, True, True])
+    small, path = compact(full, mask, space), tmp_path / "small.safetensors"
+    save(path, small, mask, config={}, input_shape=(1, 4, 4))
+    content, expected = path.read_bytes(), small(x)
+    for bit in range(0, 8 * len(content), 3):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            again = load(path, lambda: copy.deepcopy(full))
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:
+            assert torch.equal(again(x), expected)
+    for damaged in (b"", content[:7], content[:-1], b"x" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is no whole safetensors file .*: put a copy in its place"):
+            load(path, lambda: full)
+
+
 @pytest.mark.parametrize("name", ["lenet", "resnet20", "option_a", "halves"])
 def test_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

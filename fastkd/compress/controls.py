@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..evolve import Limits
-from ..evolve.budget import largest
+from ..evolve.limits import largest
 from ..lab.settings import ConfigError
 from ..population import GeneSpace
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from .._text import suggestion
 from ..data import Images
 from ..evolve import ALGORITHMS, QUALITIES, Algorithm, Fitness, Limits, Result, evolve, latency, mask_id, uniform_l1
-from ..evolve.budget import group_norm, largest, strongest
+from ..evolve.limits import largest
+from ..evolve.ranking import group_norm, strongest
 from ..lab.settings import ConfigError
 from ..population import GeneSpace, PopulationEvaluator
-from ..population.masks import duplicates, to_hex
+from ..population.masks import duplicates, from_hex, to_hex
 from ..runtime import checkpoint
 from ..runtime.world import World
 from .config import CompressConfig
@@ -51,7 +52,7 @@ class Search:
     ) -> None:
         self.config, self.model, self.example, self.data, self.world = config, model, example, data, world
         try:
-            self.limits = Limits(space, config.budget, config.k_min)
+            self.limits = Limits(space, config.budget, config.k_min, fill=not config.fitness.weight)
         except TypeError as error:
             raise ConfigError(str(error)) from None
         self.name = config.algorithm.name
@@ -95,14 +96,12 @@ class Search:
                 f"fitness.quality = {c.quality!r} needs labels, and data {self.data.name} has none: take agreement"
             )
         cost = latency(self.model, self.example) if c.cost == "latency" else c.cost
-        return Fitness(
-            c.quality, [batch], cost=cost, weight=c.weight, budget=self.config.budget, k_min=self.config.k_min
-        )
+        return Fitness(c.quality, [batch], cost=cost, weight=c.weight)
 
     def evaluator(self) -> PopulationEvaluator:
-        """Of the network as its weights are now."""
+        """Of the network as its weights are now, which the order of repairs follows, too."""
         bn = self.config.fitness.bn
-        evaluator = PopulationEvaluator(self.model, self.example, bn=bn)
+        evaluator = PopulationEvaluator(self.model, self.limits.space, bn=bn)
         if bn == "recalibrate":
             evaluator.calibrate(self.calibration)
         return evaluator
@@ -133,6 +132,7 @@ class Search:
                 c.generations,
                 seed,
                 initial=self._initial(space),
+                limits=self.limits,
                 checkpoint=folder,
                 callback=callbacks,
                 world=self.world,

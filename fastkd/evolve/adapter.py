@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Algorithm, Scores
-from .budget import Limits
+from .limits import Limits
 
 __all__ = ["Pymoo"]
 
@@ -25,7 +25,9 @@ class Pymoo(Algorithm):
     >>> from pymoo.operators.crossover.ux import UX
     >>> from pymoo.operators.mutation.bitflip import BitflipMutation
     >>> nsga2 = NSGA2(pop_size=32, sampling=BinaryRandomSampling(), crossover=UX(), mutation=BitflipMutation())
-    >>> fastkd.evolve.evolve(evaluator, fitness, algorithm=Pymoo(nsga2), population=32)
+    >>> algorithm = Pymoo(nsga2)
+
+    It is given as ``evolve(evaluator, fitness, algorithm, population=32)``.
 
     It minimises the objectives of :class:`fastkd.evolve.Scores`; one for a problem of a single objective: then the
     score. The population's size is pymoo's own. Its state is not in checkpoints: a resumed run asks and tells
@@ -60,13 +62,13 @@ class Pymoo(Algorithm):
     def identity(self) -> dict[str, Any]:
         kind = type(self.algorithm)
         try:
-            told = hashlib.sha256(pickle.dumps(self.algorithm)).hexdigest()[:16]
+            options = hashlib.sha256(pickle.dumps(self.algorithm)).hexdigest()[:16]
         except Exception:  # what it is made of cannot be pickled, and is not compared
-            told = ""
+            options = ""
         return {
             "name": self.name,
             "algorithm": f"{kind.__module__}.{kind.__qualname__}",
-            "options": told,
+            "options": options,
             "objectives": self.objectives,
         }
 
@@ -91,11 +93,11 @@ class Pymoo(Algorithm):
         return torch.from_numpy(np.asarray(self._asked.get("X")) > 0.5).to(device)
 
     def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
-        told = scores.objectives if self.objectives == "many" else -scores.score[:, None]
+        minimised = scores.objectives if self.objectives == "many" else -scores.score[:, None]
         asked, old, total = self._asked, len(masks), len(scores.score)
         asked.set("X", children.cpu().numpy())  # as repaired
         asked.set("row", np.arange(old, total))
-        values = told[old:].cpu().numpy()
+        values = minimised[old:].cpu().numpy()
         for individual, f in zip(asked, values, strict=True):
             individual.F, individual.evaluated = f, {"F", "G", "H"}
             individual.G, individual.H = np.zeros(0), np.zeros(0)

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import integer, number, one_of, probability
+from ..population.masks import duplicates
 from . import operators, pareto
-from .budget import Limits
+from .limits import Limits
 
 __all__ = ["ALGORITHMS", "ECS", "GA", "NSGA2", "Algorithm", "Random", "Scores"]
 
@@ -29,7 +31,7 @@ class Scores(NamedTuple):
 
 
 class Algorithm:
-    """Asked for individuals that are then evaluated, and told of their scores."""
+    """How a search goes on: it asks for individuals, which are evaluated, and then tells their scores."""
 
     name: ClassVar[str]
     replayed: ClassVar[bool] = False
@@ -69,9 +71,9 @@ class _Drawn(Algorithm):
 
     def __post_init__(self) -> None:
         if isinstance(self.density, str):
-            _one_of("density", self.density, ("random",))
+            one_of("density", self.density, ("random",))
         else:
-            _probability("density", self.density)
+            probability("density", self.density)
 
     def identity(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
@@ -89,6 +91,9 @@ class ECS(_Drawn):
     Defaults are as published: the best one first, then one operation after the other, drawn with these
     probabilities; parents by roulette; a two-point crossover gives both its children; a mutation flips every
     bit of one random segment. Where only one place is left, a second child has none.
+
+    >>> ECS(selection="tournament", elites=2).identity()["elites"]
+    2
 
     Args:
         copy, crossover, mutation: probabilities, of sum 1.
@@ -114,13 +119,13 @@ class ECS(_Drawn):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("copy", "crossover", "mutation"):
-            _probability(name, getattr(self, name))
+            probability(name, getattr(self, name))
         if abs(self.copy + self.crossover + self.mutation - 1) > 1e-9:
             raise ValueError(
                 f"copy + crossover + mutation must be 1, got {self.copy} + {self.crossover} + {self.mutation}"
             )
-        _check_operators(self)
-        _one_of("mutation_by", self.mutation_by, operators.MUTATIONS)
+        _check_operators(self.selection, self.crossover_by, self.rate, self.elites)
+        one_of("mutation_by", self.mutation_by, operators.MUTATIONS)
 
     def ask(self, limits: Limits, masks: Tensor, scores: Scores, generator: torch.Generator) -> Tensor:
         space, population, device, score = limits.space, len(masks), masks.device, scores.score
@@ -128,8 +133,8 @@ class ECS(_Drawn):
         # As many operations as could be needed; 0: copy, 1: crossover, 2: mutation.
         drawn = torch.rand(wanted, generator=generator, dtype=torch.float64)
         kind = (drawn >= self.copy).long() + (drawn >= self.copy + self.crossover).long()
-        made = 1 + (kind == 1).long()
-        at = made.cumsum(0) - made + self.elites
+        places = 1 + (kind == 1).long()
+        at = places.cumsum(0) - places + self.elites
         kind, at = kind[at < population].to(device), at[at < population].to(device)
         first, second = operators.SELECTIONS[self.selection](score, 2 * len(kind), generator).view(2, -1)
 
@@ -162,7 +167,7 @@ class _Sized(_Drawn):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("genome", self.genome, GENOMES)
+        one_of("genome", self.genome, GENOMES)
 
     def initial(
         self, limits: Limits, population: int, objectives: int, generator: torch.Generator, device: torch.device
@@ -187,7 +192,7 @@ class _Mating(_Sized):
     Args:
         density: of the initial population, as for :class:`ECS`; of random widths, every group has one of its own.
         genome: "filters", or "widths": how many filters every group keeps is bred; those of largest norm
-            (:func:`fastkd.evolve.budget.group_norm`) are kept. A search then has as many unknowns as there are groups,
+            (:func:`fastkd.evolve.ranking.group_norm`) are kept. A search then has as many unknowns as there are groups,
             and finds more with few images. With a budget, widths are all multiplied by what leads to it; where the
             fitness gives the cost a weight, only those beyond it are. Others who search for widths: Liu et al.,
             "MetaPruning", arXiv:1903.10258; Lin et al., "Channel Pruning via Automatic Structure Search",
@@ -213,13 +218,10 @@ class _Mating(_Sized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _probability("crossover", self.crossover)
-        _one_of("rates", self.rates, ("constant", "adaptive"))
-        _check_operators(self)
-        if isinstance(self.spread, bool) or not isinstance(self.spread, (int, float)):
-            raise TypeError(f"spread must be a number, got {self.spread!r}")
-        if not 0 <= self.spread <= 10:
-            raise ValueError(f"spread must be in [0, 10], got {self.spread}")
+        probability("crossover", self.crossover)
+        one_of("rates", self.rates, ("constant", "adaptive"))
+        _check_operators(self.selection, self.crossover_by, self.rate, self.elites)
+        number("spread", self.spread, 0, 10)
 
     def _children(
         self, limits: Limits, masks: Tensor, score: Tensor, count: int, generator: torch.Generator, out: Tensor
@@ -292,7 +294,7 @@ class NSGA2(_Mating):
         return out[: len(masks)]
 
     def tell(self, masks: Tensor, children: Tensor, scores: Scores) -> Tensor:
-        return pareto.survivors(scores.objectives, len(children), _duplicates(torch.cat((masks, children))))
+        return pareto.survivors(scores.objectives, len(children), duplicates(torch.cat((masks, children))))
 
 
 @dataclass(frozen=True)
@@ -320,32 +322,9 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
 }
 
 
-def _duplicates(masks: Tensor) -> Tensor:
-    """bool [P]: equal to an earlier one."""
-    _, inverse = torch.unique(operators.packed(masks), dim=0, return_inverse=True)
-    rows = torch.arange(len(masks))
-    first = torch.full_like(rows, len(rows)).scatter_reduce_(0, inverse, rows, "amin")
-    return (first[inverse] < rows).to(masks.device)
-
-
-def _check_operators(algorithm: Any) -> None:
-    _one_of("selection", algorithm.selection, operators.SELECTIONS)
-    _one_of("crossover_by", algorithm.crossover_by, operators.CROSSOVERS)
-    if algorithm.rate is not None:
-        _probability("rate", algorithm.rate)
-    if isinstance(algorithm.elites, bool) or not isinstance(algorithm.elites, int):
-        raise TypeError(f"elites must be an int, got {algorithm.elites!r}")
-    if algorithm.elites < 0:
-        raise ValueError(f"elites must be at least 0, got {algorithm.elites}")
-
-
-def _one_of(name: str, value: Any, valid: Any) -> None:
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
-
-
-def _probability(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
+def _check_operators(selection: str, crossover_by: str, rate: float | None, elites: int) -> None:
+    one_of("selection", selection, operators.SELECTIONS)
+    one_of("crossover_by", crossover_by, operators.CROSSOVERS)
+    if rate is not None:
+        probability("rate", rate)
+    integer("elites", elites, 0)

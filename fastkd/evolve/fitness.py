@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..population import GeneSpace, PopulationEvaluator, compact
+from .._checks import is_integer, number
+from ..population import QUALITIES, GeneSpace, PopulationEvaluator, compact
+from ..population.batches import listed
 from ..population.space import COSTS
+from ..runtime import fingerprint
 from ..runtime.measure import latency_ms
 from .algorithms import Scores
-from .budget import Limits
+from .limits import Limits
 
-__all__ = ["QUALITIES", "Fitness", "FitnessError", "latency"]
+__all__ = ["QUALITIES", "Fitness", "FitnessError", "MaskFunction", "latency"]
 
-Measure = Callable[[Tensor], Tensor]
+MaskFunction = Callable[[Tensor], Tensor]
 """masks bool [P, genes] -> [P]"""
-
-QUALITIES = ("accuracy", "loss", "agreement", "reconstruction", "lsp")
-ERRORS = ("loss", "reconstruction", "lsp")  # smaller is better: they count negatively
 
 
 class FitnessError(ValueError):
@@ -30,18 +29,19 @@ class FitnessError(ValueError):
 
 
 class Fitness:
-    """Quality against cost, as one number or as two objectives, possibly within a budget.
+    """Quality against cost, as one number or as two objectives.
 
-    >>> Fitness("accuracy", batches, cost="macs", weight=0.5)       # accuracy + 0.5 * removed fraction of MACs
-    >>> Fitness("accuracy", batches, budget={"macs": 0.4})          # the best with at most 40 % of the MACs
-    >>> Fitness("agreement", batches, cost="macs")                  # for "nsga2": a front of both
+    >>> batches = [(torch.randn(8, 1, 6, 6), torch.randint(3, (8,)))]
+    >>> both = Fitness("accuracy", batches, cost="macs", weight=0.5)  # accuracy + 0.5 * removed fraction of MACs
+    >>> front = Fitness("agreement", batches, cost="macs")  # for "nsga2": a front of both
+    >>> best = Fitness("accuracy", batches, budget={"macs": 0.4})  # the best with at most 40 % of the MACs
 
     The batches choose between individuals: they must be neither the validation nor the test split, on which results
     are reported, and had better not be those of :meth:`fastkd.PopulationEvaluator.calibrate`. They are read once and
     held: all individuals of a run are measured on the same images, or, with `rotate`, all those of a generation.
 
     Args:
-        quality: "accuracy", "agreement" (with the model as given), or an error, whose negative counts: "loss",
+        quality: "accuracy", "agreement" (with the full network), or an error, whose negative counts: "loss",
             "reconstruction" (of layers' features), "lsp" (local structure preservation among the images' features), see
             the methods of :class:`fastkd.PopulationEvaluator`; all but accuracy and loss need no labels. Or a callable:
             masks bool [P, genes] -> [P], larger is better, each row for itself.
@@ -51,9 +51,8 @@ class Fitness:
         weight: lambda in the score; with 0 the cost is only recorded, and an objective.
         form: "removed": quality + weight * (1 - cost / cost of the full network), as published (arXiv:1707.08005);
             "cost": quality - weight * cost / cost of the full network.
-        budget: cost -> fraction of the full network's that is allowed, such as {"macs": 0.4}. Every mask is repaired
-            to hold it, see :class:`fastkd.evolve.Limits`.
-        k_min: filters that every group keeps, in any case.
+        budget, k_min: another place to state those of :func:`fastkd.evolve.evolve`, which go into its
+            :class:`fastkd.evolve.Limits`; nothing else is done with them here.
         layers: of "reconstruction" and "lsp"; None: as there.
         rotate: every generation is measured on the next so many images of `batches`, in their order, the first ones
             following the last; see :class:`fastkd.evolve.Result`. None: on all of them.
@@ -67,14 +66,14 @@ class Fitness:
 
     def __init__(
         self,
-        quality: str | Measure = "accuracy",
+        quality: str | MaskFunction = "accuracy",
         batches: Iterable[Any] | None = None,
         *,
-        cost: str | Measure | None = None,
+        cost: str | MaskFunction | None = None,
         weight: float = 0.0,
         form: str = "removed",
         budget: Mapping[str, float] | None = None,
-        k_min: int = 1,
+        k_min: int | None = None,
         layers: Sequence[str] | None = None,
         rotate: int | None = None,
         reference: tuple[float, float] | None = None,
@@ -85,32 +84,24 @@ class Fitness:
             raise ValueError(f"cost must be one of {', '.join(COSTS)}, a callable, or None, got {cost!r}")
         if form not in ("removed", "cost"):
             raise ValueError(f"form must be 'removed' or 'cost', got {form!r}")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"weight must be a number, got {weight!r}")
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be at least 0 and finite, got {weight}")
+        number("weight", weight, 0)
         if weight and cost is None:
             raise ValueError(f"weight = {weight} needs a cost: one of {', '.join(COSTS)}, or a callable")
         if callable(quality) and batches is not None:
             raise ValueError("batches are for a quality by name, but quality is a callable")
         if not callable(quality) and batches is None:
             raise ValueError(f"quality = {quality!r} needs batches: a fitness split, apart from the validation split")
-        if isinstance(batches, Tensor) or (
-            isinstance(batches, tuple)
-            and len(batches) == 2
-            and isinstance(batches[0], Tensor)
-            and isinstance(batches[1], Tensor)
-        ):
-            batches = [batches]
-        if layers is not None and quality not in ("reconstruction", "lsp"):
-            raise ValueError(f'layers are for quality "reconstruction" or "lsp", got {_name(quality)!r}')
+        comparing = [name for name, q in QUALITIES.items() if q.layers]
+        if layers is not None and quality not in comparing:
+            names = " or ".join(f'"{name}"' for name in comparing)
+            raise ValueError(f"layers are for quality {names}, got {_name(quality)!r}")
         self.layers = None if layers is None else list(layers)
-        self.batches = None if batches is None else list(batches)
+        self.batches = None if batches is None else list(listed(batches))
         if self.batches == []:
             raise ValueError("batches must have at least one batch of the fitness split, got none")
         self.rotate, self.images = rotate, 0
         if rotate is not None:
-            if isinstance(rotate, bool) or not isinstance(rotate, int):
+            if not is_integer(rotate):
                 raise TypeError(f"rotate must be an int or None, got {rotate!r}")
             if self.batches is None:
                 raise ValueError(f"rotate = {rotate} is for a quality by name, but quality is a callable")
@@ -118,8 +109,8 @@ class Fitness:
             if not 1 <= rotate <= self.images:
                 raise ValueError(f"rotate must be in [1, {self.images}], the images of batches, got {rotate}")
         self.quality, self.cost, self.weight, self.form = quality, cost, float(weight), form
-        self.budget, self.k_min, self.reference = dict(budget or {}), k_min, reference
-        if reference is None and quality in ("accuracy", "agreement"):
+        self.budget, self.k_min, self.reference = budget, k_min, reference
+        if reference is None and isinstance(quality, str) and QUALITIES[quality].share:
             self.reference = (0.0, 1.0)
 
     @property
@@ -134,8 +125,6 @@ class Fitness:
             "cost": _name(self.cost),
             "weight": self.weight,
             "form": self.form,
-            "budget": self.budget,
-            "k_min": self.k_min,
             "reference": self.reference,
             "layers": self.layers,
             "rotate": self.rotate,
@@ -169,17 +158,17 @@ class Fitness:
             TypeError, ValueError: a callable that returns something else than [P].
         """
         if callable(self.quality):
-            quality = _asked("quality", self.quality, masks)
+            quality = _called("quality", self.quality, masks)
         elif isinstance(evaluator, PopulationEvaluator):
             layers = () if self.layers is None else (self.layers,)
             quality = getattr(evaluator, self.quality)(masks, self.batches, *layers)
-            quality = -quality if self.quality in ERRORS else quality
+            quality = -quality if QUALITIES[self.quality].error else quality
         else:
             raise TypeError(f"quality = {self.quality!r} needs a PopulationEvaluator, got {type(evaluator).__name__}")
         if self.cost is None:
             return quality[:, None]
         cost = (
-            _asked("cost", self.cost, masks)
+            _called("cost", self.cost, masks)
             if callable(self.cost)
             else limits.costs(limits.counts(masks), self.cost).cpu()
         )
@@ -191,7 +180,7 @@ class Fitness:
             return 1.0
         if not callable(self.cost):
             return float(limits.full[self.cost])
-        full = float(_asked("cost", self.cost, limits.space.ones(1)))
+        full = float(_called("cost", self.cost, limits.space.ones(1)))
         if not 0 < full < float("inf"):
             raise FitnessError(f"cost of the full network must be positive and finite, got {full}")
         return full
@@ -206,11 +195,16 @@ class Fitness:
         return Scores(score, torch.stack((-quality, cost), 1))
 
 
-def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Measure:
+def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> MaskFunction:
     """A cost: milliseconds of a forward pass of the compact network, the median of `repeats`.
 
     A measurement, and so not the same twice; a run remembers it with the individual. State the batch size
     of `example_input`, and the number of threads, with every figure.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> cost = latency(model, torch.randn(1, 1, 6, 6), repeats=2)
+    >>> bool((cost(torch.ones(2, 4, dtype=torch.bool)) > 0).all())
+    True
     """
 
     def milliseconds(masks: Tensor) -> Tensor:
@@ -224,8 +218,8 @@ def latency(model: nn.Module, example_input: Tensor, *, repeats: int = 10) -> Me
     return milliseconds
 
 
-def _asked(what: str, measure: Measure, masks: Tensor) -> Tensor:
-    out = measure(masks)
+def _called(what: str, function: MaskFunction, masks: Tensor) -> Tensor:
+    out: object = function(masks)
     if not isinstance(out, Tensor):
         raise TypeError(f"{what} must return a tensor of shape [{len(masks)}], got {type(out).__name__}")
     if out.shape != masks.shape[:1]:
@@ -233,11 +227,11 @@ def _asked(what: str, measure: Measure, masks: Tensor) -> Tensor:
     return out.detach().cpu().double()
 
 
-def _name(measure: str | Measure | None) -> str | None:
-    if measure is None or isinstance(measure, str):
-        return measure
-    own = getattr(measure, "__qualname__", type(measure).__qualname__)
-    return f"{getattr(measure, '__module__', '')}.{own}"
+def _name(function: str | MaskFunction | None) -> str | None:
+    if function is None or isinstance(function, str):
+        return function
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{getattr(function, '__module__', '')}.{name}"
 
 
 def _images(batch: Any) -> Tensor:
@@ -248,10 +242,7 @@ def _images(batch: Any) -> Tensor:
 
 
 def _fingerprint(batches: list[Any]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for x in batch if isinstance(batch, (tuple, list)) else (batch,):
-            if isinstance(x, Tensor):
-                digest.update(f"{list(x.shape)} {x.dtype}".encode())
-                digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    tensors = [x for batch in batches for x in (batch if isinstance(batch, (tuple, list)) else (batch,))]
+    return fingerprint.of_tensors(
+        *(part for x in tensors if isinstance(x, Tensor) for part in (f"{list(x.shape)} {x.dtype}", x))
+    )

@@ -33,13 +33,11 @@ __all__ = [
     "initial",
     "mutate",
     "occurrences",
-    "packed",
     "rank",
     "roulette",
     "scattered",
     "segment",
     "tournament",
-    "unpacked",
 ]
 
 Pattern = Callable[[slice], Tensor]
@@ -108,9 +106,11 @@ def segment(rows: int, space: GeneSpace, generator: torch.Generator, device: tor
     low, high = torch.minimum(a, b).to(device)[:, None], torch.maximum(a, b).to(device)[:, None]
     first, word = _FIRST.to(device), torch.arange(0, space.num_genes, 8, device=device)
 
+    def until(end: Tensor) -> Tensor:
+        return first[(end - word).clamp_(0, 8)]
+
     def pattern(which: slice) -> Tensor:
-        until = lambda end: first[(end[which] - word).clamp_(0, 8)]
-        return _genes(until(low).bitwise_xor_(until(high)), space.num_genes)
+        return _genes(until(low[which]).bitwise_xor_(until(high[which])), space.num_genes)
 
     return pattern
 
@@ -272,13 +272,3 @@ def occurrences(masks: Tensor) -> Tensor:
     for first in range(0, len(rows), 255):  # sums that fit a byte are many times as fast
         out += np.add.reduce(rows[first : first + 255], 0, dtype=np.uint8)
     return torch.from_numpy(out)
-
-
-def packed(masks: Tensor) -> Tensor:
-    """uint8 [P, genes / 8], rounded up, on the CPU: eight genes in a byte, the first one highest."""
-    return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=1))
-
-
-def unpacked(rows: Tensor, genes: int) -> Tensor:
-    """bool [P, genes]"""
-    return torch.from_numpy(np.unpackbits(rows.numpy(), axis=1, count=genes)).bool()

@@ -19,11 +19,14 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
     Equal individuals are in the same front. For two objectives memory is O(P), and time O(P log P) and O(P) for each
     front; for more, memory is P^2 bytes.
 
+    >>> nondominated_sort(torch.tensor([[0.0, 2.0], [1.0, 1.0], [1.0, 2.0]]))
+    tensor([0, 0, 1])
+
     Args:
         objectives: float [P, K], minimised.
     """
     _check(objectives)
-    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)  # in lexicographic order
+    distinct, inverse = _distinct(objectives)
     if objectives.shape[1] == 1:
         return inverse
     front = torch.full((len(distinct),), -1, dtype=torch.int64, device=objectives.device)
@@ -36,7 +39,7 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
             left, k = left[~first], k + 1
         return front[inverse]
     rows = max(1, BLOCK // max(distinct.numel(), 1))
-    worse = torch.cat([(distinct <= some[:, None]).all(2) for some in distinct.split(rows)])  # [who, than whom]
+    worse = torch.cat([(distinct <= some[:, None]).all(2) for some in torch.split(distinct, rows)])  # [who, than whom]
     while len(left):
         first = worse[left][:, left].sum(1) == 1  # dominated by none but itself
         front[left[first]] = k
@@ -45,9 +48,16 @@ def nondominated_sort(objectives: Tensor) -> Tensor:
 
 
 def nondominated(objectives: Tensor) -> Tensor:
-    """int64 [F], ascending: those that no other dominates, one of each that are equal (the first)."""
+    """int64 [F], ascending: those that no other dominates, one of each that are equal (the first).
+
+    >>> nondominated(torch.tensor([[1.0, 2.0], [0.0, 2.0], [1.0, 1.0], [1.0, 1.0]]))
+    tensor([1, 2])
+
+    Args:
+        objectives: float [P, K], minimised.
+    """
     _check(objectives)
-    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)
+    distinct, inverse = _distinct(objectives)
     rows = torch.arange(len(objectives), device=objectives.device)
     first = torch.full((len(distinct),), len(objectives), dtype=torch.int64, device=objectives.device)
     first.scatter_reduce_(0, inverse, rows, "amin")
@@ -60,6 +70,10 @@ def nondominated(objectives: Tensor) -> Tensor:
 def crowding_distance(objectives: Tensor, front: Tensor) -> Tensor:
     """float64 [P]: how far the neighbours in the own front are apart, summed over objectives, each relative to the
     front's extent; inf at the ends. Of equal values the one that comes first counts as the smaller.
+
+    >>> points = torch.tensor([[0.0, 4.0], [1.0, 1.0], [4.0, 0.0]])
+    >>> crowding_distance(points, nondominated_sort(points))
+    tensor([inf, 2., inf], dtype=torch.float64)
 
     Args:
         objectives: float [P, K].
@@ -104,6 +118,9 @@ def survivors(objectives: Tensor, count: int, duplicate: Tensor | None = None) -
 def hypervolume(objectives: Tensor, reference: Sequence[float] | Tensor) -> float:
     """The exact area that two minimised objectives dominate, up to the reference point; those beyond it count nothing.
 
+    >>> hypervolume(torch.tensor([[0.25, 0.5]]), (1, 1))
+    0.375
+
     Args:
         objectives: float [P, 2]; may be empty.
         reference: two numbers.
@@ -119,6 +136,14 @@ def hypervolume(objectives: Tensor, reference: Sequence[float] | Tensor) -> floa
     order = x.argsort()
     x, y = x[order], y[order]  # x ascends, y descends
     return float(((point[0] - x) * (torch.cat((point[1:], y[:-1])) - y)).sum())
+
+
+def _distinct(objectives: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows in lexicographic order, and which of them each row is."""
+    distinct: Tensor
+    inverse: Tensor
+    distinct, inverse = torch.unique(objectives, dim=0, return_inverse=True)
+    return distinct, inverse
 
 
 def _check(objectives: Tensor) -> None:

@@ -18,7 +18,6 @@ All are called as ``model(images)`` with [N, C, H, W] and give logits [N, num_cl
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .._text import suggestion
+from ..runtime import tensorfile
 
 __all__ = [
     "CNNS",
@@ -60,7 +62,8 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.max_pool2d(self.conv2(x), 2)
-        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+        y: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+        return y
 
 
 class AlexNet(nn.Module):
@@ -95,7 +98,8 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        y: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return y
 
 
 class VGG(nn.Module):
@@ -128,7 +132,8 @@ class VGG(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        y: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return y
 
 
 def vgg16(num_classes: int = 1000, dropout: float = 0.5) -> VGG:
@@ -200,7 +205,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        y: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return y
 
 
 def resnet20(num_classes: int = 10) -> CifarResNet:
@@ -231,7 +237,8 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        y: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return y
 
 
 class ResNet(nn.Module):
@@ -259,7 +266,8 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        y: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return y
 
 
 def resnet50(num_classes: int = 1000) -> ResNet:
@@ -292,7 +300,8 @@ class MobileNetV1(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(self.conv1(x)).mean((2, 3)))
+        y: Tensor = self.classifier(self.features(self.conv1(x)).mean((2, 3)))
+        return y
 
 
 def _initialise(model: nn.Module) -> None:
@@ -330,12 +339,12 @@ def build_cnn(name: str, **hyperparameters: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name or hyperparameter (the message lists the valid ones).
+
+    >>> build_cnn("resnet20", num_classes=100).linear.out_features
+    100
     """
     if name not in CNNS:
-        close = difflib.get_close_matches(str(name), CNNS, 1)
-        raise ValueError(
-            f"name must be one of {', '.join(CNNS)}, got {name!r}" + (f" (did you mean {close[0]!r}?)" if close else "")
-        )
+        raise ValueError(f"name must be one of {', '.join(CNNS)}, got {name!r}{suggestion(name, CNNS)}")
     valid = list(inspect.signature(CNNS[name]).parameters)
     for key in hyperparameters:
         if key not in valid:
@@ -346,33 +355,58 @@ def build_cnn(name: str, **hyperparameters: Any) -> nn.Module:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fills `model` with the tensors of an ``.npz`` or ``.safetensors`` file, by parameter name.
 
-    The counters ``num_batches_tracked`` may be absent; every other name must be in both.
+    The counters ``num_batches_tracked`` may be absent; every other name must be in both. Floating-point numbers of
+    another precision are converted.
+
+    >>> import tempfile
+    >>> model, other = build_cnn("lenet"), build_cnn("lenet")
+    >>> with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+    ...     np.savez(file, **{name: x.numpy() for name, x in model.state_dict().items()})
+    ...     load_weights(other, file.name)
+    >>> torch.equal(model.conv1.weight, other.conv1.weight)
+    True
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another file type, or names or shapes that differ; the model is then as it was.
+        ImportError: a .safetensors file, and safetensors is not installed.
+        ValueError: another file type; a file that is damaged; names, shapes or kinds of numbers that differ. The model
+            is then as it was.
     """
     path = Path(path)
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"path must end in .npz or .safetensors, got {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            given = {key: torch.from_numpy(file[key]) for key in file.files}
-    else:
-        from safetensors.torch import load_file
-
-        given = load_file(path)
-    own = model.state_dict()
-    missing = [key for key in own if key not in given and not key.endswith("num_batches_tracked")]
-    wrong = [f"unknown: {key}" for key in given if key not in own] + [f"missing: {key}" for key in missing]
-    wrong += [
-        f"{key} is {list(given[key].shape)} in the file and {list(x.shape)} in the model"
-        for key, x in own.items()
-        if key in given and given[key].shape != x.shape
-    ]
+    found = _npz(path) if path.suffix == ".npz" else _safetensors(path)
+    state = model.state_dict()
+    missing = [key for key in state if key not in found and not key.endswith("num_batches_tracked")]
+    wrong = [f"unknown: {key}" for key in found if key not in state] + [f"missing: {key}" for key in missing]
+    for key, x in state.items():
+        if key in found and found[key].shape != x.shape:
+            wrong.append(f"{key} is {list(found[key].shape)} in the file and {list(x.shape)} in the model")
+        elif key in found and found[key].is_floating_point() != x.is_floating_point():
+            wrong.append(f"{key} is {found[key].dtype} in the file and {x.dtype} in the model")
     if wrong:
         more = f", and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(wrong[:10])}{more}")
-    model.load_state_dict(given, strict=False)
+    model.load_state_dict(found, strict=False)
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen of types for a damaged file
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"{path} is no whole .npz file of numbers ({said}): put a copy in its place, or give another file"
+        ) from None
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return tensorfile.read(path)[0]
+    except tensorfile.DamagedFile as error:
+        raise ValueError(f"{error}: put a copy in its place, or give another file") from None
+    except ImportError:
+        raise ImportError(f'{path} needs the package safetensors: pip install "fastkd[compress]"') from None

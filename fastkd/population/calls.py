@@ -85,10 +85,12 @@ class Calls(Recorder):
         return self.reshape(node, a, torch.flatten(self.tensors[a.value], start_dim, end_dim).shape, False)
 
     def call_reshape(self, node: fx.Node, a: Ref, *shape: Any) -> Ref | Split:
-        given = node.args[1:]
+        written = node.args[1:]
         if len(shape) == 1 and not isinstance(shape[0], int):
-            shape, given = tuple(shape[0]), node.args[1]  # type: ignore[assignment]
-        stated = isinstance(given, tuple | list) and len(given) > 1 and isinstance(given[1], int) and given[1] > 0
+            shape, written = tuple(shape[0]), node.args[1]  # type: ignore[assignment]
+        stated = (
+            isinstance(written, tuple | list) and len(written) > 1 and isinstance(written[1], int) and written[1] > 0
+        )
         return self.reshape(node, a, self.tensors[a.value].reshape(shape).shape, stated)
 
     call_view = call_reshape

@@ -100,7 +100,7 @@ class Recorder:
         **attributes: Any,
     ) -> Ref:
         name = str(node.target) if node.op == "call_module" else node.name
-        made = Op(
+        op = Op(
             kind,
             name,
             tuple(inputs),
@@ -113,12 +113,12 @@ class Recorder:
             fixed,
         )
         try:
-            result = made.run(*(self.tensors[i] for i in inputs))
+            result = op.run(*(self.tensors[i] for i in inputs))
         except Exception as error:
             raise ValueError(
                 f"example_input of shape {list(self.example.shape)} does not fit: {name} fails with {error}"
             ) from error
-        self.ops.append(made)
+        self.ops.append(op)
         return self.value(name, result, channels)
 
     def known(self, node: fx.Node, f: Callable[..., Tensor], a: Ref, arguments: dict[str, Any]) -> Ref:

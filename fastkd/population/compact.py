@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..reference import masked_forward
-from ..runtime import atomic
+from ..runtime import atomic, tensorfile
 from .operations import at_positions
 from .space import GeneSpace, Op
 from .trace import space_of
@@ -50,6 +51,14 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
     It is a copy of the model with smaller weights, of the same class. Where the model's source states numbers
     of channels (a view to a stated width, a slice or shuffle of channels; an option-A shortcut that is not a module by
     itself), it is an fx.GraphModule with the same names of parameters instead, and then has no dropout.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> compact(model, torch.tensor([True, False, True, False]), torch.zeros(1, 1, 6, 6))
+    Sequential(
+      (0): Conv2d(1, 2, kernel_size=(3, 3), stride=(1, 1))
+      (1): Flatten(start_dim=1, end_dim=-1)
+      (2): Linear(in_features=32, out_features=3, bias=True)
+    )
 
     Args:
         model: in evaluation mode, as for :func:`trace`. Not changed.
@@ -186,56 +195,82 @@ _MASK = "fastkd.mask"
 def save(
     path: str | Path, model: nn.Module, mask: Tensor, *, config: dict[str, Any], input_shape: Sequence[int]
 ) -> None:
-    """Writes a compact network as safetensors, whole or not at all.
+    """Writes a compact network as safetensors with a checksum, whole or not at all.
+
+    >>> import tempfile
+    >>> from fastkd.models import build_cnn
+    >>> full, image = build_cnn("lenet").eval(), torch.randn(1, 1, 28, 28)
+    >>> space = fastkd.population.trace(full, image)
+    >>> mask = space.repair(space.random(1, 0.1))[0]
+    >>> small = compact(full, mask, space)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/small.safetensors", small, mask, config={"name": "lenet"}, input_shape=(1, 28, 28))
+    ...     again = load(f"{folder}/small.safetensors", build_cnn)
+    >>> torch.equal(again(image), small(image))
+    True
 
     Args:
         model: from :func:`compact`, as it is now (after fine-tuning, say).
-        mask: bool [num_genes] that it was made of.
+        mask: bool [num_genes] from which it was made.
         config: the arguments with which the full network is built; anything that JSON holds.
         input_shape: of one image, (C, ...).
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the disk is full, or whatever else the system says.
+    """
     state = model.state_dict()
     if _MASK in state:
         raise ValueError(f"model has a tensor {_MASK}, which is the name of the mask in the file")
-    tensors = {name: x.detach().contiguous().clone() for name, x in state.items()}
-    metadata = {"fastkd": json.dumps({"config": config, "input_shape": list(input_shape)})}
-    path = Path(path)
-    atomic.replace(path, lambda part: save_file({**tensors, _MASK: mask.cpu()}, part, metadata))
+    text = json.dumps({"config": config, "input_shape": list(input_shape)})
+    atomic.replace(Path(path), lambda part: tensorfile.write(part, {**state, _MASK: mask.cpu()}, text))
 
 
 def load(path: str | Path, build: Callable[..., nn.Module]) -> nn.Module:
-    """The compact network of a file that :func:`save` wrote, in evaluation mode.
+    """The compact network of a file that :func:`save` wrote, or ``fastkd compress``, in evaluation mode.
 
     Args:
         build: gives the full network; called with the config of the file, such as
             ``fastkd.models.build_cnn``.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not one of these, or one that `build` does not fit.
+        FileNotFoundError, ValueError: no such file, or not one of these, a damaged one, or one that `build` does not
+            fit.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}")
+    path = Path(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
-    if "fastkd" not in metadata or _MASK not in tensors:
+        tensors, text = tensorfile.read(path)
+    except tensorfile.DamagedFile as error:
+        raise ValueError(f"{error}: put a copy in its place, or save the network again") from None
+    if text is None or _MASK not in tensors:
         raise ValueError(f"{path} was not written by fastkd.population.save: it has no mask")
-    state, mask = json.loads(metadata["fastkd"]), tensors.pop(_MASK)
-    full = build(**state["config"]).eval()
-    dtype = next(x.dtype for x in tensors.values() if x.is_floating_point())
+    mask = tensors.pop(_MASK)
+    dtype = next((x.dtype for x in tensors.values() if x.is_floating_point()), torch.float32)
     try:
-        model = compact(full, mask, torch.zeros(1, *state["input_shape"])).to(dtype)
+        state = json.loads(text)
+        config, shape = _arguments(state["config"], build), [int(n) for n in state["input_shape"]]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{path} is damaged (what it says of its network cannot be read): put a copy in its place, or save the "
+            "network again"
+        ) from None
+    try:
+        model = compact(build(**config).eval(), mask, torch.zeros(1, *shape)).to(dtype)
         model.load_state_dict(tensors)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the network built with {state['config']}: {error}") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the network built with {config}: {error}") from error
     return model
+
+
+def _arguments(config: dict[str, Any], build: Callable[..., nn.Module]) -> dict[str, Any]:
+    """What `build` is called with. Files of ``fastkd compress`` hold {"name": ..., "args": {...}}: a function that has
+    no argument `args` gets what is in it, and `name` if it takes one, as ``build_cnn`` does."""
+    if set(config) != {"name", "args"} or not isinstance(config["args"], dict):
+        return config
+    taken = inspect.signature(build).parameters
+    if "args" in taken:
+        return config
+    return {**({"name": config["name"]} if "name" in taken else {}), **config["args"]}
 
 
 def export_onnx(model: nn.Module, path: str | Path, example_input: Tensor) -> None:

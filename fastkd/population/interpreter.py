@@ -152,10 +152,13 @@ class Interpreter(Calls):
         """Whether a function that is not torch's returns the very tensor it is given, such as stochastic depth in
         evaluation mode."""
         x = self.tensors[a.value]
-        for given in (x, torch.zeros_like(x)):
-            own = lambda v: given if v is a else v
+        for argument in (x, torch.zeros_like(x)):
+            with_it = lambda v: argument if v is a else v
             with contextlib.suppress(Exception):  # what it cannot do is refused by name
-                if f(*fx.node.map_aggregate(tuple(args), own), **fx.node.map_aggregate(kwargs, own)) is given:
+                if (
+                    f(*fx.node.map_aggregate(tuple(args), with_it), **fx.node.map_aggregate(kwargs, with_it))
+                    is argument
+                ):
                     continue
             return False
         return True

@@ -173,12 +173,12 @@ class _Lowering:
     ) -> int:
         """Its value; of the size and genes of the operation's result if not stated."""
         result = self.space.values[self.op.output]
-        own = (result.genes if genes is None else genes).tolist()
-        made = len(self.values)
-        self.values.append((len(own), *(size or _three(result.shape)[1:]), own))
-        self.nodes.append({"op": kind, "inputs": inputs, "output": made, **rest})
-        self.name[made] = self.op.name
-        return made
+        of_channels = (result.genes if genes is None else genes).tolist()
+        value = len(self.values)
+        self.values.append((len(of_channels), *(size or _three(result.shape)[1:]), of_channels))
+        self.nodes.append({"op": kind, "inputs": inputs, "output": value, **rest})
+        self.name[value] = self.op.name
+        return value
 
     def sized(self, v: int) -> tuple[int, int]:
         return self.values[v][1], self.values[v][2]
@@ -217,9 +217,9 @@ class _Lowering:
         weight = torch.ones_like(mean) if m.weight is None else _copy(m.weight).double()
         bias = torch.zeros_like(mean) if m.bias is None else _copy(m.bias).double()
         scale = weight / torch.sqrt(variance + m.eps)
-        made = self.node("norm", a, scale=scale, shift=bias - mean * scale, weight=weight, bias=bias, eps=m.eps)
-        self.batch_norms[made] = weight, bias, m.eps
-        return made
+        value = self.node("norm", a, scale=scale, shift=bias - mean * scale, weight=weight, bias=bias, eps=m.eps)
+        self.batch_norms[value] = weight, bias, m.eps
+        return value
 
     def scaled(self, a: int, scale: float | Tensor, shift: float = 0.0) -> int:
         full = torch.zeros(self.values[a][0], dtype=torch.float64)
@@ -233,53 +233,53 @@ class _Lowering:
         return self.node("add", self.node("activation", a, name="relu"), self.scaled(negative, -weight))
 
     def lower_elementwise(self, op: Op, a: int) -> int:
-        f, given = op.function, op.attributes
+        f, options = op.function, op.attributes
         if f in _PLAIN:
             return self.node("activation", a, name=_PLAIN[f])
         if f is F.leaky_relu:
-            return self.node("activation", a, name="leaky_relu", param=given.get("negative_slope", 0.01))
+            return self.node("activation", a, name="leaky_relu", param=options.get("negative_slope", 0.01))
         if f is F.gelu:
-            return self.node("activation", a, name="gelu_tanh" if given.get("approximate") == "tanh" else "gelu")
+            return self.node("activation", a, name="gelu_tanh" if options.get("approximate") == "tanh" else "gelu")
         if f is torch.add:
-            return self.scaled(a, 1.0, given["other"])
+            return self.scaled(a, 1.0, options["other"])
         if f is torch.mul:
-            return self.scaled(a, given["other"])
+            return self.scaled(a, options["other"])
         if f is torch.div:
-            return self.scaled(a, 1 / given["other"])
+            return self.scaled(a, 1 / options["other"])
         if f is torch.neg:
             return self.scaled(a, -1.0)
         limits = {F.hardtanh: ("min_val", "max_val"), torch.clamp: ("min", "max")}.get(f)  # type: ignore[arg-type]
         if limits is not None:
             defaults = (-1.0, 1.0) if f is F.hardtanh else (None, None)
-            found = tuple(given.get(n, d) for n, d in zip(limits, defaults, strict=True))
+            found = tuple(options.get(n, d) for n, d in zip(limits, defaults, strict=True))
             if found in ((0, None), (0, 6)):
                 return self.node("activation", a, name="relu" if found[1] is None else "relu6")
-        _refuse(op, f"{function_name(f)} with {given}" if given else function_name(f))
+        _refuse(op, f"{function_name(f)} with {options}" if options else function_name(f))
 
     def lower_spatial(self, op: Op, a: int) -> int:
-        f, given = op.function, op.attributes
+        f, options = op.function, op.attributes
         shape, size = self.space.values[op.inputs[0]].shape, _three(self.space.values[op.output].shape)[1:]
         if f is reshape_positions:
             return self.reshaped(a, size)
         if f is F.max_pool2d:
-            return self.node("max_pool", a, **self.window(), dilation=_pair(given.get("dilation", 1)))
-        if f is F.avg_pool2d and given.get("divisor_override") is None:
-            return self.node("avg_pool", a, **self.window(), count_include_pad=given.get("count_include_pad", True))
+            return self.node("max_pool", a, **self.window(), dilation=_pair(options.get("dilation", 1)))
+        if f is F.avg_pool2d and options.get("divisor_override") is None:
+            return self.node("avg_pool", a, **self.window(), count_include_pad=options.get("count_include_pad", True))
         if f is F.adaptive_avg_pool2d or (f is expand_positions and len(shape) == 3):
             return self.adaptive(a, size)  # each result the mean of one number, where it expands
-        if f is F.interpolate and given.get("mode", "nearest") == "nearest":
+        if f is F.interpolate and options.get("mode", "nearest") == "nearest":
             if len(shape) == 3 and not any(new % old for new, old in zip(size, shape[1:], strict=True)):
                 return self.adaptive(a, size)
         if f is F.adaptive_max_pool2d and not any(old % new for new, old in zip(size, shape[1:], strict=True)):
             kernel = (shape[1] // size[0], shape[2] // size[1])
             return self.node("max_pool", a, kernel=kernel, stride=kernel)
         if f is torch.mean:
-            left = [1 if d + 2 in given["dim"] else n for d, n in enumerate(shape[1:])]
+            left = [1 if d + 2 in options["dim"] else n for d, n in enumerate(shape[1:])]
             return self.reshaped(self.adaptive(a, _three((0, *left))[1:]), size)
         if f is at_positions:
             index = [
                 slice(i % n, i % n + 1) if isinstance(i, int) else i
-                for i, n in zip(given["index"], shape[1:], strict=False)
+                for i, n in zip(options["index"], shape[1:], strict=False)
             ]
             index += [slice(None)] * (2 - len(index))
             cut = [i.indices(n) for i, n in zip(index, _three(shape)[1:], strict=True)]
@@ -292,18 +292,18 @@ class _Lowering:
                 stride=(cut[0][2], cut[1][2]),
             )
             return self.reshaped(taken, size)
-        if f is F.pad and len(shape) == 3 and given["mode"] == "constant" and not given["value"]:
-            left, right, top, bottom = (*given["pad"], 0, 0)[:4]
+        if f is F.pad and len(shape) == 3 and options["mode"] == "constant" and not options["value"]:
+            left, right, top, bottom = (*options["pad"], 0, 0)[:4]
             if min(left, right, top, bottom) >= 0:
                 return self.node("avg_pool", a, kernel=(1, 1), padding=(top, left))
-        _refuse(op, f"{function_name(f)} with {given}")
+        _refuse(op, f"{function_name(f)} with {options}")
 
     def window(self) -> dict[str, Any]:
-        given = self.op.attributes
+        options = self.op.attributes
         return {
-            "kernel": _pair(given["kernel_size"]),
-            "stride": _pair(given["stride"]),
-            "padding": _pair(given.get("padding", 0)),
+            "kernel": _pair(options["kernel_size"]),
+            "stride": _pair(options["stride"]),
+            "padding": _pair(options.get("padding", 0)),
         }
 
     def adaptive(self, a: int, size: tuple[int, int]) -> int:

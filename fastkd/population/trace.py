@@ -27,6 +27,12 @@ def trace(model: nn.Module, example_input: Tensor) -> GeneSpace:
     linear layer that is not tied to the network's input or output is a gene. Channels may be concatenated, cut
     (slices, chunk, split) and shuffled; those that only some values hold are groups of their own.
 
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> print(trace(model, torch.zeros(1, 1, 6, 6)))
+    group  genes  modules
+    0          4  0
+    4 of 4 genes, 235 parameters, 768 MACs
+
     Args:
         model: in evaluation mode.
         example_input: [N, C, ...] of the dtype and on the device of the model; one image is looked at.

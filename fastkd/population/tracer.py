@@ -24,12 +24,12 @@ class _Proxy(fx.Proxy):
 
 def _pieces(node: fx.Node) -> int | None:
     """How many a chunk or split has, where the call says so: then it can be a list."""
-    name, given = getattr(node.target, "__name__", node.target), (*node.args, *node.kwargs.values())
-    if name not in ("chunk", "split") or len(given) < 2:
+    name, arguments = getattr(node.target, "__name__", node.target), (*node.args, *node.kwargs.values())
+    if name not in ("chunk", "split") or len(arguments) < 2:
         return None
-    if isinstance(given[1], Sequence):
-        return len(given[1])
-    return given[1] if name == "chunk" and isinstance(given[1], int) else None
+    if isinstance(arguments[1], Sequence):
+        return len(arguments[1])
+    return arguments[1] if name == "chunk" and isinstance(arguments[1], int) else None
 
 
 class Tracer(fx.Tracer):

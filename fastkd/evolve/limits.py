@@ -1,4 +1,4 @@
-"""Costs by the number of filters in each group, and the repair of masks to a budget."""
+"""Which masks are allowed: costs by the number of filters in each group, and the repair of masks to a budget."""
 
 from __future__ import annotations
 
@@ -6,32 +6,61 @@ import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._checks import integer, is_number
 from ..population import GeneSpace
 from ..population.space import COSTS
+from .ranking import group_norm
 
-__all__ = ["Limits", "global_norm", "group_norm", "largest", "strongest", "uniform_l1"]
+__all__ = ["Limits", "largest"]
 
 BLOCK = 1 << 22  # genes worked on at once
 STEPS = 256  # of densities that are tried
 HALVINGS = 40  # of the interval of a factor
 
 
+class _Removal(NamedTuple):
+    """The weakest filters of every group come first, by their place in the group relative to its size, so that all
+    groups shrink alike. Within the group: ascending l1, equal ones by number."""
+
+    order: Tensor
+    """int64 [genes]: from the first that is removed to the last."""
+    by: Tensor
+    """int64 [genes]: group by group, the weakest first."""
+    back: Tensor
+    """int64 [genes]: the inverse of `by`."""
+    among: Tensor
+    """int32 [genes + 1, groups]: how many of a group are among the first t of the order."""
+
+
 class Limits:
     """Which masks are allowed: at least so many filters per group, and at most such costs.
 
-    >>> limits = Limits(space, {"macs": 0.4})
-    >>> masks = limits.repair(masks)
+    A budget is stated here and nowhere else. One of these serves a search, what it starts from, its controls and what
+    is reported of it.
+
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
+    >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
+    >>> limits = Limits(space, {"macs": 0.5})
+    >>> masks = limits.repair(space.ones(2))
+    >>> masks.sum(1), limits.within(limits.counts(masks))
+    (tensor([2, 2]), tensor([True, True]))
 
     Args:
         budget: cost -> fraction of the full network's, in (0, 1]. Costs are "macs", "parameters", "filters"; all
             that are given must hold.
         k_min: filters (genes) that every group keeps, or all where it has fewer.
         fill: searches over widths spend all of the budget; not so where a smaller cost is worth something.
+
+    Attributes:
+        budget: cost -> how much of it is allowed, in its own unit.
+        full: cost -> how much the full network takes.
+        sizes, least: int64 [groups], how many filters each group has, and keeps at least.
 
     Raises:
         ValueError: an unknown cost, a fraction out of range, or one that no mask can meet: the message says the
@@ -41,31 +70,26 @@ class Limits:
     def __init__(
         self, space: GeneSpace, budget: Mapping[str, float] | None = None, k_min: int = 1, *, fill: bool = True
     ) -> None:
-        if isinstance(k_min, bool) or not isinstance(k_min, int):
-            raise TypeError(f"k_min must be an int, got {k_min!r}")
-        if k_min < 1:
-            raise ValueError(f"k_min must be at least 1, got {k_min}")
-        self.space, self.k_min, self.fill = space, k_min, fill
+        self.space, self.k_min, self.fill = space, integer("k_min", k_min, 1), fill
         self.sizes = torch.tensor([g.size for g in space.groups], dtype=torch.int64)
         self._ends = torch.cat((torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)))
         # Channels are linear in the number of filters per group; float64 is exact and has BLAS.
         groups = len(self.sizes)
-        of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
         one = torch.zeros(groups + 1, space.num_genes, dtype=torch.bool)
         one[torch.arange(groups), self._ends[:-1]] = True
         channels = space.channels(one)
         self._kept = channels[-1].double()
         self._per_filter = channels[:-1].double() - self._kept
         self.full = {name: int(self.costs(self.sizes[None], name)) for name in COSTS}
-        whole = torch.ones(1, space.num_genes, dtype=torch.bool)
-        assert torch.equal(space.channels(whole), self._channels(self.sizes[None]))
+        every = torch.ones(1, space.num_genes, dtype=torch.bool)
+        assert torch.equal(space.channels(every), self._channels(self.sizes[None]))
 
         self.least = self.sizes.clamp(max=k_min)
-        self.budget: dict[str, int] = {}
-        for name, fraction in (budget or {}).items():
+        self.fractions, self.budget = dict(budget or {}), dict[str, int]()
+        for name, fraction in self.fractions.items():
             if name not in COSTS:
                 raise ValueError(f"budget must be of {', '.join(COSTS)}, got {name!r}")
-            if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+            if not is_number(fraction):
                 raise TypeError(f"budget[{name!r}] must be a number, got {fraction!r}")
             if not 0 < fraction <= 1:
                 raise ValueError(
@@ -80,19 +104,9 @@ class Limits:
                     f"mask: with k_min = {k_min} in every group the least possible is {least:,}, a fraction of {up:g}"
                 )
 
-        # The order of removal: the weakest filters of every group first, by their place in the group relative to its
-        # size, so that all groups shrink alike. Within the group: ascending l1, equal ones by number.
-        self._by = torch.empty(space.num_genes, dtype=torch.int64)  # group by group, weakest first
-        place = torch.empty(space.num_genes, dtype=torch.float64)
-        for start, size in zip(self._ends.tolist(), self.sizes.tolist(), strict=False):
-            self._by[start : start + size] = start + space.l1[start : start + size].argsort(stable=True)
-            place[start : start + size] = (torch.arange(size) + 0.5) / size
-        self.order = self._by[place.argsort(stable=True)]
-        """int64 [genes]: what a repair removes first."""
-        self._back = self._by.argsort()
-        # [genes + 1, groups]: how many of a group are among the first t of the order.
-        first = torch.nn.functional.one_hot(of_group[self.order], max(groups, 1)).int().cumsum(0, dtype=torch.int32)
-        self._among = torch.cat((first[:1] * 0, first)) if len(first) else torch.zeros(1, groups, dtype=torch.int32)
+    def identity(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"budget": self.fractions, "k_min": self.k_min}
 
     # --- costs -------------------------------------------------------------------------------------
 
@@ -112,7 +126,7 @@ class Limits:
                     out=out[first : first + step],
                 )
             return torch.from_numpy(out)
-        return torch.stack([x.sum(1) for x in masks.split(self.sizes.tolist(), 1)], 1)
+        return torch.stack([x.sum(1) for x in torch.split(masks, self.sizes.tolist(), 1)], 1)
 
     def costs(self, counts: Tensor, name: str) -> Tensor:
         """int64 [P], given filters per group int64 [P, groups]."""
@@ -172,6 +186,25 @@ class Limits:
 
     # --- repair ------------------------------------------------------------------------------------
 
+    @cached_property
+    def _removal(self) -> _Removal:
+        by = torch.empty(self.space.num_genes, dtype=torch.int64)
+        place = torch.empty(self.space.num_genes, dtype=torch.float64)
+        for start, size in zip(self._ends.tolist(), self.sizes.tolist(), strict=False):
+            by[start : start + size] = start + self.space.l1[start : start + size].argsort(stable=True)
+            place[start : start + size] = (torch.arange(size) + 0.5) / size
+        order = by[place.argsort(stable=True)]
+        groups = len(self.sizes)
+        of_group = torch.repeat_interleave(torch.arange(groups), self.sizes)
+        first = torch.nn.functional.one_hot(of_group[order], max(groups, 1)).int().cumsum(0, dtype=torch.int32)
+        among = torch.cat((first[:1] * 0, first)) if len(first) else torch.zeros(1, groups, dtype=torch.int32)
+        return _Removal(order, by, by.argsort(), among)
+
+    @property
+    def order(self) -> Tensor:
+        """int64 [genes]: what a repair removes first. It is of the weights at its first use."""
+        return self._removal.order
+
     def repair(self, masks: Tensor) -> Tensor:
         """The masks bool [P, genes], changed where they are not allowed, and there no further than that.
 
@@ -184,15 +217,14 @@ class Limits:
         if not len(wrong):
             return masks
         out = masks.clone()
-        for rows in wrong.split(max(1, BLOCK // max(self.space.num_genes, 1))):
+        for rows in torch.split(wrong, max(1, BLOCK // max(self.space.num_genes, 1))):
             out[rows] = self._repaired(masks[rows])
         return out
 
     def _repaired(self, masks: Tensor) -> Tensor:
         device = masks.device
-        by, back, ends, least, among = (
-            x.to(device) for x in (self._by, self._back, self._ends, self.least, self._among)
-        )
+        ends, least = self._ends.to(device), self.least.to(device)
+        _, by, back, among = (x.to(device) for x in self._removal)
         group = torch.repeat_interleave(torch.arange(len(self.sizes)), self.sizes).to(device)
         on = masks.index_select(1, by)
         before = self._before(on)
@@ -231,64 +263,6 @@ class Limits:
         return out
 
 
-def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Tensor:
-    """The same fraction of every group, those of largest l1: the control of Li et al., "Pruning Filters for Efficient
-    ConvNets", arXiv:1608.08710.
-
-    At a budget: ``Limits(space, {"macs": 0.4}).repair(space.ones(1))`` removes in the same order, to the budget.
-
-    Args:
-        density: in [0, 1], or float [D].
-        k_min: filters that every group keeps, or all where it has fewer.
-
-    Returns:
-        bool [D, genes], round(density * size) of each group, ties up.
-    """
-    d = _densities(density)
-    out = torch.zeros(len(d), space.num_genes, dtype=torch.bool)
-    for g in space.groups:
-        keep = (d * g.size + 0.5).floor().clamp(min=min(k_min, g.size))
-        strongest = space.l1[g.start : g.start + g.size].argsort(descending=True, stable=True)
-        out[:, g.start + strongest] = torch.arange(g.size) < keep
-    return out
-
-
-def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, coupled: float = 0.0) -> Tensor:
-    """The filters of largest norm in the whole network, so that some layers lose more than others: the group norm by
-    which DepGraph ranks, Fang et al., "DepGraph: Towards Any Structural Pruning", arXiv:2301.12900.
-
-    A gene's norm is the mean, over the weights of convolutions, linear layers and batch normalisation that go with it
-    (as their output and as their input), of the sum of squares, relative to the mean of its group. Unlike that
-    package's, it also ranks the filters that an option-A shortcut couples.
-
-    Args:
-        density: in [0, 1], or float [D].
-        k_min: filters that every group keeps, or all where it has fewer.
-        coupled: the norm is multiplied by how many weights go with the gene, to this power: at 1 the channels of
-            shortcuts, on which many layers depend, stay until little else is left; at 0, as in DepGraph, it does not
-            count.
-
-    Returns:
-        bool [D, genes], the round(density * genes) largest, ties up, and what k_min adds.
-    """
-    if not coupled >= 0:
-        raise ValueError(f"coupled must be at least 0, got {coupled}")
-    norm, count = group_norm(space)
-    return strongest(space, norm * count**coupled, density, k_min)
-
-
-def strongest(space: GeneSpace, norm: Tensor, density: float | Tensor, k_min: int = 1) -> Tensor:
-    """As :func:`global_norm`, by norms float64 [genes] that are known."""
-    d = _densities(density)
-    place = torch.empty(space.num_genes, dtype=torch.int64)
-    place[norm.argsort(descending=True, stable=True)] = torch.arange(space.num_genes)
-    out = place < (d * space.num_genes + 0.5).floor()
-    for g in space.groups:
-        first = norm[g.start : g.start + g.size].argsort(descending=True, stable=True)[:k_min]
-        out[:, g.start + first] = True
-    return out
-
-
 def largest(limits: Limits, ladder: Callable[[float], Tensor]) -> float:
     """The largest density, in steps, with which a ladder's mask, bool [1, genes], holds the budget; 0 if none does."""
     low, high = 0, STEPS
@@ -299,41 +273,3 @@ def largest(limits: Limits, ladder: Callable[[float], Tensor]) -> float:
         else:
             high = middle - 1
     return low / STEPS
-
-
-def _densities(density: float | Tensor) -> Tensor:
-    """float64 [D, 1]"""
-    d = torch.as_tensor(density, dtype=torch.float64).reshape(-1, 1)
-    if not bool(((d >= 0) & (d <= 1)).all()):
-        raise ValueError(f"density must be in [0, 1], got {density}")
-    return d
-
-
-def group_norm(space: GeneSpace) -> tuple[Tensor, Tensor]:
-    """The norms of :func:`global_norm`, and how many weights go with each gene; both float64 [genes]. Reads all weights
-    of the network."""
-    total, count = (torch.zeros(space.num_genes, dtype=torch.float64) for _ in range(2))
-
-    def add(value: int, squares: Tensor) -> None:
-        """Sums of squares [channels] of one side of a module."""
-        genes = space.values[value].genes
-        on = genes >= 0
-        # A channel may be there several times, as after flattening: they are one.
-        total.index_add_(0, genes[on], squares.cpu()[on])
-        count[genes[on].unique()] += 1
-
-    for op in space.ops:
-        weight = getattr(op.module, "weight", None)
-        if weight is None or op.kind not in ("conv", "linear", "batch_norm"):
-            continue
-        squares = weight.detach().double().square()
-        add(op.output, squares.flatten(1).sum(1) if squares.dim() > 1 else squares)
-        if op.kind != "batch_norm" and not op.depthwise:  # whose filters are its channels
-            groups = op.module.groups if isinstance(op.module, nn.Conv2d) else 1
-            squares = squares.flatten(2).sum(2) if squares.dim() > 2 else squares  # [out, in / groups]
-            add(op.inputs[0], squares.reshape(groups, -1, squares.shape[1]).sum(1).flatten())
-    norm = total / count.clamp(min=1)
-    for g in space.groups:
-        own = norm[g.start : g.start + g.size]
-        own /= own.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return norm, count
