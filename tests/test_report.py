@@ -1,8 +1,7 @@
 """The report, from records that are made here."""
 
+import itertools
 import json
-import math
-import random
 import re
 import statistics
 import struct
@@ -14,78 +13,19 @@ import pytest
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("yaml", reason="PyYAML is not installed")
 
+from sample_records import LOSSES, LSP, compressed, network, record
+
 import fastkd.report
 from fastkd._text import slug
 from fastkd.compress.record import CompressRecord
 from fastkd.distill.tables import summary
+from fastkd.lab.cells import Cells
 from fastkd.lab.estimate import Estimate
+from fastkd.lab.record import Record
 from fastkd.report import records
 
 TESTS = {"student-alone": [90.1, 90.4, 89.7], "lsp": [92.0, 92.3, 91.9], "kd + lsp": [91.25]}
-LSP = {"weight": 100.0, "student_layer": "layers.0", "teacher_layer": "layers.1", "args": {}}
-LOSSES = {"student-alone": {}, "lsp": {"lsp": LSP}, "kd + lsp": {"kd": {"weight": 1.0}, "lsp": LSP}}
 T95 = {2: 12.7062, 3: 4.30265}  # Student's t, by the number of seeds
-
-
-def network(test, seed, losses=(), parameters=1234, epochs=20):
-    history = [
-        {
-            "epoch": e,
-            "loss": 2.0 / (e + 1),
-            "val": test - 40 / (e + 1) + 0.1 * seed,
-            "seconds": 0.01 * e,
-            "terms": {"task": 1.0 / (e + 1), **{name: 0.1 / (e + 1) for name in losses}},
-        }
-        for e in range(epochs)
-    ]
-    return {
-        "test": test,
-        "val": history[-1]["val"],
-        "best_epoch": epochs - 1,
-        "epochs": epochs,
-        "seconds": 3.0 + seed,
-        "parameters": parameters,
-        "peak_memory_mb": 10.0 + seed,
-        "history": history,
-        "cost": {
-            "parameters": parameters,
-            "mmacs": parameters / 100,
-            "latency_ms": 0.5 + seed,
-            "threads": 2,
-            "peak_memory_mb": None,
-        },
-    }
-
-
-def record(test, seed, losses, data="cora", picture=False, hidden=8):
-    model = lambda hidden: {"model": {"name": "gcn", "args": {"hidden": hidden}}, "train": {"epochs": 20}}
-    out = {
-        "schema": 1,
-        "seed": seed,
-        "student": network(test, seed, losses),
-        "teacher": network(95.5, 0, (), 98765),
-        "config": {
-            "data": data,
-            "teacher": model(64),
-            "student": model(hidden),
-            "task_weight": 1.0,
-            "losses": losses,
-            "teacher_seed": 0,
-        },
-        "environment": {"fastkd": "9.8.7", "torch": "2.13.0", "threads": 2},
-    }
-    if picture:
-        points = [[math.cos(i), math.sin(2 * i), 0.1 * (i % 3)] for i in range(60)]
-        distance = [i / 59 for i in range(60)]
-        out["picture"] = {
-            "points": points,
-            "at": 0,
-            "teacher": distance,
-            "student": distance[::-1],
-            "teacher_layer": "layers.1",
-            "student_layer": "layers.0",
-        }
-    return out
 
 
 def save(path, content):
@@ -358,75 +298,6 @@ def test_errors(tmp_path):
 # --- compressed networks -----------------------------------------------------------------------------------
 
 
-def compressed(algorithm="ecs", seed=0, test=91.0, tuned=True, genes=(6, 10), score="accuracy", int8=True):
-    rng = random.Random(seed)
-    size = sum(genes)
-
-    def costs(share):
-        return {
-            "parameters": round(1000 * share),
-            "macs": round(40000 * share),
-            "filters": 10,
-            "bytes": round(4000 * share),
-            "latency_ms": {"1": 0.5 * share, "64": 9.0 * share},
-            "peak_memory_mb": {"1": share, "64": 20 * share},
-        }
-
-    searched = algorithm not in ("l1", "torch-pruning")
-    n = 40 if searched else 1
-    ids = [f"{rng.randrange(16**12):012x}" for _ in range(n)]
-    columns = {"quality": [rng.random() for _ in ids], "cost": [rng.randrange(1, 16000) for _ in ids]}
-    mask = lambda: bytes(rng.randrange(256) for _ in range(-(-size // 8))).hex()
-    stages = {"masked": {"test": 50.0, "val": 51.0}, "recalibrated": {"test": test - 3, "val": 89.0}}
-    stages |= {"finetuned": {"test": test, "val": 92.5}} if tuned else {}
-    history = [{"epoch": e, "loss": 1 / (e + 1), "val": 90 + e, "lr": 0.1} for e in range(3)] if tuned else []
-    last = list(stages.values())[-1]
-    return {
-        "schema": 1,
-        "kind": "compress",
-        "seed": seed,
-        "score": score,
-        "environment": {"fastkd": "9.8.7", "threads": 2},
-        "config": {"data": "mnist", "model": {"name": "lenet", "args": {}}, "algorithm": {"name": algorithm}},
-        "dense": {**costs(1.0), "test": 93.25 + seed, "val": 94.0, "seconds": 5.0, "history": []},
-        "compact": {**costs(0.25), **last, "stages": stages, "seconds": 3.0, "history": history},
-        "int8": {"test": 90.5, "val": 90.0, "bytes": 500, "latency_ms": {"1": 0.05, "64": 1.0}} if int8 else None,
-        "onnx": None,
-        "layers": [{"name": f"conv{k}", "size": g, "kept": g // 2} for k, g in enumerate(genes)],
-        "search": {
-            "algorithm": algorithm,
-            "quality": "accuracy",
-            "cost": "macs",
-            "full_quality": 0.97,
-            "full_cost": 40000,
-            "evaluations": n,
-            "seconds": 12.5,
-            "chosen": ids[-1],
-            "mask": mask(),
-            "history": [
-                {
-                    "generation": g + 1,
-                    "best": 0.8 + g / 100,
-                    "quality": 0.8,
-                    "cost": 9000,
-                    "mean": 0.7,
-                    "diversity": 0.4,
-                    "hypervolume": 0.5 + g / 100,
-                    "evaluations": 10 * g,
-                    "seconds": g,
-                    "mask": mask(),
-                }
-                for g in range(4)
-            ]
-            if searched
-            else [],
-            "individuals": {"id": ids, **columns},
-            "front": {"id": ids[:2], **{k: v[:2] for k, v in columns.items()}},
-            "l1": {"density": [0.5, 1.0], "quality": [0.6, 0.97], "cost": [11000, 40000]},
-        },
-    }
-
-
 def test_a_compressed_network(tmp_path):
     own = compressed()
     save(tmp_path / "seed0" / "result.json", own)
@@ -519,3 +390,93 @@ def test_agreement_is_called_so(tmp_path):
     save(tmp_path / "result.json", compressed("nsga2", score="agreement", tuned=False))
     text = fastkd.report.write(tmp_path).read_text()
     assert "<th>agreement, %</th>" in text and "class is the full network&#x27;s" in text
+
+
+# --- what must not happen --------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_through_links(tmp_path):
+    """A link in the folder is replaced, and what it points to stays; a folder that is a link is refused."""
+    save(tmp_path / "runs" / "seed0" / "result.json", record(80.0, 0, {}))
+    (tmp_path / "precious").write_text("precious")
+    for name in ("report.html", "pictures/scores.png"):
+        link = tmp_path / "runs" / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(tmp_path / "precious")
+    fastkd.report.write(tmp_path / "runs")
+    assert (tmp_path / "precious").read_text() == "precious"
+    for name in ("report.html", "pictures/scores.png"):
+        assert not (tmp_path / "runs" / name).is_symlink() and (tmp_path / "runs" / name).stat().st_size > 5000
+    assert not list(tmp_path.rglob(".*")), "a temporary file is left"
+
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"out/pictures is a symbolic link, and nothing is written through it"):
+        fastkd.report.write(tmp_path / "runs", tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir()) and not (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_made_leaves_the_one_before(tmp_path, monkeypatch):
+    save(tmp_path / "seed0" / "result.json", record(80.0, 0, {}))
+    before = fastkd.report.write(tmp_path).read_text()
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        fastkd.report.write(tmp_path)
+    assert (tmp_path / "report.html").read_text() == before and not list(tmp_path.rglob(".*"))
+
+
+def test_a_plan_of_nested_aliases(tmp_path):
+    """838 bytes that stand for a thousand million words."""
+    names = "abcdefghi"
+    lines = [f"a: &a [{', '.join(['lol'] * 9)}]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(names)]
+    text = "\n".join([*lines, "experiments: {first: {title: *i, note: *i, seeds: *i, priority: *i, rows: {kd: *i}}}"])
+    (tmp_path / "plan.yaml").write_text(text)
+    save(tmp_path / "cells" / "first" / "kd" / "0.json", record(70.0, 0, {}))
+    code = "import sys, fastkd.report; fastkd.report.write(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").stat().st_size < 1e6
+
+
+def test_the_kept_form_gives_the_same_report(tmp_path):
+    """Old files of cells, and the file of an experiment that is made of them."""
+    content = {("student-alone", s): record(80.0 + s, s, {}) for s in range(2)}
+    content |= {("lsp", s): record(81.5 + s, s, LOSSES["lsp"], picture=s == 0) for s in range(2)}
+    content |= {("ecs", s): compressed("ecs", s, 91.0 + s) for s in range(2)}
+    for (row, seed), one in content.items():
+        experiment = "lenet" if row == "ecs" else "cora"
+        save(tmp_path / "old" / "cells" / experiment / row / f"{seed}.json", one)
+        Cells(tmp_path / "new" / "cells", experiment).append(row.replace("-", " "), Record.parse(one))
+    old, new = (fastkd.report.write(tmp_path / form).read_text() for form in ("old", "new"))
+    without = lambda text: re.sub(r"<svg.*?</svg>|<title>.*?</title>|<h1>.*?</h1>", "", text, flags=re.DOTALL)
+    assert without(old) == without(new)
+    assert {p.name for p in (tmp_path / "old/pictures").iterdir()} == {
+        p.name for p in (tmp_path / "new/pictures").iterdir()
+    }
+
+
+def test_damaged_lines_are_named_and_left_out(tmp_path):
+    cells = Cells(tmp_path / "cells", "cora")
+    cells.append("kd", Record.parse(record(80.0, 0, {})))
+    with open(cells.file, "a") as file:
+        file.write('{"row": "kd", "schema": 1}\n' + '{"row": "kd", "schema": 1, "se')
+    with pytest.warns(UserWarning):
+        saved = records.read(tmp_path)
+    assert [len(row.records) for row in saved.sections[0].rows] == [1]
+    assert saved.notices[0].startswith("cells/cora.jsonl, line 2, is left out: it is no whole record (no seed)")
+    assert saved.notices[1].startswith("cells/cora.jsonl: its last line is left out")
+
+
+def test_lab_knows_no_study(tmp_path):
+    code = """
+import sys, fastkd.lab.cells, fastkd.lab.table
+assert not [m for m in sys.modules if m.startswith(("fastkd.distill", "fastkd.compress", "fastkd.report"))]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -200,7 +201,7 @@ class CompressRecord(Record):
     def faster(self, batch: str) -> float:
         return self.dense.latency_ms[batch] / self.compact.latency_ms[batch]
 
-    def shortened(self) -> Json:
+    def shortened(self, beside: Sequence[Record] = ()) -> Json:
         """Histories as columns, without the full network's, which is not drawn; of the search the masks of the best
         ones alone."""
         out = self.content()

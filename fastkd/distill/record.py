@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
@@ -127,11 +128,15 @@ class DistillRecord(Record):
     def val(self) -> float:
         return self.student.val
 
-    def shortened(self) -> Json:
-        """The student's history as columns without seconds and learning rates; of the teacher's, nothing is drawn."""
+    def shortened(self, beside: Sequence[Record] = ()) -> Json:
+        """The student's history as columns without seconds and learning rates; of the teacher's, nothing is drawn. One
+        picture of a row is, that of its first seed."""
         out = self.content()
         history = record.columns(out["student"]["history"], ("epoch", "loss", "val", "terms"))
-        return out | {"student": {**out["student"], "history": history}, "teacher": {**out["teacher"], "history": []}}
+        out |= {"student": {**out["student"], "history": history}, "teacher": {**out["teacher"], "history": []}}
+        if any(other.seed < self.seed and getattr(other, "picture", None) for other in beside):
+            out.pop("picture", None)
+        return out
 
 
 def is_lsp(loss: str) -> bool:

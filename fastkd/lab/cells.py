@@ -57,12 +57,17 @@ class Cells:
         self.folder = folder
         self.file = folder / f"{experiment}.jsonl"
         self.older = folder / experiment
-        self.notices: list[str] = []
-        """What was left out, as the last reading found it."""
+        self._notices: list[str] = []
         self._names: dict[str, str] = {}
         self._found: dict[Key, Record] = {}
         self._old: tuple[dict[Key, Record], list[str]] | None = None
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: tuple[int, int, int] | None = None
+
+    @property
+    def notices(self) -> list[str]:
+        """What is left out, and why."""
+        self._read()
+        return self._notices
 
     def rows(self) -> dict[str, list[Record]]:
         """The records of every row, by seed, under the slug of its name."""
@@ -89,7 +94,7 @@ class Cells:
         Raises:
             CheckpointError: it cannot be written; or another process holds the folder.
         """
-        line = _line(row, record)
+        line = self._line(row, record)
         with _alone(self.folder), _writing(self.file), open(self.file, "a+b") as file:
             file.seek(0)
             before = file.read()
@@ -105,7 +110,7 @@ class Cells:
         Raises:
             CheckpointError: as for :meth:`append`.
         """
-        key, line, lines, put = (slug(row), record.seed), _line(row, record), list[bytes](), False
+        key, line, lines, put = (slug(row), record.seed), self._line(row, record), list[bytes](), False
         with _alone(self.folder):
             kept, _ = _split(self.file.read_bytes() if self.file.exists() else b"")
             for before in filter(None, kept.split(b"\n")):
@@ -117,6 +122,10 @@ class Cells:
             text = b"".join(lines if put else [*lines, line])
             checkpoint.replace(self.file, lambda path: path.write_bytes(text))
 
+    def _line(self, row: str, record: Record) -> bytes:
+        content = {"row": row, **record.shortened(self.row(row))}
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
     def _read(self) -> dict[Key, Record]:
         if self._old is None:
             self._old = self._of_older()
@@ -124,13 +133,13 @@ class Cells:
             stat = self.file.stat()
             stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         except FileNotFoundError:
-            stamp = ()
+            stamp = None
         if stamp != self._stamp or not self._found:
-            known = set(self.notices)
-            found, notices = self._of_lines() if stamp else ({}, [])
+            known = set(self._notices)
+            found, notices = ({}, []) if stamp is None else self._of_lines()
             self._found, self._stamp = {**self._old[0], **found}, stamp
-            self.notices = [*self._old[1], *notices]
-            for notice in self.notices:
+            self._notices = [*self._old[1], *notices]
+            for notice in self._notices:
                 if notice not in known:
                     warnings.warn(notice, stacklevel=4)
         return self._found
@@ -172,11 +181,6 @@ class Cells:
 
 def left_out(name: str, error: DamagedError, remedy: str = records.REMEDY) -> str:
     return f"{name} is left out: it is no whole record ({error}); {remedy}."
-
-
-def _line(row: str, record: Record) -> bytes:
-    content = {"row": row, **record.shortened()}
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
 
 
 def _key(line: bytes) -> Key | None:

@@ -117,8 +117,12 @@ class Record(Part):
         """In full, as in result.json."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
-    def shortened(self) -> Json:
-        """What tables and pictures need, as it is kept beside hundreds of others; `parse` takes it, too."""
+    def shortened(self, beside: Sequence[Record] = ()) -> Json:
+        """What tables and pictures need, as it is kept with hundreds of others; `parse` takes it, too.
+
+        Args:
+            beside: records of the same row that are kept already.
+        """
         raise NotImplementedError
 
     @staticmethod

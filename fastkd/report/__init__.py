@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ..runtime import atomic
@@ -54,7 +55,7 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
         prefix = f"{section.name}-" if len(saved.sections) > 1 else ""
         pictures[section.name] = plots.draw(study_of(section).pictures, section, styles, prefix)
         for picture in pictures[section.name]:
-            atomic.replace(folder / f"{picture.name}.png", lambda path, picture=picture: path.write_bytes(picture.png))
+            atomic.replace(folder / f"{picture.name}.png", partial(Path.write_bytes, data=picture.png))
     page = out / "report.html"
     atomic.replace(page, lambda path: path.write_text(html.page(saved, pictures), encoding="utf-8"))
     return page

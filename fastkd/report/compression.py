@@ -105,7 +105,7 @@ def _front(search: Search, whose: str) -> Drawing:
     ax.plot([100], [scale * search.full_quality], "D", color=INK, markersize=5, label="full network")
     if search.chosen in ids:
         at = ids.index(search.chosen)
-        ring = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 1.8}
+        ring: Style = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 1.8}
         ax.plot([cost[at]], [quality[at]], "o", label="taken", **ring)
     ax.set_xlabel(f"{_cost(search)} left (%)")
     ax.set_ylabel(f"{search.quality} on the fitness images" + (" (%)" if search.share else ""))

@@ -108,7 +108,7 @@ def _features(section: Section[DistillRecord], styles: dict[str, Style]) -> Draw
     tall = (max(y) - min(y)) / (max(x) - min(x) or 1.0)
     figure = Figure(figsize=(side * len(panels), side * min(max(tall, 0.5), 1.3) + 0.95))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    ring = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": PALETTE[1], "markeredgewidth": 1.8}
+    ring: Style = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": PALETTE[1], "markeredgewidth": 1.8}
     for ax, (title, distances, layer) in zip(axes, panels, strict=True):
         columns = ([column[i] for i in order] for column in (x, y, distances))
         across, up, shade = columns
@@ -211,7 +211,7 @@ def _sizes(section: Section[DistillRecord], styles: dict[str, Style]) -> list[tu
     sizes: dict[tuple[float | None, ...], list[Students]] = {}
     for row in section.done:
         first = row.records[0].student
-        sizes.setdefault((first.parameters, first.cost and first.cost.mmacs), []).append(row)
+        sizes.setdefault((first.parameters, first.cost.mmacs if first.cost else None), []).append(row)
     out = []
     for rows in sizes.values():
         label = "student" if len(sizes) == 1 else name_of(rows[0].label)
