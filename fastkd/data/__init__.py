@@ -27,7 +27,12 @@ __all__ = ["Images", "Task", "augment", "load", "load_images", "names"]
 
 
 def names() -> list[str]:
-    """What :func:`load` takes; ``tu:<NAME>`` stands for any TUDataset with node labels."""
+    """What :func:`load` takes; ``tu:<NAME>`` stands for any TUDataset with node labels.
+
+    >>> from fastkd import data
+    >>> data.names()[:3]
+    ['digits', 'cora', 'citeseer']
+    """
     return [*graphs.SETS, "tu:<NAME>", *shapes.SETS]
 
 
@@ -72,6 +77,12 @@ def load(name: str, root: str | Path | None = None) -> Task:
             than stated, or lacks an array; it is left where it is.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
         ImportError: a package is needed (torch-geometric, ogb, scikit-learn).
+
+    >>> from fastkd import data
+    >>> task = data.load("digits")
+    >>> (graph,) = task.graphs["train"]
+    >>> graph.x.shape, task.num_classes, int(graph.train_mask.sum())
+    (torch.Size([1797, 64]), 10, 200)
     """
     try:
         import torch_geometric  # noqa: F401

@@ -39,6 +39,8 @@ class Sparse:
         graph: its pattern; row = destination, column = source.
         values: [E], by slot of the graph.
 
+    >>> import torch
+    >>> from fastkd.models.sparse import Sparse
     >>> matrix = Sparse.of(torch.tensor([[0.0, 2.0], [1.0, 0.0]]).to_sparse_csr())
     >>> (matrix @ torch.tensor([[1.0], [10.0]])).tolist()
     [[20.0], [1.0]]
