@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops, kernels
-from ._adjacency import as_graph
+from ._adjacency import GraphLike, as_graph
 from .graph import Graph
 from .kernels import Kernel
 
@@ -65,7 +65,7 @@ class TeacherStructure:
         return f"TeacherStructure({self.kernel}, {self.graph})"
 
 
-def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf") -> TeacherStructure:
+def teacher_structure(teacher: Features, graph: GraphLike, kernel: str | Kernel = "rbf") -> TeacherStructure:
     """The teacher's side of :func:`lsp_loss`, for reuse while teacher and graph stay the same.
 
     Args:
@@ -104,14 +104,14 @@ def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf
 def lsp_loss(
     student: Features,
     teacher: Features | TeacherStructure,
-    graph: Any,
+    graph: GraphLike,
     *,
     kernel: str | Kernel = "rbf",
     teacher_kernel: str | Kernel | None = None,
     divergence: Divergence = "student||teacher",
     reduction: Reduction = "mean",
     edge_weight: Tensor | None = None,
-    teacher_graph: Any = None,
+    teacher_graph: GraphLike | None = None,
     norm_by: Literal["dst", "src"] = "dst",
     check_finite: bool = False,
 ) -> Tensor:
@@ -338,9 +338,9 @@ class LSPLoss(nn.Module):
         self,
         student: Features,
         teacher: Features | TeacherStructure,
-        graph: Any,
+        graph: GraphLike,
         edge_weight: Tensor | None = None,
-        teacher_graph: Any = None,
+        teacher_graph: GraphLike | None = None,
     ) -> Tensor:
         return lsp_loss(
             student,
