@@ -133,7 +133,8 @@ class Graph:
         """
         check_indices("edge_index", edge_index)
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-            raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}")
+            hint = " (pass its transpose)" if edge_index.dim() == 2 and edge_index.shape[1] == 2 else ""
+            raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}{hint}")
         if flow not in ("source_to_target", "target_to_source"):
             raise ValueError(f"flow must be 'source_to_target' or 'target_to_source', got {flow!r}")
         src, dst = edge_index[0], edge_index[1]

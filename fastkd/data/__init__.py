@@ -14,6 +14,7 @@ their official raw files. Nobody states sums for the downloads themselves.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .._text import suggestion
@@ -90,6 +91,7 @@ def load(name: str, root: str | Path | None = None) -> Task:
         raise ImportError('fastkd.data.load needs torch-geometric: pip install "fastkd[distill]"') from error
     if name in shapes.SETS:
         return shapes.load(name, root)
-    if name in graphs.SETS or (name.startswith("tu:") and name != "tu:<NAME>"):
+    # The name becomes part of paths in the cache.
+    if name in graphs.SETS or re.fullmatch(r"tu:[\w-]+", str(name)):
         return graphs.load(name, root)
     raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}{suggestion(name, names())}")
