@@ -45,6 +45,8 @@ def as_graph(graph: GraphLike, num_src: int, num_dst: int) -> Graph:
         hint = ": pass its edge_index"
     elif hasattr(graph, "tocsr"):
         hint = ": pass Graph.from_csr(torch.from_numpy(m.indptr), torch.from_numpy(m.indices), m.shape[1]) of m.tocsr()"
+    elif hasattr(graph, "__array__"):
+        hint = ": pass torch.from_numpy(...)"
     elif isinstance(graph, (list, tuple)):
         hint = ": pass torch.stack((sources, destinations))" if len(graph) == 2 else ": pass torch.tensor(...)"
     raise TypeError(
@@ -56,7 +58,7 @@ def as_graph(graph: GraphLike, num_src: int, num_dst: int) -> Graph:
 def _from_tensor(graph: Tensor, num_src: int, num_dst: int) -> Graph:
     sizes = (num_src, num_dst)
     if graph.layout == torch.strided:
-        if graph.is_floating_point() and graph.shape == (num_dst, num_src) and graph.shape[0] != 2:
+        if graph.shape == (num_dst, num_src) and graph.shape[0] != 2:
             raise TypeError(
                 f"graph is a dense matrix of {graph.dtype}: pass its entries that are not 0 as edges, "
                 "Graph.from_edge_index(graph.nonzero().t().flip(0), (num_src, num_dst))"
@@ -104,5 +106,5 @@ def _check_matrix(shape: tuple[int, int], sizes: tuple[int, int], values: Tensor
     if values is not None and bool((other := values != 1).any()):
         raise ValueError(
             f"the sparse graph must hold the value 1 for every edge, got {values[other][0].item()}: "
-            "pass edge weights by themselves (edge_weight of lsp_loss, in the order of Graph.from_csr(...).edge_index)"
+            "pass edge weights by themselves, to lsp_loss as edge_weight in the order of the matrix's entries"
         )

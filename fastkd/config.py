@@ -17,7 +17,12 @@ def show_config() -> dict[str, Any]:
 
     ``cuda_built`` says whether the native core has CUDA kernels, ``cuda_available`` whether torch
     sees a device to run them on. ``isa`` is the CPU instruction set in use (chosen at run time, or
-    by the environment variable FASTKD_ISA).
+    by the environment variable FASTKD_ISA); ``threads`` is torch's number of them.
+
+    >>> import fastkd
+    >>> config = fastkd.show_config()
+    >>> config["fastkd"] == fastkd.__version__, config["isa"] in ("generic", "avx2", "avx512")
+    (True, True)
     """
     return {
         "fastkd": _C.__version__,

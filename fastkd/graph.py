@@ -31,6 +31,8 @@ class Graph:
         num_src, num_dst, num_edges: int. ``num_src != num_dst`` makes the graph bipartite.
         max_degree: int, the largest in-degree (-1 if the graph was made while compiling).
 
+    >>> import torch
+    >>> from fastkd import Graph
     >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 2], [1, 2, 0, 1]]))
     >>> graph
     Graph(num_nodes=3, num_edges=4, symmetric=False, device='cpu')
@@ -124,12 +126,15 @@ class Graph:
             IndexError: an index is negative or not below the number of nodes.
             TypeError, ValueError: wrong dtype, shape, flow or number of nodes.
 
+        >>> import torch
+        >>> from fastkd import Graph
         >>> Graph.from_edge_index(torch.tensor([[0, 1, 4], [1, 0, 1]]), (5, 2))
         Graph(num_src=5, num_dst=2, num_edges=3, symmetric=False, device='cpu')
         """
         check_indices("edge_index", edge_index)
         if edge_index.dim() != 2 or edge_index.shape[0] != 2:
-            raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}")
+            hint = " (pass its transpose)" if edge_index.dim() == 2 and edge_index.shape[1] == 2 else ""
+            raise ValueError(f"edge_index must have shape [2, E], got {tuple(edge_index.shape)}{hint}")
         if flow not in ("source_to_target", "target_to_source"):
             raise ValueError(f"flow must be 'source_to_target' or 'target_to_source', got {flow!r}")
         src, dst = edge_index[0], edge_index[1]
@@ -156,6 +161,8 @@ class Graph:
             IndexError: a column is negative or not below num_src.
             TypeError, ValueError: wrong dtype, shape, device or number, or rowptr is not as said above.
 
+        >>> import torch
+        >>> from fastkd import Graph
         >>> Graph.from_csr(torch.tensor([0, 2, 3]), torch.tensor([1, 0, 0])).edge_index.tolist()
         [[1, 0, 0], [0, 0, 1]]
         """
@@ -211,6 +218,8 @@ class Graph:
         Raises:
             TypeError, ValueError: wrong dtype, shape or order, or x is not finite.
 
+        >>> import torch
+        >>> from fastkd import Graph
         >>> Graph.from_knn(torch.tensor([[0.0], [1.0], [5.0]]), 1).edge_index.tolist()
         [[1, 0, 1], [0, 1, 2]]
         """
@@ -313,7 +322,17 @@ class Graph:
         return Graph(self.t_rowptr, self.t_col, self.num_dst, perm, transpose=(self.rowptr, self.col, inverse))
 
     def union(self, other: Graph) -> Graph:
-        """The edges of either graph, each once."""
+        """The edges of either graph, each once; per-edge arguments follow the new ``edge_index``.
+
+        Args:
+            other: a graph of the same sizes on the same device.
+
+        >>> import torch
+        >>> from fastkd import Graph
+        >>> graph = Graph.from_edge_index(torch.tensor([[0, 1], [1, 2]]))
+        >>> graph.union(graph.reversed()).edge_index.tolist()
+        [[1, 0, 2, 1], [0, 1, 1, 2]]
+        """
         if not isinstance(other, Graph):
             raise TypeError(f"other must be a fastkd.Graph, got {type(other).__name__}")
         if (self.num_src, self.num_dst) != (other.num_src, other.num_dst):
@@ -340,6 +359,8 @@ class Graph:
         Args:
             copies: >= 0, and few enough for less than 2^31 sources and destinations.
 
+        >>> import torch
+        >>> from fastkd import Graph
         >>> Graph.from_edge_index(torch.tensor([[1], [0]]), 2).repeat(3).edge_index.tolist()
         [[1, 3, 5], [0, 2, 4]]
         """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _ops, kernels
-from ._adjacency import as_graph
+from ._adjacency import GraphLike, as_graph
 from .graph import Graph
 from .kernels import Kernel
 
@@ -31,12 +31,12 @@ class TeacherStructure:
     """A teacher's local structure on one graph, computed once by :func:`teacher_structure`.
 
     Holds the teacher's kernel values, one number per edge, from which the loss gets the
-    log-probabilities under whatever ``edge_weight`` it is given.
+    log-probabilities under any ``edge_weight``.
 
     Attributes:
         values: [E] float32 (float64 for a float64 teacher), in the order of the graph's slots.
         graph: the :class:`~fastkd.Graph` it belongs to.
-        kernel: the kernel it was made with.
+        kernel: the teacher's kernel.
     """
 
     def __init__(self, values: Tensor, graph: Graph, kernel: Kernel) -> None:
@@ -61,19 +61,31 @@ class TeacherStructure:
         return out
 
     def to(self, device: torch.device | str) -> TeacherStructure:
+        """The same on another device."""
         return TeacherStructure(self.values.to(device), self.graph.to(device), self.kernel)
 
     def __repr__(self) -> str:
         return f"TeacherStructure({self.kernel}, {self.graph})"
 
 
-def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf") -> TeacherStructure:
+def teacher_structure(teacher: Features, graph: GraphLike, kernel: str | Kernel = "rbf") -> TeacherStructure:
     """The teacher's side of :func:`lsp_loss`, for reuse while teacher and graph stay the same.
 
     Args:
         teacher: features [N, D], or ``(x_src, x_dst)`` for a bipartite graph. No gradient is kept.
         graph: as in :func:`lsp_loss`. Pass a :class:`~fastkd.Graph` and reuse it in the loss.
         kernel: name or :class:`fastkd.kernels.Kernel`.
+
+    Raises:
+        IndexError, TypeError, ValueError: name the argument, its value and what is valid.
+
+    >>> import torch
+    >>> from fastkd import Graph, lsp_loss, teacher_structure
+    >>> graph = Graph.from_edge_index(torch.tensor([[1, 2, 0], [0, 0, 1]]))
+    >>> student, teacher = torch.randn(3, 4), torch.randn(3, 8)
+    >>> structure = teacher_structure(teacher, graph)
+    >>> structure.values.shape, bool(lsp_loss(student, structure, graph) == lsp_loss(student, teacher, graph))
+    (torch.Size([3]), True)
     """
     kernel = kernels.resolve(kernel)
     src, dst = _pair("teacher", teacher)
@@ -95,14 +107,14 @@ def teacher_structure(teacher: Features, graph: Any, kernel: str | Kernel = "rbf
 def lsp_loss(
     student: Features,
     teacher: Features | TeacherStructure,
-    graph: Any,
+    graph: GraphLike,
     *,
     kernel: str | Kernel = "rbf",
     teacher_kernel: str | Kernel | None = None,
     divergence: Divergence = "student||teacher",
     reduction: Reduction = "mean",
     edge_weight: Tensor | None = None,
-    teacher_graph: Any = None,
+    teacher_graph: GraphLike | None = None,
     norm_by: Literal["dst", "src"] = "dst",
     check_finite: bool = False,
 ) -> Tensor:
@@ -115,9 +127,9 @@ def lsp_loss(
 
     Rows without edges or with a single one contribute exactly 0. Sums are in float32 (float64 for
     float64 features), in log space, with each row's maximum subtracted. The result and the gradient
-    are bitwise the same from run to run and for any number of threads. No tensor of size E x D is
-    ever made: beyond inputs and gradient it takes 8 bytes per edge and up to 12 per node, and partial
-    sums for nodes of more than 512 edges.
+    are bitwise the same from run to run and for any number of threads. No tensor has the size E x D:
+    beyond inputs and gradient it takes 8 bytes per edge and up to 12 per node, and partial
+    sums for nodes of more than 512 edges. The loss is that of arXiv:2003.10477.
 
     Args:
         student: [N, D_s] float16, bfloat16, float32 or float64, or ``(x_src [num_src, D_s],
@@ -126,7 +138,7 @@ def lsp_loss(
             :class:`TeacherStructure`, which saves its half of the work.
         graph: a :class:`~fastkd.Graph` (build it once, reuse it), an ``edge_index`` [2, E] (source,
             destination), PyG's ``EdgeIndex`` or ``SparseTensor`` (as ``adj_t``), or a torch sparse
-            matrix whose entry (i, j) is the edge j -> i.
+            matrix whose entry (i, j) is the edge j -> i and whose values are 1.
         kernel: a name ("rbf", "euclidean", "linear", "poly", "laplacian", "cosine") or a
             :class:`fastkd.kernels.Kernel`.
         teacher_kernel: the teacher's; None means ``kernel``.
@@ -135,7 +147,7 @@ def lsp_loss(
             "mean_edges" over edges, "sum", or "none" for S [num_dst].
         edge_weight: [E] >= 0 in the order of ``edge_index``; ``log w`` is added to the similarity,
             so that 0 removes the edge.
-        teacher_graph: the teacher's own graph where it differs (dynamic graphs): both
+        teacher_graph: the graph of the teacher where it differs (dynamic graphs): both
             distributions are then taken over the union of the two neighbourhoods.
         norm_by: "dst" for a softmax over the in-edges of a destination, "src" for one over the
             out-edges of a source.
@@ -143,10 +155,17 @@ def lsp_loss(
             saturated kernel. Waits for the device.
 
     Returns:
-        A scalar, or [num_dst] for "none"; float32, or float64 for float64 features.
+        A scalar, or [num_dst] for "none"; float32, or float64 for float64 features. In nats.
 
     Raises:
         IndexError, TypeError, ValueError: name the argument, its value and what is valid.
+
+    >>> import torch
+    >>> from fastkd import lsp_loss
+    >>> edge_index = torch.tensor([[1, 2, 3], [0, 0, 0]])
+    >>> student, teacher = torch.arange(1.0, 5.0).view(4, 1), torch.arange(8.0).view(4, 2)
+    >>> round(float(lsp_loss(student, teacher, edge_index, kernel="linear")), 4)
+    0.04
     """
     kernel = kernels.resolve(kernel)
     structure = teacher if isinstance(teacher, TeacherStructure) else None
@@ -292,8 +311,12 @@ class _LSP(torch.autograd.Function):
 class LSPLoss(nn.Module):
     """:func:`lsp_loss` as a module; the arguments are its keyword arguments.
 
-    >>> criterion = LSPLoss(kernel="rbf")
-    >>> loss = criterion(student_features, teacher_features, graph)
+    >>> import torch
+    >>> from fastkd import LSPLoss
+    >>> criterion = LSPLoss(kernel="rbf", reduction="none")
+    >>> edge_index = torch.tensor([[1, 2, 0], [0, 0, 1]])
+    >>> criterion(torch.randn(3, 4), torch.randn(3, 8), edge_index).shape
+    torch.Size([3])
     """
 
     def __init__(
@@ -355,9 +378,9 @@ class LSPLoss(nn.Module):
         self,
         student: Features,
         teacher: Features | TeacherStructure,
-        graph: Any,
+        graph: GraphLike,
         edge_weight: Tensor | None = None,
-        teacher_graph: Any = None,
+        teacher_graph: GraphLike | None = None,
     ) -> Tensor:
         return lsp_loss(
             student,

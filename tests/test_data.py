@@ -793,6 +793,9 @@ def test_unknown_names():
         data.load("coraa")
     with pytest.raises(ValueError, match="name must be one of"):
         data.load("tu:<NAME>")
+    for name in ("tu:", "tu:../../x", "tu:/etc/x", "tu:a b", 5):
+        with pytest.raises(ValueError, match=r"name must be one of .*got "):
+            data.load(name)
     with pytest.raises(FileNotFoundError, match="root must be a folder"):
         data.load("cora", root="/nowhere")
     assert {"digits", "shapes69", "ogbn-arxiv", "ppi"} <= set(data.names())

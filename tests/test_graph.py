@@ -404,6 +404,9 @@ def test_the_number_of_nodes_is_inferred_where_the_edges_bear_it_out(monkeypatch
         (lambda: loss_on((E_[0], E_[1]), 2), TypeError, r"got tuple: pass torch.stack"),
         (lambda: loss_on(type("Data", (), {"edge_index": E_})(), 2), TypeError, "got Data: pass its edge_index"),
         (lambda: loss_on(torch.eye(3)), TypeError, "graph is a dense matrix of torch.float32: pass its entries"),
+        (lambda: loss_on(torch.ones(3, 3, dtype=torch.int64)), TypeError, "graph is a dense matrix of torch.int64"),
+        (lambda: loss_on(E_.numpy()), TypeError, r"got ndarray: pass torch\.from_numpy"),
+        (lambda: loss_on(torch.zeros(5, 2, dtype=torch.int64)), ValueError, r"got \(5, 2\) \(pass its transpose\)"),
         (lambda: loss_on(None), TypeError, "graph must be a fastkd.Graph, .* got NoneType"),
     ],
 )
@@ -419,7 +422,15 @@ def test_weights_in_a_sparse_matrix_are_not_dropped(layout):
         ValueError, match=r"must hold the value 1 for every edge, got 0\.5: pass edge weights by themselves"
     ):
         loss_on(getattr(matrix, layout)())
-    loss_on(getattr(matrix.ceil().bool(), layout)())
+    ones = getattr(matrix.ceil(), layout)()
+    loss_on(ones)
+    loss_on(getattr(matrix.bool(), layout)())
+    weighted = getattr(matrix, layout)()
+    weight = weighted._values() if layout == "to_sparse_coo" else weighted.values()
+    x, t = features(3, 4, torch.float64), features(3, 2, torch.float64, seed=1)
+    dst, src = matrix.nonzero().t()
+    expected = lsp_loss(x, t, torch.stack((src, dst)), edge_weight=matrix[dst, src])
+    torch.testing.assert_close(lsp_loss(x, t, ones, edge_weight=weight), expected)
     with pytest.raises(ValueError, match=r"got 2\.0"):
         loss_on(Matrix(torch.tensor([0, 1, 1, 1]), torch.tensor([2]), (3, 3), torch.tensor([2.0])))
 

@@ -136,6 +136,21 @@ def test_sparse_product_gradient():
     assert torch.autograd.gradcheck(lambda x: matrix @ x, (x,))
 
 
+@pytest.mark.parametrize(
+    "parts, words",
+    [
+        (([0, 1, 2], [0, 1], [1.0]), "got values \\(1,\\) and 3 pointers"),
+        (([0, 2], [0, 1], [1.0, 1.0]), "got values \\(2,\\) and 2 pointers"),
+        (([0, 2**63 - 1, 2], [0, 1], [1.0, 1.0]), "rowptr must not decrease"),
+        (([0, 1, 2], [0, 9], [1.0, 1.0]), r"col\[1\] = 9 "),
+    ],
+)
+def test_sparse_features_whose_parts_do_not_fit(parts, words):
+    x = torch.sparse_csr_tensor(*map(torch.tensor, parts), (2, 2), check_invariants=False)
+    with pytest.raises((ValueError, IndexError), match=words):
+        Sparse.of(x)
+
+
 def test_sparse_product_of_nothing():
     empty = Sparse.of(torch.zeros(4, 5).to_sparse_csr())
     x = torch.randn(5, 3, requires_grad=True)

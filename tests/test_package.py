@@ -1,5 +1,7 @@
 """What comes with the package: configuration, commands, packaging rules, the shim's own test."""
 
+import doctest
+import importlib
 import os
 import pathlib
 import shutil
@@ -169,6 +171,20 @@ def test_type_checkers_see_the_subpackages(tmp_path):
     assert len(revealed) == len(names), done.stdout + done.stderr
     assert all("ModuleType" in line for line in revealed[: len(SUBPACKAGES)]), done.stdout
     assert not any("Any" in line.split("is", 1)[1][:8] for line in revealed), done.stdout
+
+
+MODULES = ["", ".config", ".graph", ".lsp", ".reference", ".models.cnn", ".data.images"]
+ON_PYG = [".models.dgcnn", ".models.gnn", ".models.registry", ".models.sparse", ".data", ".data.shapes"]
+
+
+@pytest.mark.parametrize("name", [*MODULES, *ON_PYG])
+def test_examples_run(name, monkeypatch):
+    pytest.importorskip("sklearn" if ".data" in name else "torch", reason="scikit-learn is not installed")
+    if name in ON_PYG:
+        pytest.importorskip("torch_geometric", reason="torch-geometric is not installed")
+    monkeypatch.setenv("FASTKD_OFFLINE", "1")
+    failed, run = doctest.testmod(importlib.import_module(f"fastkd{name}"))
+    assert run and not failed
 
 
 @pytest.mark.parametrize("source", [True, False])

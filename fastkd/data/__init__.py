@@ -14,6 +14,7 @@ their official raw files. Nobody states sums for the downloads themselves.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from .._text import suggestion
@@ -27,7 +28,12 @@ __all__ = ["Images", "Task", "augment", "load", "load_images", "names"]
 
 
 def names() -> list[str]:
-    """What :func:`load` takes; ``tu:<NAME>`` stands for any TUDataset with node labels."""
+    """What :func:`load` takes; ``tu:<NAME>`` stands for any TUDataset with node labels.
+
+    >>> from fastkd import data
+    >>> data.names()[:3]
+    ['digits', 'cora', 'citeseer']
+    """
     return [*graphs.SETS, "tu:<NAME>", *shapes.SETS]
 
 
@@ -72,6 +78,12 @@ def load(name: str, root: str | Path | None = None) -> Task:
             than stated, or lacks an array; it is left where it is.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
         ImportError: a package is needed (torch-geometric, ogb, scikit-learn).
+
+    >>> from fastkd import data
+    >>> task = data.load("digits")
+    >>> (graph,) = task.graphs["train"]
+    >>> graph.x.shape, task.num_classes, int(graph.train_mask.sum())
+    (torch.Size([1797, 64]), 10, 200)
     """
     try:
         import torch_geometric  # noqa: F401
@@ -79,6 +91,7 @@ def load(name: str, root: str | Path | None = None) -> Task:
         raise ImportError('fastkd.data.load needs torch-geometric: pip install "fastkd[distill]"') from error
     if name in shapes.SETS:
         return shapes.load(name, root)
-    if name in graphs.SETS or (name.startswith("tu:") and name != "tu:<NAME>"):
+    # The name becomes part of paths in the cache.
+    if name in graphs.SETS or re.fullmatch(r"tu:[\w-]+", str(name)):
         return graphs.load(name, root)
     raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}{suggestion(name, names())}")

@@ -272,6 +272,14 @@ def load(name: str | Path, root: str | Path | None = None) -> Images:
             has one of another shape, dtype or range.
         FileNotFoundError: not found and not to be downloaded; the message says where was looked and why.
         ImportError: a package is needed (scikit-learn, pillow).
+
+    >>> from fastkd import data
+    >>> digits = data.load_images("digits")
+    >>> digits.images["train"].shape, digits.num_classes
+    (torch.Size([1076, 1, 28, 28]), 10)
+    >>> x, y = digits.part("fitness", 8)
+    >>> x.dtype, x.shape, y.shape
+    (torch.float32, torch.Size([8, 1, 28, 28]), torch.Size([8]))
     """
     if str(name).endswith(".npz"):
         return _from_file(Path(name))

@@ -37,6 +37,18 @@ def augment(
         shift: each axis by a summand from [-shift, shift].
         jitter: standard deviation of noise on every coordinate, cut at 5 deviations.
         drop: in every shape a share from [0, drop) of the points is put on its first point; drop in [0, 1).
+
+    Returns:
+        [n, P, 3], of the dtype and on the device of points.
+
+    Raises:
+        ValueError: an argument out of range, or points of another shape.
+
+    >>> import torch
+    >>> from fastkd import data
+    >>> out = data.augment(torch.ones(2, 5, 3), torch.Generator().manual_seed(0), shift=0.0)
+    >>> out.shape, bool((out >= 1 / 1.5).all()), bool((out <= 1.5).all())
+    (torch.Size([2, 5, 3]), True, True)
     """
     if points.dim() != 3:
         raise ValueError(f"points must have shape [n, P, 3], got {tuple(points.shape)}")

@@ -27,7 +27,7 @@ Convolutional networks are in :mod:`fastkd.models.cnn`, with a registry of their
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .cnn import CNNS, build_cnn, load_weights
 
@@ -64,11 +64,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        import torch_geometric  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'fastkd.models.{name} needs torch-geometric: pip install "fastkd[distill]"') from error
-    return getattr(importlib.import_module(".registry", __name__), name)
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if not TYPE_CHECKING:  # type checkers would take any name for one of these
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            import torch_geometric  # noqa: F401
+        except ImportError as error:
+            raise ImportError(f'fastkd.models.{name} needs torch-geometric: pip install "fastkd[distill]"') from error
+        return getattr(importlib.import_module(".registry", __name__), name)

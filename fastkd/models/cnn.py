@@ -3,7 +3,7 @@
 ==================  ==========================================  =============  ==========  ===================
 name                class or function                           input          parameters  names of parameters
 ==================  ==========================================  =============  ==========  ===================
-``lenet``           :class:`LeNet`: Caffe's, 20-50-500          [N, 1, 28, 28]     431,080  own
+``lenet``           :class:`LeNet`: Caffe's, 20-50-500          [N, 1, 28, 28]     431,080  its own
 ``alexnet``         :class:`AlexNet`                            224 x 224       61,100,840  torchvision
 ``vgg16``           :func:`vgg16`                               224 x 224      138,357,544  torchvision
 ``vgg16_cifar``     :func:`vgg16_cifar`: with batch norm        32 x 32         14,728,266  pytorch-cifar
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import integer, probability
 from .._text import suggestion
 from ..runtime import tensorfile
 
@@ -62,8 +63,8 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.conv1(x), 2)
         x = F.max_pool2d(self.conv2(x), 2)
-        y: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
-        return y
+        logits: Tensor = self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+        return logits
 
 
 class AlexNet(nn.Module):
@@ -98,8 +99,8 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
-        return y
+        logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return logits
 
 
 class VGG(nn.Module):
@@ -132,11 +133,12 @@ class VGG(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
-        return y
+        logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return logits
 
 
 def vgg16(num_classes: int = 1000, dropout: float = 0.5) -> VGG:
+    """VGG-16 without batch normalisation, as in torchvision: three linear layers after the convolutions."""
     return VGG(
         False,
         7,
@@ -170,6 +172,8 @@ class OptionA(nn.Module):
 
 
 class BasicBlock(nn.Module):
+    """Two convolutions of 3 x 3 and a shortcut; [N, channels, H, W] -> [N, width, H / stride, W / stride]."""
+
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
@@ -205,19 +209,26 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        y: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
-        return y
+        logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
 
 
 def resnet20(num_classes: int = 10) -> CifarResNet:
+    """ResNet-20 for CIFAR: three blocks in each of three stages."""
     return CifarResNet(3, num_classes)
 
 
 def resnet56(num_classes: int = 10) -> CifarResNet:
+    """ResNet-56 for CIFAR: nine blocks in each of three stages."""
     return CifarResNet(9, num_classes)
 
 
 class Bottleneck(nn.Module):
+    """Convolutions of 1 x 1, 3 x 3, 1 x 1 and a shortcut; [N, channels, H, W] -> [N, 4 width, H / stride, W / stride].
+
+    With `project`, the shortcut is a convolution of 1 x 1.
+    """
+
     def __init__(self, channels: int, width: int, stride: int, project: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
@@ -234,11 +245,11 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
+        out: Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        y: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
-        return y
+        out = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return out
 
 
 class ResNet(nn.Module):
@@ -266,11 +277,12 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for i in range(self.stages):
             x = getattr(self, f"layer{i + 1}")(x)
-        y: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
-        return y
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 def resnet50(num_classes: int = 1000) -> ResNet:
+    """ResNet-50: 3, 4, 6 and 3 bottlenecks."""
     return ResNet((3, 4, 6, 3), num_classes)
 
 
@@ -300,8 +312,8 @@ class MobileNetV1(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(self.features(self.conv1(x)).mean((2, 3)))
-        return y
+        logits: Tensor = self.classifier(self.features(self.conv1(x)).mean((2, 3)))
+        return logits
 
 
 def _initialise(model: nn.Module) -> None:
@@ -335,7 +347,7 @@ def build_cnn(name: str, **hyperparameters: Any) -> nn.Module:
 
     Args:
         name: one of ``CNNS``.
-        hyperparameters: the arguments of its class or function, such as num_classes.
+        hyperparameters: the arguments of its class or function: num_classes, and for some dropout.
 
     Raises:
         ValueError: unknown name or hyperparameter (the message lists the valid ones).
@@ -349,6 +361,10 @@ def build_cnn(name: str, **hyperparameters: Any) -> nn.Module:
     for key in hyperparameters:
         if key not in valid:
             raise ValueError(f"{name} has no hyperparameter {key!r}: it has {', '.join(valid)}")
+    if "num_classes" in hyperparameters:
+        integer("num_classes", hyperparameters["num_classes"], 1)
+    if "dropout" in hyperparameters:
+        probability("dropout", hyperparameters["dropout"])
     return CNNS[name](**hyperparameters)
 
 

@@ -119,6 +119,15 @@ class DGCNN(nn.Module):
         dims: [int], ``widths``; hidden: the same.
         graphs: [fastkd.Graph], of every layer in the last forward pass, over the B*P points; its input's
             k nearest neighbours, each cloud by itself.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+
+    >>> import torch
+    >>> from fastkd.models import DGCNN
+    >>> model = DGCNN(out_dim=5, k=3, widths=(4, 8), emb=16, head=()).eval()
+    >>> model(torch.randn(2, 10, 3)).shape, model.graph("layers.1").num_edges
+    (torch.Size([2, 5]), 60)
     """
 
     def __init__(
@@ -133,7 +142,7 @@ class DGCNN(nn.Module):
         super().__init__()
         counts = [("out_dim", out_dim), ("k", k), ("emb", emb)]
         for name, values in (("widths", widths), ("head", head)):
-            if isinstance(values, int) or (name == "widths" and not len(values)):
+            if not isinstance(values, Sequence) or (name == "widths" and not len(values)):
                 raise ValueError(f"{name} must list the width of each layer, got {values!r}")
             counts += [(f"{name}[{i}]", w) for i, w in enumerate(values)]
         for name, value in counts:

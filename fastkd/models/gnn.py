@@ -153,6 +153,15 @@ class GAT(_Network):
         heads: heads of each layer; their number is the number of layers.
         dropout: of the hidden features, in [0, 1).
         residual: whether layers have the skip.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+
+    >>> import torch
+    >>> from fastkd.models import GAT
+    >>> model = GAT(in_dim=3, out_dim=2, hidden=4, heads=(2, 1))
+    >>> model(torch.randn(5, 3), torch.tensor([[0, 1], [1, 4]])).shape, model.dims
+    (torch.Size([5, 2]), [8, 2])
     """
 
     def __init__(
@@ -165,7 +174,7 @@ class GAT(_Network):
         residual: bool = True,
     ) -> None:
         super().__init__(in_dim, out_dim, hidden, dropout)
-        if isinstance(heads, int) or not len(heads):
+        if not isinstance(heads, Sequence) or not len(heads):
             raise ValueError(f"heads must list the heads of each layer, such as (4, 4, 6), got {heads!r}")
         for i, h in enumerate(heads):
             integer(f"heads[{i}]", h, 1)
@@ -247,6 +256,14 @@ class GCN(_Simple):
         num_layers: >= 1.
         dropout: of the hidden features, in [0, 1).
         norm: of the hidden features, before ReLU: None, "batch" or "layer".
+
+    Raises:
+        TypeError, ValueError: an argument of another type, or out of range.
+
+    >>> import torch
+    >>> from fastkd.models import GCN
+    >>> GCN(in_dim=3, out_dim=2, hidden=4)(torch.randn(5, 3), torch.tensor([[0, 1], [1, 4]])).shape
+    torch.Size([5, 2])
     """
 
     def __init__(

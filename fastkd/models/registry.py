@@ -49,7 +49,11 @@ def build(name: str, in_dim: int, out_dim: int, **hyperparameters: Any) -> nn.Mo
         hyperparameters: the class's other arguments.
 
     Raises:
-        ValueError: unknown name or hyperparameter (the message lists the valid ones), or an invalid value.
+        TypeError, ValueError: unknown name or hyperparameter (the message lists the valid ones), or an invalid value.
+
+    >>> from fastkd import models
+    >>> models.build("gat", 50, 121, hidden=8, heads=[2, 2]).dims
+    [16, 121]
     """
     if name not in MODELS:
         raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}{suggestion(name, MODELS)}")

@@ -39,6 +39,8 @@ class Sparse:
         graph: its pattern; row = destination, column = source.
         values: [E], by slot of the graph.
 
+    >>> import torch
+    >>> from fastkd.models.sparse import Sparse
     >>> matrix = Sparse.of(torch.tensor([[0.0, 2.0], [1.0, 0.0]]).to_sparse_csr())
     >>> (matrix @ torch.tensor([[1.0], [10.0]])).tolist()
     [[20.0], [1.0]]
@@ -53,6 +55,12 @@ class Sparse:
         """From torch.sparse_csr."""
         graph = Graph.from_csr(x.crow_indices(), x.col_indices(), x.shape[1])
         values = x.values().detach()
+        if values.shape != (graph.num_edges,) or graph.num_dst != x.shape[0]:
+            # The products below trust their arguments, and torch checks them only where asked to.
+            raise ValueError(
+                f"a sparse matrix of shape {tuple(x.shape)} with {graph.num_edges} entries must have as many values "
+                f"and {x.shape[0] + 1} row pointers, got values {tuple(values.shape)} and {graph.num_dst + 1} pointers"
+            )
         return cls(graph, values if graph.perm is None else values[graph.perm])
 
     def times(self, x: Tensor, transposed: bool = False) -> Tensor:
