@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd import PopulationEvaluator, compact, evolve
+from fastkd import PopulationEvaluator, compact
 from fastkd.compress import load_config
 from fastkd.compress.config import FinetuneConfig
 from fastkd.compress.export import to_onnx
 from fastkd.compress.train import fit, recalibrate
 from fastkd.data.images import Images
-from fastkd.evolve import ECS, Fitness, Limits
+from fastkd.evolve import ECS, Fitness, Limits, evolve
 from fastkd.population import trace
 
 from .cases import SEED
