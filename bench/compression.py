@@ -33,7 +33,7 @@ from fastkd.population import trace
 
 from .cases import SEED
 from .memory import _ROOT
-from .population import CASES, Masked, made
+from .population import CASES, Masked, new_network
 from .report import table
 from .test_lsp import environment, seconds, timer
 
@@ -84,7 +84,7 @@ def search(name: str, generations: int) -> dict[str, Any]:
     """
     case, g = CASES[name], torch.Generator().manual_seed(SEED)
     x, held = (torch.randn(n, *case.shape, generator=g) for n in (IMAGES, CALIBRATION))
-    model = made(name)
+    model = new_network(name)
     y = model(x).argmax(1)
     e = evaluator(model, x[:1], held)
     own = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def search(name: str, generations: int) -> dict[str, Any]:
 
 def speed(name: str, rounds: int) -> list[dict[str, Any]]:
     """Of the networks of uniform L1 at budgets of multiply-adds, the full one and all others in turn."""
-    case, model = CASES[name], made(name)
+    case, model = CASES[name], new_network(name)
     space = trace(model, torch.zeros(1, *case.shape))
     networks, share = {1.0: model}, {1.0: 1.0}
     for budget in BUDGETS:
@@ -172,7 +172,7 @@ def training(name: str, rounds: int) -> dict[str, list[float]]:
     x = torch.randint(256, (TUNED_IMAGES, *case.shape), generator=g, dtype=torch.uint8)
     y = torch.randint(10, (TUNED_IMAGES,), generator=g)
     data = Images("noise", 10, "drawn", {"train": x}, {"train": y}, (0.5,) * len(x[0]), (0.25,) * len(x[0]))
-    teacher = made(name)
+    teacher = new_network(name)
     space = trace(teacher, torch.zeros(1, *case.shape))
     small = compact(teacher, Limits(space, {"macs": 0.5}).repair(space.ones(1))[0], space)
     taken: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -201,7 +201,7 @@ def path(name: str) -> dict[str, Any]:
     """From a network for 1,000 classes at 224 x 224, of new weights, to the ONNX file of a smaller one, with the budget
     of its recipe; meant for a process of its own, whose peak memory it is."""
     config = load_config(f"{name}-imagenet")
-    model, g = made(name), torch.Generator().manual_seed(SEED)
+    model, g = new_network(name), torch.Generator().manual_seed(SEED)
     x, held = (torch.randn(LARGE_IMAGES, 3, 224, 224, generator=g) for _ in range(2))
     times: dict[str, float] = {}
 

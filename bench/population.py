@@ -41,7 +41,7 @@ CASES = {
 }
 
 
-def made(network: str) -> nn.Module:
+def new_network(network: str) -> nn.Module:
     torch.manual_seed(SEED)
     return build_cnn(network).eval()
 

@@ -76,16 +76,16 @@ def networks(rows: list[Benchmark]) -> str:
     body = []
     for b in rows:
         asked = ", ".join(f"{value:g}x" for value in b["asked"] if value)
-        own, top = b["seconds"]["fastkd"], best(b)
+        ours, top = b["seconds"]["fastkd"], best(b)
         body.append(
             [
                 f"{label(b, rows)} (P={b['population']}, N={b['images']})",
-                number(1e3 * statistics.median(own)),
+                number(1e3 * statistics.median(ours)),
                 *(ratio(b, side) for side in SIDES),
                 "–" if top is None else f"**{number(top, 2)}x**",
                 asked,
-                number(b["macs"] / statistics.median(own) / 1e9),
-                f"{of_gemm(b, own, b['macs']):.0%}",
+                number(b["macs"] / statistics.median(ours) / 1e9),
+                f"{of_gemm(b, ours, b['macs']):.0%}",
             ]
         )
     rounds = [len(b["seconds"]["fastkd"]) for b in rows]
@@ -102,7 +102,7 @@ def networks(rows: list[Benchmark]) -> str:
                 "fastkd, ms",
                 *(title for title, _ in SIDES.values()),
                 "best of the others",
-                "asked",
+                "target",
                 "GMAC/s",
                 "of GEMM",
             ],
@@ -122,7 +122,7 @@ def converging(b: Benchmark) -> str:
         f"of {b['size']} from a genetic algorithm; {sum(c['new']) / sum(c['asked']):.0%} of the individuals were new. "
         "Memo and shared beginnings, against every individual by itself in the same executor: "
         f"**{gain(slice(None))}** (first third of the generations {gain(slice(third))}, last "
-        f"{gain(slice(count - third, None))}; asked {b['asked']}x); in multiplications "
+        f"{gain(slice(count - third, None))}; target {b['asked']}x); in multiplications "
         f"{number(sum(c['macs']) / max(1, sum(c['shared_macs'])))}x."
     )
 
@@ -130,15 +130,15 @@ def converging(b: Benchmark) -> str:
 def layers(rows: list[Benchmark]) -> str:
     body = []
     for b in rows:
-        own, torch = per_layer(b), better(b, "torch")
+        ours, torch = per_layer(b), better(b, "torch")
         rate = lambda taken: number(b["macs"] / statistics.median(taken) / 1e9)
-        ratio = statistics.median(t / o for t, o in zip(b["seconds"][torch], own, strict=True))
+        ratio = statistics.median(t / o for t, o in zip(b["seconds"][torch], ours, strict=True))
         body.append(
             [
                 label(b, rows, f"{b['layer']}, {b['size']}x{b['size']}, N={b['images']}"),
                 str(b["kept"]),
-                rate(own),
-                f"{number(of_gemm(b, own, b['macs']))}x",
+                rate(ours),
+                f"{number(of_gemm(b, ours, b['macs']))}x",
                 f"{b['asked']}x" if b["asked"] else "",
                 rate(b["seconds"]["alone"]) if "alone" in b["seconds"] else "–",
                 rate(b["seconds"][torch]),
@@ -148,13 +148,13 @@ def layers(rows: list[Benchmark]) -> str:
         )
         if "dense" in b["seconds"]:
             dense = better(b, "dense")
-            body[-1].append(f"{of_gemm(b, own, b['macs']) / of_gemm(b, b['seconds'][dense], b['dense_macs']):.0%}")
+            body[-1].append(f"{of_gemm(b, ours, b['macs']) / of_gemm(b, b['seconds'][dense], b['dense_macs']):.0%}")
     head = [
         "layer",
         "kept",
         "fastkd, GMAC/s",
         "over GEMM",
-        "asked",
+        "target",
         "with its ends",
         "torch, GMAC/s",
         "its format",
@@ -204,7 +204,7 @@ def draw_networks(panel: Any, results: dict[str, Any]) -> None:
 
     cases, height = of(results, "population"), 0.8 / len(SIDES)
     names = [label(b, cases) for b in cases]
-    marks: list[tuple[float | None, float, float]] = []  # what is asked, over which bars
+    marks: list[tuple[float | None, float, float]] = []  # the target, over which bars
 
     def bar(y: float, value: float | None, text: str, colour: str, title: str | None) -> None:
         panel.barh(y, (value or 1) - 1, height, left=1, color=colour, edgecolor="white", linewidth=0.3, label=title)
@@ -237,7 +237,7 @@ def draw_networks(panel: Any, results: dict[str, Any]) -> None:
             linewidth=2,
             solid_capstyle="butt",
             zorder=4,
-            label=None if k else "asked, at least",
+            label=None if k else "target",
         )
     panel.axvline(1, color="#D55E00", linewidth=1.6, label="fastkd")
     panel.set_xscale("log")
@@ -256,12 +256,12 @@ def draw_networks(panel: Any, results: dict[str, Any]) -> None:
 def draw_layers(panel: Any, results: dict[str, Any]) -> None:
     rows = of(results, "layer")
     for y, b in enumerate(rows):
-        own, torch = (of_gemm(b, taken, b["macs"]) for taken in (per_layer(b), b["seconds"][better(b, "torch")]))
-        panel.plot([own, torch], [y, y], color="0.7", linewidth=1, zorder=1)
+        ours, torch = (of_gemm(b, taken, b["macs"]) for taken in (per_layer(b), b["seconds"][better(b, "torch")]))
+        panel.plot([ours, torch], [y, y], color="0.7", linewidth=1, zorder=1)
         panel.plot(
             torch, y, "o", color="#0072B2", markersize=4, label=None if y else "torch's convolution, compact tensors"
         )
-        panel.plot(own, y, "o", color="#D55E00", markersize=4, label=None if y else "fastkd")
+        panel.plot(ours, y, "o", color="#D55E00", markersize=4, label=None if y else "fastkd")
     for k, (y, b) in enumerate((y, b) for y, b in enumerate(rows) if b["asked"]):
         panel.plot(
             [b["asked"]] * 2,
@@ -269,7 +269,7 @@ def draw_layers(panel: Any, results: dict[str, Any]) -> None:
             color="black",
             linewidth=2,
             solid_capstyle="butt",
-            label=None if k else "asked of fastkd, at least",
+            label=None if k else "target of fastkd",
         )
     panel.set_yticks(
         range(len(rows)),
@@ -292,10 +292,10 @@ def write(results: dict[str, Any], path: Path) -> bool:
         parts.append(networks(cases))
     parts += [f"## A population that converges\n\n{converging(b)}" for b in of(results, "converging")]
     if single:
-        parts.append(f"## Single layers: the own kernel and torch's convolution\n\n{layers(single)}")
+        parts.append(f"## Single layers: fastkd's kernel and torch's convolution\n\n{layers(single)}")
     for b in traced:
         taken = number(statistics.median(b["seconds"]["fastkd"]))
-        parts.append(f"## Tracing\n\n{b['network']}: {taken} s (asked: under {b['asked']} s).")
+        parts.append(f"## Tracing\n\n{b['network']}: {taken} s (target: under {b['asked']} s).")
     if plot(results, path.with_suffix(".png")):
         parts.insert(1, f"![Time over fastkd's; single layers]({path.stem}.png)")
     path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")

@@ -19,7 +19,7 @@ from fastkd.population.explain import work
 
 from .cases import SEED, Absent
 from .peers import available
-from .population import CASES, DEPTH, LAYERS, Layer, Sides, generations, layer_sides, made, sides, trained
+from .population import CASES, DEPTH, LAYERS, Layer, Sides, generations, layer_sides, new_network, sides, trained
 from .test_lsp import environment, seconds, timer
 
 GEMM = 1024
@@ -121,7 +121,7 @@ def test_network(name: str, dtype: torch.dtype, benchmark, device: torch.device,
     case, generator = CASES[name], torch.Generator().manual_seed(SEED)
     images = max(1, round(case.images * share))
     x = torch.randn(images, *case.shape, generator=generator).to(device, dtype)
-    model = made(case.network).to(device, dtype)
+    model = new_network(case.network).to(device, dtype)
     e = evaluator(model, x)
     masks = e.space.repair(e.space.random(case.population, 0.5, generator))
     every, absent = sides(e, model, masks, x), {}
@@ -218,7 +218,7 @@ def test_layer(layer: Layer, dtype: torch.dtype, benchmark, device: torch.device
 
 
 def test_trace(benchmark, device: torch.device) -> None:
-    model, x = made("resnet50").to(device), torch.zeros(1, 3, 224, 224, device=device)
+    model, x = new_network("resnet50").to(device), torch.zeros(1, 3, 224, 224, device=device)
     benchmark.group = "trace"
     taken: dict[str, list[float]] = {"fastkd": []}
     benchmark.extra_info.update(environment(device), kind="trace", network="resnet50", asked=2, seconds=taken)

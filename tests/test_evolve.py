@@ -1,5 +1,6 @@
 """The evolution of masks: operators, fronts, budgets, fitness, and runs that can end at any moment."""
 
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -49,7 +50,7 @@ from fastkd.evolve.limits import largest
 from fastkd.evolve.ranking import group_norm
 from fastkd.models import build_cnn
 from fastkd.population import GeneSpace, Group, trace
-from fastkd.population.masks import packed, unpacked
+from fastkd.population.masks import distinct, duplicates, from_hex, packed, to_hex, unpacked
 from fastkd.runtime import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,6 +190,26 @@ def test_packing():
         assert torch.equal(unpacked(packed(rows), genes), rows)
     rows = torch.rand(700, 13, generator=seeded()) < 0.9
     assert torch.equal(operators.occurrences(rows), rows.sum(0))
+
+
+def test_the_codec_of_masks():
+    """What records and checkpoints hold, byte for byte."""
+    rows = torch.rand(6, 13, generator=seeded()) < 0.5
+    rows[4] = rows[1]
+    for row in rows:
+        bits = "".join("01"[int(x)] for x in row) + "000"
+        assert to_hex(row) == f"{int(bits, 2):04x}"
+        assert mask_id(row) == hashlib.blake2b(bytes.fromhex(to_hex(row)), digest_size=16).hexdigest()[:12]
+        assert torch.equal(from_hex(to_hex(row), 13), row)
+    found = distinct(rows)
+    assert torch.equal(rows[found.first][found.inverse], rows) and len(found.keys) == 5
+    assert [to_hex(row) for row in rows[found.first]] == sorted({to_hex(row) for row in rows})
+    assert [key.hex()[:12] for key in found.keys] == [mask_id(row) for row in rows[found.first]]
+    assert duplicates(rows).tolist() == [False] * 4 + [True, False]
+    assert from_hex("", 0).shape == (0,)
+    for text, message in (("a0b", "must be hexadecimal digits, got 'a0b'"), ("a0", "of 13 genes has 2 bytes, got 1")):
+        with pytest.raises(ValueError, match=message):
+            from_hex(text, 13)
 
 
 def ecs_in_plain_python(masks, score, generator, copy=0.2, crossover=0.7):

@@ -66,7 +66,6 @@ def problem_of(
     algorithm: str | Algorithm,
     population: int,
     seed: int,
-    *,
     budget: Mapping[str, float] | None,
     k_min: int | None,
     limits: Limits | None,

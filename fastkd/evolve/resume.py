@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -23,9 +24,14 @@ class Saved:
     Args:
         folder: in which they are.
         identity: of the search; a checkpoint of another one is refused.
+
+    Raises:
+        ImportError: safetensors is not installed.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        if importlib.util.find_spec("safetensors") is None:
+            raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
         self.identity = identity
         self.file, self.previous = folder / "checkpoint.safetensors", folder / "previous.safetensors"
         self.history = folder / "history.jsonl"

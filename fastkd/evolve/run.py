@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -92,32 +91,20 @@ def evolve(
     world, folder = world or World(), None if checkpoint is None else Path(checkpoint)
     integer("generations", generations, 1)
     problem = problem_of(
-        evaluator,
-        fitness,
-        algorithm,
-        population,
-        seed,
-        budget=budget,
-        k_min=k_min,
-        limits=limits,
-        initial=initial,
-        device=usable(device),
+        evaluator, fitness, algorithm, population, seed, budget, k_min, limits, initial, usable(device)
     )
-    if folder is not None and importlib.util.find_spec("safetensors") is None:
-        raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
     saved = None if folder is None else Saved(folder, problem.identity())
     callbacks = (callback,) if callable(callback) else tuple(callback)
     try:
         with world.alone(folder):
             return _run(problem, generations, saved, callbacks, progress, world)
     except RankLost as error:
-        remedy = (
-            "no checkpoint had been written yet: start anew"
-            if saved is None or not saved.file.exists()
-            else f"the checkpoint {saved.file} is whole: the same command goes on from there, with any number of "
+        if saved is None or not saved.file.exists():
+            raise RankLost(f"{error}; no checkpoint had been written yet: start anew") from None
+        raise RankLost(
+            f"{error}; the checkpoint {saved.file} is whole: the same command goes on from there, with any number of "
             "processes"
-        )
-        raise RankLost(f"{error}; {remedy}") from None
+        ) from None
 
 
 def _run(

@@ -19,11 +19,11 @@ from ..runtime import fingerprint
 from .batches import Batches, Data, images_of
 from .engine import Engine, Progress, Take, memory_allowed
 from .explain import explanation
-from .lower import feature_sizes, lower, lower_features
+from .lower import feature_sizes, feature_values, lower, lower_features
 from .masks import distinct
 from .memo import Memo, Stats
 from .quality import QUALITIES
-from .space import GeneSpace, Op
+from .space import GeneSpace
 from .trace import check_model, space_of
 
 __all__ = ["PopulationEvaluator"]
@@ -324,31 +324,10 @@ class PopulationEvaluator:
 
     def _up_to(self, layers: Sequence[str] | None, last: bool = False) -> tuple[Engine, list[int], tuple[int, ...]]:
         """What computes the features of layers, how many numbers each gives, and which values they are."""
-        makers = {op.name: op.output for op in self.space.ops if op.kind in ("conv", "linear")}
-        if isinstance(layers, str) or (layers is not None and not layers):
-            raise ValueError(f"layers must be names of one layer or more, got {layers!r}")
-        for name in layers or ():
-            if name not in makers:
-                raise ValueError(f"layers must be of {', '.join(makers)}, got {name!r}")
-        if layers is None:
-            final = next(op for op in reversed(self.space.ops) if op.kind in ("conv", "linear"))
-            inner = [self._activated(v) for name, v in makers.items() if name != final.name]
-            values = tuple(v for v in ([final.inputs[0]] if last else inner) if v != 0)
-        else:
-            values = tuple(v for v in (self._activated(makers[name]) for name in layers) if v != 0)
-        if not values:
-            raise ValueError("the model has no layer before its last one, whose features could be compared")
+        values = feature_values(self.space, layers, last)
         if values not in self._inner:
             self._inner[values] = Engine(self.space, lower_features(self.space, values), self.dtype, self.device)
         return self._inner[values], feature_sizes(self.space, values), values
-
-    def _activated(self, value: int) -> int:
-        """The value after the batch norm and the activation that follow this one alone."""
-        while True:
-            following: list[Op] = [op for op in self.space.ops for i in op.inputs if i == value]
-            if len(following) != 1 or following[0].kind not in ("batch_norm", "prelu", "elementwise"):
-                return value
-            value = following[0].output
 
     def _full_features(self, inner: Engine, data: Data) -> Tensor:
         """[N, D], of the model as given."""

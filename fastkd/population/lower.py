@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .operations import at_positions, expand_positions, function_name, reshape_positions
 from .space import GeneSpace, Op, UnsupportedModelError
 
-__all__ = ["Program", "feature_sizes", "lower", "lower_features"]
+__all__ = ["Program", "feature_sizes", "feature_values", "lower", "lower_features"]
 
 POOLED = 4  # positions of a side to which feature maps are averaged before they are compared
 
@@ -66,6 +66,43 @@ def lower_features(space: GeneSpace, layers: Sequence[int]) -> Program:
     """The network up to some values, whose feature maps, of at most POOLED x POOLED positions, are its one output
     [N, D]: one value after the other."""
     return _Lowering(space).features(layers)
+
+
+def feature_values(space: GeneSpace, layers: Sequence[str] | None, last: bool = False) -> tuple[int, ...]:
+    """Which values are the features of layers, by the names of convolutions or linear layers: what they give, with the
+    batch norm and the activation that follow.
+
+    Args:
+        layers: None: all but the last; with `last`, the input of the last one.
+    """
+    makers = {op.name: op.output for op in space.ops if op.kind in ("conv", "linear")}
+    if isinstance(layers, str) or (layers is not None and not layers):
+        raise ValueError(f"layers must be names of one layer or more, got {layers!r}")
+    for name in layers or ():
+        if name not in makers:
+            raise ValueError(f"layers must be of {', '.join(makers)}, got {name!r}")
+    consumers: dict[int, list[Op]] = {}
+    for op in space.ops:
+        for i in op.inputs:
+            consumers.setdefault(i, []).append(op)
+
+    def activated(value: int) -> int:
+        following = consumers.get(value, [])
+        while len(following) == 1 and following[0].kind in ("batch_norm", "prelu", "elementwise"):
+            value = following[0].output
+            following = consumers.get(value, [])
+        return value
+
+    if layers is None:
+        final = next(op for op in reversed(space.ops) if op.kind in ("conv", "linear"))
+        inner = [activated(value) for name, value in makers.items() if name != final.name]
+        values = [final.inputs[0]] if last else inner
+    else:
+        values = [activated(makers[name]) for name in layers]
+    values = [value for value in values if value != 0]
+    if not values:
+        raise ValueError("the model has no layer before its last one, whose features could be compared")
+    return tuple(values)
 
 
 def feature_sizes(space: GeneSpace, layers: Sequence[int]) -> list[int]:
