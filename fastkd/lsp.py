@@ -226,7 +226,7 @@ def lsp_loss(
     reverse = graph.reverse if student_dst is None and teacher_dst is None else None
     student_kernel, student_param = kernel.spec(student_src.shape[1])
     teacher_spec, teacher_param = teacher_kernel.spec(teacher_dim)
-    problem = _ops.Problem(
+    problem = _ops.problem(
         teacher=teacher_src,
         teacher_dst=teacher_dst,
         teacher_values=values,
@@ -284,7 +284,7 @@ class _LSP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         student, student_dst, coef, src_inv_norm, dst_inv_norm, *graph = ctx.saved_tensors
         rowptr, col, reverse, t_rowptr, t_col, t_perm = graph
-        arguments = _ops.Backward(
+        arguments = _ops.backward_arguments(
             grad=grad,
             student=student,
             student_dst=student_dst,

@@ -14,10 +14,12 @@ from .lsp import (
     Problem,
     Reduction,
     Shape,
+    backward_arguments,
     kernel_spec,
     kernel_values,
     lsp_backward,
     lsp_forward,
+    problem,
 )
 from .native import DTYPES, NoSecondDerivative, acc_dtype, backends
 from .network import ALWAYS, NEVER, Activation, Network, Operation, runs
@@ -39,6 +41,7 @@ __all__ = [
     "Shape",
     "acc_dtype",
     "backends",
+    "backward_arguments",
     "conv",
     "csr_from_coo",
     "csr_transpose",
@@ -54,6 +57,7 @@ __all__ = [
     "masked_conv2d_backward",
     "native",
     "network",
+    "problem",
     "runs",
     "structs",
 ]

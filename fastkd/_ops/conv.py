@@ -281,15 +281,15 @@ def _backward_torch(b: _Backward) -> _Gradients:
 
 
 def _masked_conv2d_backward_cpu(*args: Any) -> _Gradients:
-    return _backward_native(_Backward(*args))
+    return _backward_native(_Backward._make(args))
 
 
 def _masked_conv2d_backward_torch(*args: Any) -> _Gradients:
-    return _backward_torch(_Backward(*args))
+    return _backward_torch(_Backward._make(args))
 
 
 def _masked_conv2d_backward_fake(*args: Any) -> _Gradients:
-    b = _Backward(*args)
+    b = _Backward._make(args)
     shape = b.check()
     want_x, want_weight, want_bias = b.wanted
     return (

@@ -39,27 +39,29 @@ def _check_width(edges: int, wide: bool) -> None:
         raise ValueError(f"{edges} edges need indices of int64")
 
 
-def _check_slots(rowptr: Tensor, col: Tensor, num_src: int) -> None:
-    """Raises unless rowptr rises from 0 to E and columns are in [0, num_src).
+def _first_wrong(rowptr: Tensor, col: Tensor, num_src: int) -> int:
+    """As the native csr_first_wrong, for a device; it waits for the device once where all is right."""
+    edges, rows = col.shape[0], rowptr.shape[0] - 1
+    wrong = torch.cat(
+        (rowptr[:1] != 0, (rowptr[1:] < rowptr[:-1]) | (rowptr[1:] > edges), (col < 0) | (col >= num_src))
+    )
+    wrong[rows] |= rowptr[rows] != edges
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else -1
 
-    Neighbours are compared and not subtracted: a difference may wrap.
-    """
+
+def _check_slots(rowptr: Tensor, col: Tensor, num_src: int) -> None:
+    """Raises unless rowptr rises from 0 to E and columns are in [0, num_src)."""
     _check_size("num_src", num_src)
-    edges = col.shape[0]
-    falls = rowptr[1:] < rowptr[:-1]
-    outside = (col < 0) | (col >= num_src)
-    if not bool(falls.any() | (rowptr[0] != 0) | (rowptr[-1] != edges) | outside.any()):
+    on_host = rowptr.device.type == "cpu"
+    k = native.host.csr_first_wrong(csr(rowptr, col, num_src)) if on_host else _first_wrong(rowptr, col, num_src)
+    if k < 0:
         return
-    for i, bound in ((0, 0), (-1, edges)):
-        if int(rowptr[i]) != bound:
-            raise ValueError(f"rowptr[{i}] must be {bound}, got {int(rowptr[i])}: rowptr rises from 0 to E = {edges}")
-    if bool(falls.any()):
-        i = int(falls.nonzero()[0])
-        raise ValueError(
-            f"rowptr must not decrease, got rowptr[{i}] = {int(rowptr[i])} and rowptr[{i + 1}] = {int(rowptr[i + 1])}"
-        )
-    e = int(outside.nonzero()[0])
-    raise IndexError(f"col[{e}] = {int(col[e])} is out of range: valid indices are in [0, {num_src})")
+    rows, edges = rowptr.shape[0] - 1, col.shape[0]
+    if k > rows:
+        e = k - rows - 1
+        raise IndexError(f"col[{e}] = {int(col[e])} is out of range: valid indices are in [0, {num_src})")
+    before = "" if k == 0 else f" after rowptr[{k - 1}] = {int(rowptr[k - 1])}"
+    raise ValueError(f"rowptr must rise from 0 to E = {edges}, got rowptr[{k}] = {int(rowptr[k])}{before}")
 
 
 # --- csr_from_coo ---------------------------------------------------------------------------------

@@ -14,6 +14,12 @@ from .native import DTYPES, Launch, acc_dtype, address, check_graph, csr, featur
 Metric, Shape, Divergence, Reduction = _C.Metric, _C.Shape, _C.Divergence, _C.Reduction
 
 
+_COSINE, _NONE = Metric.cosine, Reduction.none
+_inverse_norm_op, _similarity_op = structs.by_name(structs.InverseNorm), structs.by_name(structs.Similarity)
+_values_op, _divergences_op = structs.by_name(structs.KernelValues), structs.by_name(structs.Divergences)
+_gradient_op, _incidence = structs.by_name(structs.Gradient), structs.by_name(structs.Incidence)
+
+
 def kernel_spec(
     *, metric: int, shape: int, root: bool = False, degree: int = 1, scale: float = 1.0, param: float = 1.0
 ) -> tuple[list[int], list[float]]:
@@ -26,9 +32,7 @@ def _kernel(name: str, integers: list[int], numbers: list[float]) -> structs.Ker
         raise ValueError(
             f"{name} must be [metric, shape, root, degree] and [scale, param], got {list(integers)} and {list(numbers)}"
         )
-    metric, shape, root, degree = integers
-    scale, param = numbers
-    return structs.Kernel(metric=metric, shape=shape, root=root, degree=degree, scale=scale, param=param)
+    return structs.Kernel._make((*integers, *numbers))
 
 
 def _check_features(name: str, x: Tensor, rows: int, what: str, like: Tensor) -> None:
@@ -69,52 +73,38 @@ def _check_edges(name: str, x: Tensor, col: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is on {x.device}, but the graph is on {col.device}")
 
 
-class _Reduced(NamedTuple):
-    r: Tensor
-    """[E], of every edge."""
-    src_norm: Tensor
-    """Inverse norms that went into it; empty unless the metric needs them."""
-    dst_norm: Tensor
-    """Empty also where those of src serve both ends."""
-
-    def norms(self, one_side: bool) -> tuple[Tensor, Tensor]:
-        """Of the two ends of an edge."""
-        return self.src_norm, self.src_norm if one_side else self.dst_norm
-
-
 def _inverse_norm(launch: Launch, x: Tensor) -> Tensor:
     out = x.new_empty(x.shape[0], dtype=acc_dtype(x))
-    launch.native.inverse_norm(structs.InverseNorm(x=features(x), inv_norm=out.data_ptr()), launch.where)
+    launch.native.inverse_norm(_inverse_norm_op(x=features(x), inv_norm=out.data_ptr()), launch.where)
     return out
 
 
 def _similarity(
     launch: Launch, src: Tensor, dst: Tensor | None, graph: structs.Csr, reverse: Tensor | None, metric: int
-) -> _Reduced:
-    """The raw reduction of every edge. Rows of src and dst have unit column stride."""
-    none = src.new_empty(0, dtype=acc_dtype(src))
-    cosine = metric == Metric.cosine
-    reduced = _Reduced(
-        r=native.empty((graph.edges,), none.dtype, src.device),
-        src_norm=_inverse_norm(launch, src) if cosine else none,
-        dst_norm=_inverse_norm(launch, dst) if cosine and dst is not None else torch.empty_like(none),
-    )
-    src_norm, dst_norm = reduced.norms(dst is None)
-    from_src = features(src)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw reduction [E] of every edge, and the inverse norms of src and dst that went into it: empty unless the
+    metric needs them, and for dst None those of src serve both ends. Rows have unit column stride."""
+    src_norm = src.new_empty(0, dtype=acc_dtype(src))
+    dst_norm = torch.empty_like(src_norm)
+    if metric == _COSINE:
+        src_norm = _inverse_norm(launch, src)
+        dst_norm = dst_norm if dst is None else _inverse_norm(launch, dst)
+    r = native.empty((graph.edges,), src_norm.dtype, src.device)
+    side = features(src)
     launch.native.similarity(
-        structs.Similarity(
+        _similarity_op(
             graph=graph,
-            src=from_src,
-            dst=from_src if dst is None else features(dst),
+            src=side,
+            dst=side if dst is None else features(dst),
             src_inv_norm=src_norm.data_ptr(),
-            dst_inv_norm=dst_norm.data_ptr(),
+            dst_inv_norm=(src_norm if dst is None else dst_norm).data_ptr(),
             metric=metric,
             reverse=address(reverse),
-            r=reduced.r.data_ptr(),
+            r=r.data_ptr(),
         ),
         launch.where,
     )
-    return reduced
+    return r, src_norm, dst_norm
 
 
 # --- kernel_values --------------------------------------------------------------------------------
@@ -136,10 +126,10 @@ def _kernel_values(
     src = unit_columns(src)
     dst = None if dst is None else unit_columns(dst)
     with Launch(src.device) as launch:
-        r = _similarity(launch, src, dst, csr(rowptr, col, num_src), reverse, native_kernel.metric).r
+        r, _, _ = _similarity(launch, src, dst, csr(rowptr, col, num_src), reverse, native_kernel.metric)
         values = native.empty(r.shape, r.dtype, r.device)
         launch.native.kernel_values(
-            structs.KernelValues(
+            _values_op(
                 edges=r.shape[0], kernel=native_kernel, acc=DTYPES[r.dtype], r=r.data_ptr(), values=values.data_ptr()
             ),
             launch.where,
@@ -195,6 +185,8 @@ class Problem(NamedTuple):
     max_degree: int
 
 
+problem = structs.by_name(Problem)
+
 # Loss, coefficients, inverse norms of sources and destinations, diagnostics.
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -227,7 +219,8 @@ def _teacher_reduced(launch: Launch, p: Problem, graph: structs.Csr, metric: int
         assert p.teacher_values is not None  # checked
         return p.teacher_values.contiguous()
     dst = None if p.teacher_dst is None else unit_columns(p.teacher_dst)
-    return _similarity(launch, unit_columns(p.teacher), dst, graph, p.reverse, metric).r
+    r, _, _ = _similarity(launch, unit_columns(p.teacher), dst, graph, p.reverse, metric)
+    return r
 
 
 def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef: bool) -> _Results:
@@ -238,16 +231,15 @@ def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef:
     student_dst = None if student_dst is None else unit_columns(student_dst)
     weight = None if p.weight is None else p.weight.contiguous()
     graph = csr(p.rowptr, p.col, p.num_src)
-    cosine, per_row = student_kernel.metric == Metric.cosine, p.reduction == Reduction.none
+    metric, per_row = student_kernel.metric, p.reduction == _NONE
     with Launch(student.device) as launch:
-        reduced = _similarity(launch, student, student_dst, graph, p.reverse, student_kernel.metric)
-        src_norm, dst_norm = reduced.norms(student_dst is None)
+        r_s, src_norm, dst_norm = _similarity(launch, student, student_dst, graph, p.reverse, metric)
         r_t = _teacher_reduced(launch, p, graph, teacher_kernel.metric)
-        coef = reduced.r if want_coef else reduced.r.new_empty(0)  # written over what it is made from
+        coef = r_s if want_coef else r_s.new_empty(0)  # written over what it is made from
         rows = torch.empty(graph.rows, dtype=acc, device=student.device)
         loss = rows if per_row else torch.empty((), dtype=acc, device=student.device)
         diagnostics = torch.empty(3, dtype=torch.int64, device=student.device)
-        op = structs.Divergences(
+        op = _divergences_op(
             graph=graph,
             student=student_kernel,
             teacher=teacher_kernel,
@@ -255,11 +247,11 @@ def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef:
             reduction=p.reduction,
             teacher_is_values=p.teacher is None,
             acc=DTYPES[acc],
-            r_s=reduced.r.data_ptr(),
+            r_s=r_s.data_ptr(),
             r_t=r_t.data_ptr(),
             weight=address(weight),
-            src_inv_norm=src_norm.data_ptr() if cosine else 0,
-            dst_inv_norm=dst_norm.data_ptr() if cosine else 0,
+            src_inv_norm=src_norm.data_ptr() if metric == _COSINE else 0,
+            dst_inv_norm=(src_norm if student_dst is None else dst_norm).data_ptr() if metric == _COSINE else 0,
             coef=coef.data_ptr() if want_coef else 0,
             rows=rows.data_ptr(),
             loss=0 if per_row else loss.data_ptr(),
@@ -271,15 +263,15 @@ def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef:
             workspace = launch.workspace(launch.native.divergences_bytes(op))
             op = op._replace(workspace=workspace.data_ptr())
         launch.native.divergences(op, launch.where)
-    return loss, coef, reduced.src_norm, reduced.dst_norm, diagnostics
+    return loss, coef, src_norm, dst_norm, diagnostics
 
 
 def _forward_fake(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef: bool) -> _Results:
     acc = _check_forward(student, student_dst, p)
     num_dst = p.rowptr.shape[0] - 1
-    cosine = p.student_kernel[0] == Metric.cosine
+    cosine = p.student_kernel[0] == _COSINE
     return (
-        student.new_empty([num_dst] if p.reduction == Reduction.none else [], dtype=acc),
+        student.new_empty([num_dst] if p.reduction == _NONE else [], dtype=acc),
         student.new_empty(p.col.shape[0] if want_coef else 0, dtype=acc),
         student.new_empty(p.num_src if cosine else 0, dtype=acc),
         student.new_empty(num_dst if cosine and student_dst is not None else 0, dtype=acc),
@@ -288,11 +280,11 @@ def _forward_fake(student: Tensor, student_dst: Tensor | None, p: Problem, want_
 
 
 def _lsp_forward(student: Tensor, student_dst: Tensor | None, *rest: Any) -> _Results:
-    return _forward(student, student_dst, Problem(*rest[:-1]), rest[-1])
+    return _forward(student, student_dst, Problem._make(rest[:-1]), rest[-1])
 
 
 def _lsp_forward_fake(student: Tensor, student_dst: Tensor | None, *rest: Any) -> _Results:
-    return _forward_fake(student, student_dst, Problem(*rest[:-1]), rest[-1])
+    return _forward_fake(student, student_dst, Problem._make(rest[:-1]), rest[-1])
 
 
 lsp_forward = native.register(
@@ -330,6 +322,9 @@ class Backward(NamedTuple):
     max_degree: int
 
 
+backward_arguments = structs.by_name(Backward)
+
+
 def _check_backward(b: Backward) -> None:
     check_graph(b.rowptr, b.col, b.reverse)
     _check_side("student", b.student, b.student_dst, b.rowptr, b.num_src)
@@ -342,8 +337,9 @@ def _backward(b: Backward) -> tuple[Tensor, Tensor]:
     _check_backward(b)
     student = unit_columns(b.student)
     student_dst = None if b.student_dst is None else unit_columns(b.student_dst)
-    coef = b.coef.contiguous()
-    grad = b.grad.to(coef.dtype).contiguous()
+    coef, grad = b.coef.contiguous(), b.grad.contiguous()
+    if grad.dtype != coef.dtype:
+        grad = grad.to(coef.dtype)
     arriving = csr(b.rowptr, b.col, b.num_src)
     x = features(student)
     y = x if student_dst is None else features(student_dst)
@@ -352,7 +348,7 @@ def _backward(b: Backward) -> tuple[Tensor, Tensor]:
         launch: Launch, like: Tensor, ends: structs.Features, inv_norm: Tensor, *lists: structs.Incidence
     ) -> Tensor:
         out = native.empty(like.shape, like.dtype, like.device)
-        op = structs.Gradient(
+        op = _gradient_op(
             self=ends,
             lists=lists,
             metric=b.metric,
@@ -372,12 +368,12 @@ def _backward(b: Backward) -> tuple[Tensor, Tensor]:
 
     with Launch(student.device) as launch:
         if student_dst is None and b.reverse is not None:
-            both = structs.Incidence(graph=arriving, perm=b.reverse.data_ptr(), mirrored=True, other=x)
+            both = _incidence(graph=arriving, perm=b.reverse.data_ptr(), mirrored=True, other=x)
             return product(launch, student, x, b.src_inv_norm, both), student.new_empty(0)
         assert b.t_rowptr is not None and b.t_col is not None and b.t_perm is not None  # checked
         leaving = csr(b.t_rowptr, b.t_col, arriving.rows)
-        outgoing = structs.Incidence(graph=leaving, perm=b.t_perm.data_ptr(), mirrored=False, other=y)
-        incoming = structs.Incidence(graph=arriving, perm=0, mirrored=False, other=x)
+        outgoing = _incidence(graph=leaving, perm=b.t_perm.data_ptr(), mirrored=False, other=y)
+        incoming = _incidence(graph=arriving, perm=0, mirrored=False, other=x)
         if student_dst is None:
             return product(launch, student, x, b.src_inv_norm, incoming, outgoing), student.new_empty(0)
         return (
@@ -395,11 +391,11 @@ def _backward_fake(b: Backward) -> tuple[Tensor, Tensor]:
 
 
 def _lsp_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    return _backward(Backward(*args))
+    return _backward(Backward._make(args))
 
 
 def _lsp_backward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    return _backward_fake(Backward(*args))
+    return _backward_fake(Backward._make(args))
 
 
 lsp_backward = native.register(

@@ -9,7 +9,7 @@ import torch  # before _C: both then share one OpenMP runtime
 from torch import Tensor
 
 from .. import _C
-from .structs import Address, Csr, Features
+from .structs import Address, Csr, Features, by_name
 
 if TYPE_CHECKING:
     from .._C import Backend, Host
@@ -105,13 +105,16 @@ def address(x: Tensor | None) -> Address:
     return 0 if x is None else x.data_ptr()
 
 
+_features, _csr = by_name(Features), by_name(Csr)
+
+
 def features(x: Tensor) -> Features:
     rows, cols = x.shape
-    return Features(data=x.data_ptr(), rows=rows, cols=cols, stride=x.stride(0), dtype=DTYPES[x.dtype])
+    return _features(data=x.data_ptr(), rows=rows, cols=cols, stride=x.stride(0), dtype=DTYPES[x.dtype])
 
 
 def csr(rowptr: Tensor, col: Tensor, num_src: int) -> Csr:
-    return Csr(
+    return _csr(
         rowptr=rowptr.data_ptr(),
         col=col.data_ptr(),
         rows=rowptr.shape[0] - 1,
