@@ -1,18 +1,23 @@
-# make test    sets everything up and runs the tests
-# make demo    sets everything up, trains a teacher and distils it into a small student
+# make test    sets everything up, checks style and types, and runs the tests
+# make demo    sets everything up, trains a teacher and distils it into a small student, compresses a network
+# make lint    ruff (rules and format), mypy --strict, clang-format
 # make bench   benchmarks against every peer; writes cpu, population.{json,md,png}, end_to_end, evolution and
 #              compression.{json,md} in bench/results
 # All work happens in .venv and .build; `make clean` removes both.
 
+# Packages are installed while others are compiled, types are checked while tests are built.
+MAKEFLAGS += --jobs=2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := .build
-# What an installation depends on: a change of any of these installs the package anew.
+EXTRAS := distill compress test bench lint
+# What an installation depends on: a change of any of these builds the package anew.
 SOURCES := $(shell find csrc fastkd -type f -not -name '*.so' -not -path '*/__pycache__/*') \
-           CMakeLists.txt pyproject.toml setup.py constraints.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-export FASTKD_SIMT_DIR := $(abspath $(BUILD)/simt)
+           CMakeLists.txt pyproject.toml setup.py
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc tests/simt bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+export FASTKD_SIMT_DIR := $(CURDIR)/$(BUILD)/simt
 # For this machine's GPUs alone; without any, one architecture in whole, and the branches for older ones as PTX: of all
 # architectures, which an installation is built for, nvcc takes minutes.
 ifndef CUDAARCHS
@@ -29,42 +34,61 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(PIP) install --upgrade "pip>=24"
 
-# torch first and by itself, so that the constraint decides which one.
-$(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(PIP) torch numpy
+# Few and small: what the builds below need.
+$(VENV)/.tools: constraints.txt pyproject.toml | $(BIN)/python
+	$(PIP) install -c constraints.txt pybind11 cmake ninja "scikit-build-core>=0.10" "setuptools>=64" wheel
 	@touch $@
 
-$(VENV)/.fastkd: $(SOURCES) $(VENV)/.torch
-	$(BIN)/python -m pip uninstall --quiet --yes fastkd
-	$(PIP) "fastkd[distill,compress,test,bench] @ file://$(CURDIR)"
+# torch first and by itself, so that the constraint decides which one.
+$(VENV)/.packages: constraints.txt pyproject.toml scripts/requirements.py $(VENV)/.tools
+	$(PIP) install -c constraints.txt torch numpy
+	$(BIN)/python scripts/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	@touch $@
+
+# The wheel knows no torch, so that it is built while torch is installed.
+$(BUILD)/wheel/.built: $(SOURCES) $(VENV)/.tools
+	rm -rf $(BUILD)/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(BUILD)/wheel .
+	@touch $@
+
+$(VENV)/.fastkd: $(BUILD)/wheel/.built $(VENV)/.packages
+	$(PIP) install --no-deps --force-reinstall $(BUILD)/wheel/fastkd-*.whl
 	@touch $@
 
 setup: $(VENV)/.fastkd
 
 # The CUDA sources, built for the host.
-$(BUILD)/simt/.built: $(SOURCES) $(wildcard tests/simt/*) $(VENV)/.fastkd
+$(BUILD)/simt/.built: $(SOURCES) $(wildcard tests/simt/*) scripts/build_simt.py $(VENV)/.tools
 	$(BIN)/python scripts/build_simt.py $(BUILD)/simt
 	@touch $@
 
 simt: $(BUILD)/simt/.built
 
-$(BUILD)/sanitize/.built: $(SOURCES) $(wildcard tests/simt/*) $(VENV)/.fastkd
+$(BUILD)/sanitize/.built: $(SOURCES) $(wildcard tests/simt/*) scripts/build_simt.py $(VENV)/.tools
 	$(BIN)/python scripts/build_simt.py $(BUILD)/sanitize --sanitize address,undefined
 	@touch $@
 
-test: setup simt sanitize
-	$(BIN)/pytest -m "not large" $(PARALLEL)
+lint: $(VENV)/.packages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	$(BIN)/mypy fastkd
+
+# The package's examples are those of its docstrings.
+test: setup simt sanitize lint
+	$(BIN)/pytest -m "not large" $(PARALLEL) --doctest-modules tests $(VENV)/lib/python*/site-packages/fastkd
 
 test-large: setup simt
-	$(BIN)/pytest -m large
+	$(BIN)/pytest -m large tests
 
 # Both back ends under AddressSanitizer and UBSan, on a part of the table. Leaks are not looked for:
 # Python and torch keep what they allocate. torch ships no instrumented C++ runtime, hence the
 # exceptions below.
 sanitize: setup $(BUILD)/sanitize/.built
-	FASTKD_SANITIZED=1 FASTKD_SIMT_DIR=$(abspath $(BUILD)/sanitize) \
+	FASTKD_SANITIZED=1 FASTKD_SIMT_DIR="$(CURDIR)/$(BUILD)/sanitize" \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	$(BIN)/pytest tests/test_ops.py tests/test_network.py -m "not large" \
@@ -81,11 +105,6 @@ bench: setup
 	$(BIN)/python -m bench.end_to_end
 	$(BIN)/python -m bench.evolution
 	$(BIN)/python -m bench.compression
-
-lint: setup
-	$(PIP) ruff mypy
-	$(BIN)/ruff check .
-	$(BIN)/mypy fastkd
 
 clean:
 	rm -rf $(VENV) $(BUILD) build *.egg-info
