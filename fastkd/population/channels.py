@@ -32,7 +32,7 @@ class Split:
     """Stands for a value whose channels are seen along several dimensions, [N, *index.shape, ...]: the middle of a
     channel shuffle."""
 
-    def __init__(self, value: int, index: np.ndarray) -> None:
+    def __init__(self, value: int, index: NDArray[np.int64]) -> None:
         self.value, self.index = value, index
 
 
@@ -48,7 +48,7 @@ class Recorder:
         self.parent = [0]
         self.names: list[str] = []
         self.tensors: list[Tensor] = []
-        self.channels: list[np.ndarray] = []
+        self.channels: list[Channels] = []
         self.ops: list[Op] = []
         self.env: dict[fx.Node, Any] = {}  # Ref, Split, or a Python object such as a size
         self.called: set[str] = set()
@@ -59,17 +59,17 @@ class Recorder:
             self.parent[e] = e = self.parent[self.parent[e]]
         return e
 
-    def tie(self, a: np.ndarray, b: np.ndarray) -> None:
+    def tie(self, a: Channels, b: Channels) -> None:
         for i, j in zip(a.tolist(), b.tolist(), strict=True):
             i, j = self.find(i), self.find(j)
             self.parent[max(i, j)] = min(i, j)
 
-    def new(self, count: int) -> np.ndarray:
+    def new(self, count: int) -> Channels:
         start = len(self.parent)
         self.parent.extend(range(start, start + count))
         return np.arange(start, start + count)
 
-    def value(self, name: str, x: Tensor, channels: np.ndarray) -> Ref:
+    def value(self, name: str, x: Tensor, channels: Channels) -> Ref:
         self.names.append(name)
         self.tensors.append(x)
         self.channels.append(channels)
@@ -92,7 +92,7 @@ class Recorder:
         node: fx.Node,
         kind: Kind,
         inputs: list[int],
-        channels: np.ndarray,
+        channels: Channels,
         *,
         module: nn.Module | None = None,
         function: Callable[..., Tensor] | None = None,
@@ -151,7 +151,7 @@ class Recorder:
             if isinstance(ref, Ref) and ref.value == old.value:
                 self.env[key] = new
 
-    def take(self, node: fx.Node, a: Ref, index: np.ndarray) -> Ref:
+    def take(self, node: fx.Node, a: Ref, index: NDArray[np.int64]) -> Ref:
         """Some channels, in some order, none twice."""
         channels = self.channels[a.value]
         if np.array_equal(index, np.arange(len(channels))):

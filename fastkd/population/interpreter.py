@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .calls import Calls
-from .channels import Ref, Split
+from .channels import Channels, Ref, Split
 from .operations import BY_NAME, ELEMENTWISE, MODULES, PASSED, SPATIAL, function_name, torch_class
 from .space import ZERO, UnsupportedModelError
 
@@ -92,7 +92,7 @@ class Interpreter(Calls):
             self.refuse(node, f"{c.__name__} {path} of channels that are constantly zero")
         return self.op(node, "batch_norm", [i], channels, module=m)
 
-    def conv(self, node: fx.Node, m: nn.Conv2d, channels: np.ndarray) -> np.ndarray:
+    def conv(self, node: fx.Node, m: nn.Conv2d, channels: Channels) -> Channels:
         if m.groups == 1:
             return self.new(m.out_channels)
         if m.groups == m.in_channels:
