@@ -62,7 +62,7 @@ if _TYPE_CHECKING:
     from .population import PopulationEvaluator, compact
 else:
 
-    def __getattr__(name):
+    def __getattr__(name: str) -> object:
         if name in _SUBPACKAGES:
             return _importlib.import_module(f".{name}", __name__)
         if name in ("PopulationEvaluator", "compact"):

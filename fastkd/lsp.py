@@ -243,9 +243,11 @@ def lsp_loss(
         reduction=reduction_code,
         max_degree=graph.max_degree,
     )
+    loss: Tensor
     if needs_grad:
         # One tuple for all that gets no gradient: autograd.Function looks at each of its arguments.
-        loss, diagnostics = _LSP.apply(student_src, student_dst, problem, _Transpose.of(graph, reverse))
+        transpose = _Transpose.of(graph, reverse)
+        loss, diagnostics = _LSP.apply(student_src, student_dst, problem, transpose)  # type: ignore[no-untyped-call]
     else:
         loss, _, _, _, diagnostics = _ops.lsp_forward(student_src, student_dst, *problem, False)
     if not torch.compiler.is_compiling() and len(_warned) < 2 and (diagnostics.device.type == "cpu" or check_finite):
@@ -303,8 +305,8 @@ class _LSP(torch.autograd.Function):
         )
         src, dst = _ops.lsp_backward(*arguments)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            src = _ops.NoSecondDerivative.apply("lsp_loss", src, student)
-            dst = dst if student_dst is None else _ops.NoSecondDerivative.apply("lsp_loss", dst, student_dst)
+            src = _ops.no_second_derivative("lsp_loss", src, student)
+            dst = dst if student_dst is None else _ops.no_second_derivative("lsp_loss", dst, student_dst)
         return src, None if student_dst is None else dst, None, None
 
 
@@ -449,8 +451,8 @@ def _weights(weight: Any, graph: Graph, dtype: torch.dtype) -> Tensor:
         if bool(bad.any()):
             edge = int(bad.nonzero()[0])
             raise ValueError(f"edge_weight[{edge}] = {float(weight[edge])}: weights must be finite and in [0, inf)")
-    weight = weight.detach().to(dtype)
-    return weight if graph.perm is None else weight[graph.perm.long()]
+    weights: Tensor = weight.detach().to(dtype)
+    return weights if graph.perm is None else weights[graph.perm.long()]
 
 
 def _warn_if_saturated(diagnostics: Tensor, kernel: Kernel, teacher_kernel: Kernel) -> None:

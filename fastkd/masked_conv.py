@@ -65,8 +65,10 @@ def masked_conv2d(
         in_mask=in_mask, out_mask=out_mask, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        return _MaskedConv2d.apply(x, weight, bias, masked)
-    return _ops.masked_conv2d(x, weight, bias, *masked)
+        out: Tensor = _MaskedConv2d.apply(x, weight, bias, masked)  # type: ignore[no-untyped-call]
+    else:
+        out = _ops.masked_conv2d(x, weight, bias, *masked)
+    return out
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
@@ -81,7 +83,8 @@ class _MaskedConv2d(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, masked: _ops.Masked) -> Tensor:
         ctx.save_for_backward(x, weight, masked.in_mask, masked.out_mask)
         ctx.geometry = (masked.stride, masked.padding, masked.dilation, masked.groups)
-        return _ops.masked_conv2d(x, weight, bias, *masked)
+        out: Tensor = _ops.masked_conv2d(x, weight, bias, *masked)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -90,6 +93,6 @@ class _MaskedConv2d(torch.autograd.Function):
         masked = _ops.Masked(in_mask, out_mask, *ctx.geometry)
         grads = _ops.masked_conv2d_backward(grad, x, weight, *masked, wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = [_ops.NoSecondDerivative.apply("masked_conv2d", g, grad, x, weight) for g in grads]
+            grads = [_ops.no_second_derivative("masked_conv2d", g, grad, x, weight) for g in grads]
         gx, gw, gb = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return gx, gw, gb, None

@@ -21,7 +21,7 @@ from .lsp import (
     lsp_forward,
     problem,
 )
-from .native import DTYPES, NoSecondDerivative, acc_dtype, backends
+from .native import DTYPES, acc_dtype, backends, no_second_derivative
 from .network import ALWAYS, NEVER, Activation, Network, Operation, runs
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Masked",
     "Metric",
     "Network",
-    "NoSecondDerivative",
     "Operation",
     "Problem",
     "Reduction",
@@ -57,6 +56,7 @@ __all__ = [
     "masked_conv2d_backward",
     "native",
     "network",
+    "no_second_derivative",
     "problem",
     "runs",
     "structs",

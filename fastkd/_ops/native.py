@@ -182,3 +182,9 @@ class NoSecondDerivative(torch.autograd.Function):
             f"{ctx.name} has no second derivative: use fastkd.reference.{ctx.name}, which has, "
             "or leave it out of what is differentiated twice"
         )
+
+
+def no_second_derivative(name: str, gradient: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient of the operator `name` with respect to one of the inputs, marked."""
+    out: Tensor = NoSecondDerivative.apply(name, gradient, *inputs)  # type: ignore[no-untyped-call]
+    return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -12,7 +13,7 @@ import fastkd.compress as package
 
 from ..evolve import TensorBoard
 from ..lab.study import Options, Progress, Study
-from . import tables
+from . import tables as study_tables
 from .config import RECIPES, CompressConfig
 from .record import CompressRecord
 from .run import measure_again
@@ -27,7 +28,7 @@ class Compression(Study):
     shared = "compress"
     recipes = RECIPES
     config = CompressConfig
-    tables = tables
+    tables: ClassVar[ModuleType] = study_tables
     measures = True
     files = (
         "and per seed result.json, weights.safetensors (read by fastkd.population.load), model.onnx and model-int8.onnx"
@@ -41,12 +42,13 @@ class Compression(Study):
             more["trusted"] = options.trusted
         if options.tensorboard is not None and (options.world is None or options.world.rank == 0):
             more["callback"] = TensorBoard(options.tensorboard)
-        return package.compress(
+        record: dict[str, Any] = package.compress(
             config, seed, directory, shared=shared, progress=progress, device=options.device, **more
         )
+        return record
 
     def table(self, records: list[dict[str, Any]]) -> Table:
-        table = tables.before_and_after([CompressRecord.model_validate(record) for record in records])
+        table = study_tables.before_and_after([CompressRecord.model_validate(record) for record in records])
         return table.terminal(box=None, pad_edge=False, padding=(0, 1), header_style="bold")  # 80 columns are enough
 
     def outline(self, content: dict[str, Any]) -> tuple[str, str]:

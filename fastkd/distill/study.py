@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 from rich.table import Table
 
@@ -11,7 +12,8 @@ from ..data import Task
 from ..data import load as load_data
 from ..lab.study import Options, Progress, Study
 from ..runtime.world import World
-from . import runs, tables
+from . import runs
+from . import tables as study_tables
 from .config import RECIPES, RunConfig
 from .record import DistillRecord, Network
 
@@ -27,7 +29,7 @@ class Distillation(Study):
     config = RunConfig
     files = "the teacher, and per seed result.json and weights.safetensors"
     names_seeds = True
-    tables = tables
+    tables: ClassVar[ModuleType] = study_tables
 
     def __init__(self) -> None:
         self._task: tuple[str, Task] | None = None  # one at a time is kept
@@ -65,11 +67,11 @@ class Distillation(Study):
         typed = [DistillRecord.model_validate(record) for record in records]
         label = " + ".join(typed[0].losses) or "labels alone"
         networks = {f"student ({label})": [record.student for record in typed]}
-        return tables.trained(f"{typed[0].config['data']}, test part", typed[0].teacher, networks).terminal()
+        return study_tables.trained(f"{typed[0].config['data']}, test part", typed[0].teacher, networks).terminal()
 
     def teacher_table(self, config: RunConfig, record: dict[str, Any]) -> Table:
         """What the command shows of the teacher alone."""
-        return tables.trained(f"{config.data}, test part", Network.model_validate(record), {}).terminal()
+        return study_tables.trained(f"{config.data}, test part", Network.model_validate(record), {}).terminal()
 
     def describe(self, config: Any) -> str:
         task = self.task(config.data)

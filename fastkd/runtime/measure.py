@@ -58,7 +58,7 @@ class _LiveTensors(TorchDispatchMode):
     """The most bytes at once of tensors made under it, by torch's operations and fastkd's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
         self._known = WeakIdKeyDictionary()
 
@@ -119,7 +119,8 @@ def peak_memory(model: nn.Module, inputs: tuple[Any, ...]) -> float | None:
             return memory.mb()
         with _LiveTensors() as live:
             model(*inputs)
-    return live.peak / 2**20
+    peak: int = live.peak
+    return peak / 2**20
 
 
 def cost(model: nn.Module, inputs: tuple[Any, ...], repeats: int = 10) -> dict[str, Any]:

@@ -221,7 +221,8 @@ class World:
         part = self.range(len(rows[0]))
         if part.start == part.stop:  # fewer rows than ranks
             return rows[0].sum() * 0
-        return mean(*(x[part] for x in rows)) * ((part.stop - part.start) / len(rows[0]))
+        share: float = (part.stop - part.start) / len(rows[0])
+        return mean(*(x[part] for x in rows)) * share
 
     def own_generator(self, generator: torch.Generator) -> torch.Generator:
         """For what ranks draw differently, from one that stays the same on all."""
