@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["joined", "listed", "plural", "slug", "suggestion"]
+__all__ = ["installs", "joined", "listed", "plural", "slug", "suggestion"]
 
 
 def listed(names: Iterable[object]) -> str:
@@ -33,3 +33,8 @@ def suggestion(word: object, valid: Iterable[str]) -> str:
 def slug(name: str) -> str:
     """The name of a file or folder for a name in words: small letters and digits, joined by hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def installs(extra: str) -> str:
+    """How to install the packages of an extra: by its name where fastkd is on the index, else from its source."""
+    return f'pip install "fastkd[{extra}]", or from a clone of fastkd pip install ".[{extra}]"'

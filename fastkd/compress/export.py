@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._text import installs
 from ..population import export_onnx
 from ..runtime import measure
 from ..runtime.checkpoint import replace
@@ -225,7 +226,7 @@ def _need(*packages: str) -> None:
             if error.name != package:
                 raise
             raise ImportError(
-                f'the export needs the package {package}: pip install "fastkd[compress]", or leave it '
+                f"the export needs the package {package}: {installs('compress')}; or leave it "
                 "out with --set export.onnx=false --set export.int8=false"
             ) from None
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .._text import suggestion
+from .._text import installs, suggestion
 from . import graphs, shapes
 from .files import Task
 from .images import Images
@@ -88,7 +88,7 @@ def load(name: str, root: str | Path | None = None) -> Task:
     try:
         import torch_geometric  # noqa: F401
     except ImportError as error:
-        raise ImportError('fastkd.data.load needs torch-geometric: pip install "fastkd[distill]"') from error
+        raise ImportError(f"fastkd.data.load needs torch-geometric: {installs('distill')}") from error
     if name in shapes.SETS:
         return shapes.load(name, root)
     # The name becomes part of paths in the cache.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .._text import installs
+
 try:
     import pydantic  # noqa: F401
     import safetensors  # noqa: F401
     import yaml  # noqa: F401
 except ImportError as error:
-    raise ImportError(f'fastkd.distill needs {error.name}: pip install "fastkd[distill]"') from error
+    raise ImportError(f"fastkd.distill needs {error.name}: {installs('distill')}") from error
 
 _PLACES = {
     "CheckpointError": "..runtime.checkpoint",

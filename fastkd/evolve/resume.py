@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._text import installs
 from ..population.masks import packed, unpacked
 from ..runtime import checkpoint
 from .search import Evaluated, Search
@@ -31,7 +32,7 @@ class Saved:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         if importlib.util.find_spec("safetensors") is None:
-            raise ImportError('checkpoints need the package safetensors: pip install "fastkd[compress]"')
+            raise ImportError(f"checkpoints need the package safetensors: {installs('compress')}")
         self.identity = identity
         self.file, self.previous = folder / "checkpoint.safetensors", folder / "previous.safetensors"
         self.history = folder / "history.jsonl"

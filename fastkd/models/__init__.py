@@ -29,6 +29,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .._text import installs
 from .cnn import CNNS, build_cnn, load_weights
 
 if TYPE_CHECKING:
@@ -76,5 +77,5 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of these
         try:
             import torch_geometric  # noqa: F401
         except ImportError as error:
-            raise ImportError(f'fastkd.models.{name} needs torch-geometric: pip install "fastkd[distill]"') from error
+            raise ImportError(f"fastkd.models.{name} needs torch-geometric: {installs('distill')}") from error
         return getattr(importlib.import_module(".registry", __name__), name)

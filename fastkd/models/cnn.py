@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import integer, probability
-from .._text import suggestion
+from .._text import installs, suggestion
 from ..runtime import tensorfile
 
 __all__ = [
@@ -425,4 +425,4 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except tensorfile.DamagedFile as error:
         raise ValueError(f"{error}: put a copy in its place, or give another file") from None
     except ImportError:
-        raise ImportError(f'{path} needs the package safetensors: pip install "fastkd[compress]"') from None
+        raise ImportError(f"{path} needs the package safetensors: {installs('compress')}") from None

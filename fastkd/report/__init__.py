@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from .._text import installs
 from ..runtime import atomic
 
 __all__ = ["write"]
@@ -37,7 +38,7 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
         import pydantic  # noqa: F401
         import yaml  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'fastkd.report needs {error.name}: pip install "fastkd[distill]"') from error
+        raise ImportError(f"fastkd.report needs {error.name}: {installs('distill')}") from error
     from . import html, plots, records
     from .studies import study_of
 
