@@ -300,10 +300,8 @@ class PopulationEvaluator:
                     y[rows, at] = values.float()
 
                 self._run(inner, chunk, data, take, progress, held=full.nbytes + y.nbytes)
-                # One graph per individual, side by side.
-                offset = (n * torch.arange(len(chunk), device=self.device))[:, None]
-                edges = torch.stack([(offset + e).flatten() for e in (source, destination)])
-                losses = lsp_loss(y.flatten(0, 1), full.repeat(len(chunk), 1), edges, kernel=kernel, reduction="none")
+                several = graph.repeat(len(chunk))  # one per individual, side by side
+                losses = lsp_loss(y.flatten(0, 1), full.repeat(len(chunk), 1), several, kernel=kernel, reduction="none")
                 each = losses.double().view(len(chunk), n).cpu().numpy()
                 done(slice(start, start + len(chunk)), (np.add.accumulate(each, 1)[:, -1] / n).tolist())
 
