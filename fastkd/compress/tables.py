@@ -229,7 +229,7 @@ def _stage_columns(what: str, latency: str, memory: str) -> list[Column[Stage]]:
         return cell
 
     return [
-        Column("network", lambda stage: stage.label, left=True),
+        Column("network", lambda stage: stage.label, left=True, whole=True),
         Column(what, lambda stage: str(Estimate.of([s.test for s in stage.scores]))),
         Column("validation, %", lambda stage: str(Estimate.of([s.val for s in stage.scores]))),
         Column("parameters", counted("parameters", 1, 0)),
