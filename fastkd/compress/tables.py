@@ -76,7 +76,7 @@ def _own(value: Callable[[CompressRecord], float], text: Callable[[float], str])
 
 
 def _left(cost: str, full: Callable[[Full], str]) -> Callable[[Method], Cell]:
-    """Percent of the full network's, whose own is text."""
+    """Percent of the full network's; of that itself a text."""
     left = _own(lambda record: 100 * record.left(cost), lambda mean: f"{mean:.1f}")
     return lambda row: full(row.records[0].dense) if row.reference else left(row)
 
@@ -165,8 +165,7 @@ def report(section: Section[CompressRecord]) -> Table:
 
 def _chosen_by(search: Search) -> float:
     """What the network that was taken had on the images of the search; percent, where it is a share."""
-    own = search.individuals
-    quality = own.quality[(own.id or []).index(search.chosen)]
+    quality = search.individuals.quality[(search.individuals.id or []).index(search.chosen)]
     return 100 * quality if search.share else quality
 
 
