@@ -76,7 +76,7 @@ def _own(value: Callable[[CompressRecord], float], text: Callable[[float], str])
 
 
 def _left(cost: str, full: Callable[[Full], str]) -> Callable[[Method], Cell]:
-    """Percent of the full network's, whose own is text."""
+    """Percent of the full network's; of that itself a text."""
     left = _own(lambda record: 100 * record.left(cost), lambda mean: f"{mean:.1f}")
     return lambda row: full(row.records[0].dense) if row.reference else left(row)
 
@@ -165,8 +165,7 @@ def report(section: Section[CompressRecord]) -> Table:
 
 def _chosen_by(search: Search) -> float:
     """What the network that was taken had on the images of the search; percent, where it is a share."""
-    own = search.individuals
-    quality = own.quality[(own.id or []).index(search.chosen)]
+    quality = search.individuals.quality[(search.individuals.id or []).index(search.chosen)]
     return 100 * quality if search.share else quality
 
 
@@ -229,7 +228,7 @@ def _stage_columns(what: str, latency: str, memory: str) -> list[Column[Stage]]:
         return cell
 
     return [
-        Column("network", lambda stage: stage.label, left=True),
+        Column("network", lambda stage: stage.label, left=True, whole=True),
         Column(what, lambda stage: str(Estimate.of([s.test for s in stage.scores]))),
         Column("validation, %", lambda stage: str(Estimate.of([s.val for s in stage.scores]))),
         Column("parameters", counted("parameters", 1, 0)),

@@ -7,7 +7,9 @@ found by the record's kind.
 from __future__ import annotations
 
 import json
+import math
 import reprlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,46 +86,46 @@ class Record(Part):
         return self
 
     @property
+    @abstractmethod
     def group(self) -> tuple[str, str]:
         """Of those that can be compared: data, and whatever else must be the same."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Of its row, where nothing else names it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """Of its section."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def plain(self) -> bool:
         """Whether it is what the others are compared with; drawn in grey."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def test(self) -> float:
         """Score on the test part, in percent."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def val(self) -> float:
         """Score on the validation part, in percent."""
-        raise NotImplementedError
 
     def content(self) -> Json:
         """In full, as in result.json."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
+    @abstractmethod
     def shortened(self, beside: Sequence[Record] = ()) -> Json:
         """What tables and pictures need, as it is kept with hundreds of others; `parse` takes it, too.
 
         Args:
             beside: records of the same row that are kept already.
         """
-        raise NotImplementedError
 
     @staticmethod
     def parse(content: Any, name: object = "this") -> Record:
@@ -233,7 +235,7 @@ def rounded(value: Any) -> Any:
     """Six digits of a number, more than a picture shows; None where it is not finite."""
     if not isinstance(value, float):
         return value
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
 

@@ -23,6 +23,8 @@ class Column(Generic[L]):
     cell: Callable[[L], Cell]
     """Of a line: a row of records, a network, or whatever else the table is about."""
     left: bool = False
+    whole: bool = False
+    """Not broken where the terminal is narrow."""
     missing: Cell = None
     """What is said of a line that has no records yet."""
     always: bool = False
@@ -31,9 +33,7 @@ class Column(Generic[L]):
 
 @dataclass
 class Table:
-    headings: Sequence[Cell]
-    left: Sequence[bool]
-    """Which columns are aligned at their left."""
+    columns: Sequence[Column[Any]]
     lines: list[tuple[str, Sequence[Cell]]] = field(default_factory=list)
     """Kind (the class in HTML) and cells."""
     title: str | None = None
@@ -58,22 +58,16 @@ class Table:
             empty: whether a line has no records yet.
         """
         cells = [[c.missing if empty(line) and not c.always else c.cell(line) for c in columns] for line in lines]
-        return cls(
-            [c.heading for c in columns],
-            [c.left for c in columns],
-            list(zip(map(kind, lines), cells, strict=True)),
-            title,
-            note,
-        )
+        return cls(columns, list(zip(map(kind, lines), cells, strict=True)), title, note)
 
     def markdown(self) -> Iterator[str]:
-        yield _markdown(self.headings)
-        yield "|" + "".join("---|" if left else "---:|" for left in self.left)
+        yield _markdown([column.heading for column in self.columns])
+        yield "|" + "".join("---|" if column.left else "---:|" for column in self.columns)
         for _, cells in self.lines:
             yield _markdown(cells)
 
     def html(self) -> Iterator[str]:
-        headings = "".join(f"<th>{_html(h)}</th>" for h in self.headings)
+        headings = "".join(f"<th>{_html(column.heading)}</th>" for column in self.columns)
         yield f'<div class="wide"><table><thead><tr>{headings}</tr></thead><tbody>'
         for kind, cells in self.lines:
             start = f'<tr class="{kind}">' if kind else "<tr>"
@@ -93,8 +87,8 @@ class Table:
             caption=None if self.note is None else Text(self.note, "table.caption"),
             **style,
         )
-        for heading, left in zip(self.headings, self.left, strict=True):
-            table.add_column(Text(heading or ""), justify="left" if left else "right", no_wrap=left)
+        for c in self.columns:
+            table.add_column(Text(c.heading or ""), justify="left" if c.left else "right", no_wrap=c.whole)
         for _, cells in self.lines:
             table.add_row(*(Text(cell or "") for cell in cells))
         return table
