@@ -23,8 +23,8 @@ std::pair<std::int64_t, std::int64_t> chunk(std::int64_t n, int threads, int t) 
     return {n * t / threads, n * (t + 1) / threads};
 }
 
-// Keys with their payload, sorted in place of each other by the bits [low, high) of the key. Stable,
-// hence the same for every number of threads.
+// Keys with their payload, sorted by the bits [low, high) of the key from one pair of arrays to the other
+// and back. The sort is stable, hence the same for every number of threads.
 template <class Key, class I> struct Sorter {
     std::int64_t n;
     int threads;

@@ -47,9 +47,9 @@ Program::Program(DType dtype, std::int64_t genes, std::vector<Value> values_, st
                  int output)
     : dtype(dtype), genes(genes), values(std::move(values_)), nodes(std::move(nodes_)), output(output) {
     for (const Node& n : nodes) {
-        const auto& own = value(n.output).genes;
-        for (std::size_t c = 0; c < own.size(); ++c)
-            if (listed_gene(*this, n, std::int64_t(c)) != own[c])
+        const auto& expected = value(n.output).genes;
+        for (std::size_t c = 0; c < expected.size(); ++c)
+            if (listed_gene(*this, n, std::int64_t(c)) != expected[c])
                 throw std::invalid_argument("network: a channel that is selected keeps its gene");
         norm_of.push_back(n.kind == Operation::norm ? int(norms++) : -1);
         work += work_of(*this, n);

@@ -1,4 +1,5 @@
-// Kernel values, softmax over rows, divergence and the coefficient of every edge, in one pass.
+// Kernel values, softmax over rows, divergence and the coefficient of every edge: in one pass over the blocks
+// of rows, and in three over the pieces of hubs.
 //
 // What is elementwise runs over the edges of all rows of a block at once. What looks at single rows
 // works a register at a time from buffer to buffer: it may write beyond the row's end, since the next

@@ -7,22 +7,23 @@ namespace fastkd::cuda {
 namespace {
 
 // A thread owns a channel and walks over pixels, so that what belongs to the channel is read once:
-// prepare(task, j) gives a function of the row, and its value is written. Rows of zeros after the channels.
+// prepare(task, j) gives a function of the row, and its value is written. Zeros follow the channels.
 template <class T, class Prepare> __device__ void for_map(const MapLayer& layer, Prepare prepare) {
     const MapTask& task = task_of<MapTask>(layer.lists, layer.tasks, layer.count);
     const std::int64_t rows = map_rows(task.pitch), first = (blockIdx.x - task.first) * rows;
     const std::int64_t last = first + rows < layer.rows ? first + rows : layer.rows;
     const int width = task.pitch < kThreads ? task.pitch : kThreads, at_once = kThreads / width;
-    const int own = int(threadIdx.x) / width;
-    if (own >= at_once) return;
+    const int turn = int(threadIdx.x) / width;  // which of the rows that a block takes at once
+    if (turn >= at_once) return;
     T* out = static_cast<T*>(task.out);
     for (int j = int(threadIdx.x) % width; j < task.pitch; j += width) {
         if (j >= task.outputs) {
-            for (std::int64_t r = first + own; r < last; r += at_once) out[r * task.pitch + j] = narrow<T>(0);
+            for (std::int64_t r = first + turn; r < last; r += at_once)
+                out[r * task.pitch + j] = narrow<T>(0);
             continue;
         }
         auto value = prepare(task, j);
-        for (std::int64_t r = first + own; r < last; r += at_once)
+        for (std::int64_t r = first + turn; r < last; r += at_once)
             out[r * task.pitch + j] = narrow<T>(value(r));
     }
 }
