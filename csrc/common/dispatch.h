@@ -38,35 +38,4 @@ template <class F> void dispatch_index(bool wide, F&& f) {
     return f(type_tag<std::int32_t>{});
 }
 
-// cosine reduces like dot; its norms are applied by the caller.
-template <class F> void dispatch(Metric metric, F&& f) {
-    switch (metric) {
-        case Metric::dot:
-        case Metric::cosine:
-            return f(value_tag<Metric::dot>{});
-        case Metric::sqdist:
-            return f(value_tag<Metric::sqdist>{});
-        case Metric::l1:
-            return f(value_tag<Metric::l1>{});
-    }
-    throw std::invalid_argument("fastkd: unknown metric");
-}
-
-// f(value_tag<Shape>, value_tag<bool>)
-template <class F> void dispatch(const Kernel& kernel, F&& f) {
-    auto with_root = [&](auto shape) {
-        if (kernel.root) f(shape, value_tag<true>{});
-        else f(shape, value_tag<false>{});
-    };
-    switch (kernel.shape) {
-        case Shape::linear:
-            return with_root(value_tag<Shape::linear>{});
-        case Shape::power:
-            return with_root(value_tag<Shape::power>{});
-        case Shape::exponential:
-            return with_root(value_tag<Shape::exponential>{});
-    }
-    throw std::invalid_argument("fastkd: unknown kernel shape");
-}
-
 }  // namespace fastkd

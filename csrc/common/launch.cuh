@@ -1,4 +1,4 @@
-// What all CUDA kernels share: launching, indices, warp reductions, 16-byte loads, and how rows are cut.
+// What all CUDA kernels share: launching, indices, warp reductions and 16-byte loads.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/blocks.h"
 #include "common/dispatch.h"
 
 namespace fastkd::cuda {
@@ -13,10 +14,6 @@ namespace fastkd::cuda {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
-
-// Positions (rows + edges) per block; a row of more edges is a hub and is cut into pieces, exactly as
-// in ../cpu/parallel.h. Independent of the device, so that results are too.
-constexpr std::int64_t kBlock = 512;
 
 inline void check(cudaError_t error, const char* what) {
     if (error != cudaSuccess)
@@ -55,8 +52,6 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, void* stream, A&&
 #define FASTKD_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #endif
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // An index array of either width; the branch is the same for all threads.
 struct Indices {
     const void* data;
@@ -92,43 +87,6 @@ __device__ inline std::int64_t row_of_lane(const Graph& g, std::int64_t first, i
     const std::int64_t high = row_of(g, last, low, g.rows) + 1;
     const std::int64_t e = first + lane < last ? first + lane : last;
     return row_of(g, e, low, high);
-}
-
-// The first row that starts at or after a position; Begin as in ../cpu/parallel.h.
-template <class Begin>
-__device__ std::int64_t row_at(const Begin& begin, std::int64_t rows, std::int64_t position) {
-    std::int64_t low = 0, high = rows;
-    while (low < high) {
-        const std::int64_t mid = (low + high) / 2;
-        if (begin(mid) + mid < position) low = mid + 1;
-        else high = mid;
-    }
-    return low;
-}
-
-// Calls piece(i, b, e, slot) for the parts of hubs in this block of positions; all threads take part.
-template <class Begin, class Piece>
-__device__ void for_pieces(const Begin& begin, std::int64_t rows, std::int64_t block, Piece piece) {
-    const std::int64_t first = block * kBlock, last = first + kBlock;
-    const std::int64_t next = row_at(begin, rows, first);
-    if (next > 0) {
-        const std::int64_t i = next - 1, b = begin(i), e = begin(i + 1);
-        const std::int64_t from = b > first - i ? b : first - i, to = e < last - i ? e : last - i;
-        if (e - b > kBlock && from < to) piece(i, from, to, 2 * block);
-    }
-    // A hub that starts here goes beyond the block, so it is the last row that starts in it.
-    const std::int64_t i = row_at(begin, rows, last) - 1;
-    if (i >= next && i < rows) {
-        const std::int64_t b = begin(i), e = begin(i + 1);
-        if (e - b > kBlock) piece(i, b, last - i, 2 * block + 1);
-    }
-}
-
-// slot(s) for the pieces of hub i, in order.
-template <class Begin, class Slot> __device__ void for_slots(const Begin& begin, std::int64_t i, Slot slot) {
-    const std::int64_t first = (begin(i) + i) / kBlock, last = (begin(i + 1) - 1 + i) / kBlock;
-    slot(2 * first + 1);
-    for (std::int64_t k = first + 1; k <= last; ++k) slot(2 * k);
 }
 
 template <class A> __device__ A warp_sum(A v) {
@@ -183,7 +141,7 @@ template <class T> Matrix<T> matrix_of(const Features& x) {
 
 // Whether all rows may be read 16 bytes at a time.
 inline bool vectorizable(const Features& x) {
-    const std::int64_t size = x.dtype == DType::f64 ? 8 : (x.dtype == DType::f32 ? 4 : 2);
+    const std::int64_t size = size_of(x.dtype);
     return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.stride * size % 16 == 0 &&
            x.cols * size % 16 == 0;
 }

@@ -9,6 +9,10 @@
 
 namespace fastkd {
 
+namespace cpu {
+const char* isa();  // the instruction set in use: "generic", "avx2", "avx512"
+}
+
 enum class DType : int { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
 
 // A row-major matrix [rows, cols] whose rows are `stride` elements apart.

@@ -88,13 +88,14 @@ FASTKD_HD typename Vec<A, 16>::type fold(typename Vec<A, Bytes>::type v, Op op) 
         return fold<A, Bytes / 2>(op(lanes_of<0>(v, lanes), lanes_of<half>(v, lanes)), op);
     }
 }
-template <class A, class Op> FASTKD_HD A reduce(vec<A> v, Op op) {
-    const auto q = fold<A, kVecBytes>(v, op);
+template <class A, int Bytes = kVecBytes, class Op>
+FASTKD_HD A reduce(typename Vec<A, Bytes>::type v, Op op) {
+    const auto q = fold<A, Bytes>(v, op);
     if constexpr (sizeof(A) == 8) return op(q[0], q[1]);
     else return op(op(q[0], q[2]), op(q[1], q[3]));
 }
-template <class A> FASTKD_HD A reduce_add(vec<A> v) {
-    return reduce<A>(v, [](auto a, auto b) { return a + b; });
+template <class A, int Bytes = kVecBytes> FASTKD_HD A reduce_add(typename Vec<A, Bytes>::type v) {
+    return reduce<A, Bytes>(v, [](auto a, auto b) { return a + b; });
 }
 template <class A> FASTKD_HD A reduce_max(vec<A> v) {
     return reduce<A>(v, [](auto a, auto b) { return a > b ? a : b; });
@@ -124,6 +125,10 @@ template <class A> FASTKD_HD vec<A> keep(vec<A> v, std::int64_t count, A other) 
     for (int k = 0; k < Vec<A>::lanes; ++k) lane[k] = k;
     return lane < Int(count < Vec<A>::lanes ? count : Vec<A>::lanes) ? v : vec<A>{} + other;
 }
+
+// How far ahead of their use rows are requested: in bytes, and in rows at most.
+constexpr std::int64_t kAhead = 8192;
+constexpr int kMostAhead = 16;
 
 FASTKD_HD void prefetch(const void* p, std::int64_t bytes) {
     const char* c = static_cast<const char*>(p);

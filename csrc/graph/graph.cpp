@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/blocks.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 
@@ -28,8 +29,8 @@ template <class F> void for_chunk(std::int64_t n, int threads, std::int64_t t, F
     }
 }
 
-// Keys with their payload, sorted in place of each other by the bits [low, high) of the key. Stable,
-// hence the same for every number of threads.
+// Keys with their payload, sorted by the bits [low, high) of the key from one pair of arrays to the other
+// and back. The sort is stable, hence the same for every number of threads.
 template <class Key, class I> struct Sorter {
     std::int64_t n;
     int threads;
@@ -93,51 +94,97 @@ template <class F> void dispatch_key(int bits, F&& f) {
     else f(type_tag<std::uint64_t>{});
 }
 
+template <class In> struct Edges {
+    const In *src, *dst;  // [count]
+    std::int64_t count, num_src, num_dst;
+
+    bool valid(std::int64_t x) const {
+        return src[x] >= 0 && src[x] < num_src && dst[x] >= 0 && dst[x] < num_dst;
+    }
+};
+
+struct Scan {
+    std::int64_t bad = -1;  // the first edge out of range
+    bool by_src = true;     // no source is before that of the edge before
+};
+
+template <class In> Scan scan(const Edges<In>& edges, int threads) {
+    std::vector<Scan> parts(std::size_t(threads), Scan{});
+    parallel_for(threads, threads, [&](std::int64_t t) {
+        Scan& part = parts[std::size_t(t)];
+        for_chunk(edges.count, threads, t, [&](std::int64_t x) {
+            if (!edges.valid(x)) {
+                if (part.bad < 0) part.bad = x;
+                return;
+            }
+            if (x > 0 && edges.src[x] < edges.src[x - 1]) part.by_src = false;
+        });
+    });
+    Scan all;
+    for (int t = threads; t-- > 0;) {
+        if (parts[std::size_t(t)].bad >= 0) all.bad = parts[std::size_t(t)].bad;
+        all.by_src = all.by_src && parts[std::size_t(t)].by_src;
+    }
+    return all;
+}
+
+template <class In, class I>
+void sort_edges(const Edges<In>& edges, bool by_src, I* rowptr, I* col, I* perm, int threads) {
+    const int src_bits = bits_for(edges.num_src), bits = src_bits + bits_for(edges.num_dst);
+    dispatch_key(bits, [&](auto tag) {
+        using Key = typename decltype(tag)::type;
+        Sorter<Key, I> sorter{edges.count, threads};
+        parallel_for(threads, threads, [&](std::int64_t t) {
+            for_chunk(edges.count, threads, t, [&](std::int64_t x) {
+                sorter.key[x] = Key(Key(edges.dst[x]) << src_bits) | Key(edges.src[x]);
+                sorter.value[x] = I(x);
+            });
+        });
+        if (!by_src) sorter.sort(0, src_bits);
+        sorter.sort(src_bits, bits);
+        sorter.write(src_bits, edges.num_dst, rowptr, col, perm);
+    });
+}
+
+// Ascending columns of a row, taken one by one.
+template <class I> struct Columns {
+    const I *next, *end;
+    bool done() const { return next == end; }
+    void skip(I column) {
+        while (next < end && *next == column) ++next;
+    }
+};
+
+// The number of distinct columns in both; they are written to `to`, unless it is null.
+template <class I> std::int64_t merge(Columns<I> a, Columns<I> b, I* to) {
+    std::int64_t count = 0;
+    while (!a.done() || !b.done()) {
+        const I least = b.done() || (!a.done() && *a.next < *b.next) ? *a.next : *b.next;
+        a.skip(least), b.skip(least);
+        if (to) to[count] = least;
+        ++count;
+    }
+    return count;
+}
+
 }  // namespace
 
-std::int64_t csr_from_coo(const void* src_data, const void* dst_data, bool wide_in, std::int64_t edges,
+std::int64_t csr_from_coo(const void* src, const void* dst, bool wide_in, std::int64_t edges,
                           std::int64_t num_src, std::int64_t num_dst, bool wide_out, void* rowptr, void* col,
                           void* perm, int threads) {
     threads = std::max(threads, 1);
     std::int64_t bad = -1;
     dispatch_index(wide_in, [&](auto in) {
         using In = typename decltype(in)::type;
-        const In* src = static_cast<const In*>(src_data);
-        const In* dst = static_cast<const In*>(dst_data);
-        std::vector<std::int64_t> first_bad(std::size_t(threads), -1);
-        std::vector<char> disorder(std::size_t(threads), 0);
-        parallel_for(threads, threads, [&](std::int64_t t) {
-            for_chunk(edges, threads, t, [&](std::int64_t x) {
-                if (src[x] < 0 || src[x] >= num_src || dst[x] < 0 || dst[x] >= num_dst) {
-                    if (first_bad[std::size_t(t)] < 0) first_bad[std::size_t(t)] = x;
-                    return;
-                }
-                if (x > 0 && src[x] < src[x - 1]) disorder[std::size_t(t)] = 1;
-            });
-        });
-        bool by_src = true;
-        for (int t = threads; t-- > 0;) {
-            if (first_bad[std::size_t(t)] >= 0) bad = first_bad[std::size_t(t)];
-            by_src = by_src && !disorder[std::size_t(t)];
-        }
+        const Edges<In> list{static_cast<const In*>(src), static_cast<const In*>(dst), edges, num_src,
+                             num_dst};
+        const Scan found = scan(list, threads);
+        bad = found.bad;
         if (bad >= 0) return;
-        const int src_bits = bits_for(num_src), bits = src_bits + bits_for(num_dst);
         dispatch_index(wide_out, [&](auto out) {
             using I = typename decltype(out)::type;
-            dispatch_key(bits, [&](auto key) {
-                using Key = typename decltype(key)::type;
-                Sorter<Key, I> sorter{edges, threads};
-                parallel_for(threads, threads, [&](std::int64_t t) {
-                    for_chunk(edges, threads, t, [&](std::int64_t x) {
-                        sorter.key[x] = Key(Key(dst[x]) << src_bits) | Key(src[x]);
-                        sorter.value[x] = I(x);
-                    });
-                });
-                if (!by_src) sorter.sort(0, src_bits);
-                sorter.sort(src_bits, bits);
-                sorter.write(src_bits, num_dst, static_cast<I*>(rowptr), static_cast<I*>(col),
-                             static_cast<I*>(perm));
-            });
+            sort_edges(list, found.by_src, static_cast<I*>(rowptr), static_cast<I*>(col),
+                       static_cast<I*>(perm), threads);
         });
     });
     return bad;
@@ -154,13 +201,13 @@ void csr_transpose(const Csr& in, void* rowptr_out, void* col_out, void* perm_ou
             using Key = typename decltype(key)::type;
             Sorter<Key, I> sorter{in.edges, threads};
             parallel_for(num_blocks(in.rows, in.edges), threads, [&](std::int64_t block) {
-                auto begin = [=](std::int64_t i) { return std::int64_t(rowptr[i]); };
-                for_edges(begin, in.rows, block, [&](std::int64_t i, std::int64_t b, std::int64_t e) {
-                    for (std::int64_t x = b; x < e; ++x) {
-                        sorter.key[x] = Key(Key(col[x]) << row_bits) | Key(i);
-                        sorter.value[x] = I(x);
-                    }
-                });
+                for_edges(RowPointers<I>{rowptr}, in.rows, block,
+                          [&](std::int64_t i, std::int64_t b, std::int64_t e) {
+                              for (std::int64_t x = b; x < e; ++x) {
+                                  sorter.key[x] = Key(Key(col[x]) << row_bits) | Key(i);
+                                  sorter.value[x] = I(x);
+                              }
+                          });
             });
             sorter.sort(row_bits, bits);  // rows are in order already
             sorter.write(row_bits, in.cols, static_cast<I*>(rowptr_out), static_cast<I*>(col_out),
@@ -172,32 +219,19 @@ void csr_transpose(const Csr& in, void* rowptr_out, void* col_out, void* perm_ou
 void csr_union(const Csr& a, const Csr& b, void* rowptr_out, void* col_out, int threads) {
     dispatch_index(a.wide, [&](auto index) {
         using I = typename decltype(index)::type;
-        const I* ptr_a = static_cast<const I*>(a.rowptr);
-        const I* ptr_b = static_cast<const I*>(b.rowptr);
-        const I* col_a = static_cast<const I*>(a.col);
-        const I* col_b = static_cast<const I*>(b.col);
         I* rowptr = static_cast<I*>(rowptr_out);
         I* col = static_cast<I*>(col_out);
-        // The number of distinct columns of row i in both; written to `to` where given.
-        auto merge = [&](std::int64_t i, I* to) {
-            I x = ptr_a[i], y = ptr_b[i];
-            const I x_end = ptr_a[i + 1], y_end = ptr_b[i + 1];
-            std::int64_t count = 0;
-            while (x < x_end || y < y_end) {
-                const I least = y == y_end || (x < x_end && col_a[x] < col_b[y]) ? col_a[x] : col_b[y];
-                while (x < x_end && col_a[x] == least) ++x;
-                while (y < y_end && col_b[y] == least) ++y;
-                if (to) to[count] = least;
-                ++count;
-            }
-            return count;
+        auto row = [](const Csr& g, std::int64_t i) {
+            const I* pointers = static_cast<const I*>(g.rowptr);
+            const I* columns = static_cast<const I*>(g.col);
+            return Columns<I>{columns + pointers[i], columns + pointers[i + 1]};
         };
         const std::int64_t rows = a.rows;
         parallel_for(num_blocks(rows, 0), threads, [&](std::int64_t block) {
             const std::int64_t last = std::min((block + 1) * kBlock, rows);
             for (std::int64_t i = block * kBlock; i < last; ++i) {
-                if (col) merge(i, col + rowptr[i]);
-                else rowptr[i + 1] = I(merge(i, nullptr));
+                const std::int64_t count = merge(row(a, i), row(b, i), col ? col + rowptr[i] : nullptr);
+                if (!col) rowptr[i + 1] = I(count);
             }
         });
         if (col) return;

@@ -127,7 +127,6 @@ void similarity(const Similarity&, int threads);
 void kernel_values(const KernelValues&, int threads);
 void divergences(const Divergences&, int threads);
 void gradient(const Gradient&, int threads);
-const char* isa();  // the instruction set in use: "generic", "avx2", "avx512"
 }  // namespace cpu
 
 #ifdef FASTKD_CUDA

@@ -1,17 +1,15 @@
 // The contract of the gradients of a convolution of a masked population.
 #pragma once
 
-#include "lsp/lsp.h"
+#include "common/window.h"
 
 namespace fastkd {
 
 // Channels that an individual lacks are not read, and their gradients are not written: they stay the
 // zeros that the caller put there. Sums are in `acc`, in an order that depends on the sizes alone.
-struct ConvBackward {
+struct ConvBackward : Window<std::int64_t> {
     DType acc, dtype;  // f32 or f64; of grad and x, any
     std::int64_t individuals, images, channels, outputs, groups;
-    std::int64_t size[2], out_size[2];  // rows, columns
-    std::int64_t kernel[2], stride[2], padding[2], dilation[2];
     const std::uint8_t* in_mask;   // [individuals, channels], or null: all
     const std::uint8_t* out_mask;  // [individuals, outputs], or null: all
     const void* grad;              // [individuals, images, outputs, out_size]

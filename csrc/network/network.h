@@ -10,23 +10,9 @@
 #include <memory>
 #include <vector>
 
-#include "lsp/lsp.h"
+#include "common/activation.h"
 
 namespace fastkd {
-
-enum class Activation : int {
-    none = 0,
-    relu = 1,
-    relu6 = 2,
-    leaky_relu = 3,  // param: the slope below 0
-    sigmoid = 4,
-    silu = 5,
-    hardsigmoid = 6,
-    hardswish = 7,
-    tanh = 8,
-    gelu = 9,
-    gelu_tanh = 10,
-};
 
 constexpr std::int32_t kAlways = -1, kNever = -2;  // genes of a channel that always, that never exists
 

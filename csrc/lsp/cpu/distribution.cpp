@@ -1,14 +1,16 @@
-// Kernel values, softmax over rows, divergence and the coefficient of every edge, in one pass.
+// Kernel values, softmax over rows, divergence and the coefficient of every edge: in one pass over the blocks
+// of rows, and in three over the pieces of hubs.
 //
 // What is elementwise runs over the edges of all rows of a block at once. What looks at single rows
 // works a register at a time from buffer to buffer: it may write beyond the row's end, since the next
 // row is written after it.
 #include <limits>
 
-#include "common/dispatch.h"
-#include "common/isa.h"
+#include "common/blocks.h"
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "lsp/cpu/operations.h"
+#include "lsp/formulas.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
@@ -47,10 +49,6 @@ template <class A> void apply_slope(const Kernel& kernel, const A* r, const A* v
 
 template <class A> struct Extent {
     A low = std::numeric_limits<A>::infinity(), high = -std::numeric_limits<A>::infinity();
-    bool informative() const {  // to a softmax, which sees absolute differences
-        const A size = std::max(high < 0 ? -high : high, low < 0 ? -low : low);
-        return high - low > 8 * std::numeric_limits<A>::epsilon() * std::max(size, A(1));
-    }
 };
 
 // Smallest and largest of a[0 .. n); reads up to a register beyond.
@@ -177,21 +175,21 @@ template <class I, class A> struct Rows {
         const std::int64_t b0 = begin(first), n = begin(last) - b0, rows = last - first;
         evaluate(b0, n, block);
 
-        std::int64_t seen = 0, informative[2] = {0, 0};
+        std::int64_t seen = 0, differing[2] = {0, 0};
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t b = begin(i) - b0, e = begin(i + 1) - b0;
             if (b == e) continue;
             seen += e - b > 1;
             for (int side = 0; side < 2; ++side) {
                 const Extent<A> extent = extent_of(block.value[side].data + b, e - b);
-                informative[side] += e - b > 1 && extent.informative();
+                differing[side] += e - b > 1 && informative(extent.low, extent.high);
                 const A* sim = sims(block, side);
                 const A max = weight ? extent_of(sim + b, e - b).high : extent.high;
                 A* above = block.above[side].data;
                 for_registers<A>(b, e, [&](std::int64_t x) { store<A>(above + x, load(sim + x) - max); });
             }
         }
-        count(seen, informative[0], informative[1]);
+        count(seen, differing[0], differing[1]);
 
         for (int side = 0; side < 2; ++side) {
             const A* above = block.above[side].data;
@@ -248,23 +246,22 @@ template <class I, class A> struct Rows {
     }
 
     RowStats<A> combine(std::int64_t i, Scratch<Part<A>>& parts) const {
-        auto start = [this](std::int64_t k) { return begin(k); };
         Extent<A> extent[2];
         A max[2];
         double sum[2] = {0, 0};
         for (int side = 0; side < 2; ++side) {
             max[side] = -std::numeric_limits<A>::infinity();
-            for_slots(start, i, [&](std::int64_t slot) {
+            for_slots(*this, i, [&](std::int64_t slot) {
                 const Part<A>& part = parts[slot];
                 max[side] = std::max(max[side], part.max[side]);
                 extent[side].low = std::min(extent[side].low, part.extent[side].low);
                 extent[side].high = std::max(extent[side].high, part.extent[side].high);
             });
-            for_slots(start, i, [&](std::int64_t slot) {
+            for_slots(*this, i, [&](std::int64_t slot) {
                 sum[side] += double(parts[slot].sum[side]) * double(exp_(parts[slot].max[side] - max[side]));
             });
         }
-        count(1, extent[0].informative(), extent[1].informative());
+        count(1, informative(extent[0].low, extent[0].high), informative(extent[1].low, extent[1].high));
         return {max[0], max[1], A(1 / sum[0]), A(1 / sum[1]), A(log_(sum[1] / sum[0])), 0};
     }
 
@@ -289,38 +286,36 @@ template <class I, class A> struct Rows {
     };
 
     void hubs(int threads) const {
-        auto start = [this](std::int64_t i) { return begin(i); };
         const std::int64_t rows = op.graph.rows, blocks = num_blocks(rows, op.graph.edges);
         Scratch<Part<A>> parts(2 * blocks);
         Scratch<Sums> sums(2 * blocks);
         Scratch<RowStats<A>> stats(2 * blocks);  // at the slot of a hub's first piece
-        auto for_pieces = [&](auto piece) {
-            parallel_for(blocks, threads, [&](std::int64_t block) {
-                for_rows(start, rows, block, [](std::int64_t, std::int64_t) {}, piece);
-            });
+        auto all_pieces = [&](auto piece) {
+            parallel_for(blocks, threads,
+                         [&](std::int64_t block) { fastkd::for_pieces(*this, rows, block, piece); });
         };
-        for_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
+        all_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
             parts[slot] = part(b, e);
         });
-        for_hubs(start, rows, [&](std::int64_t i) { stats[first_slot(start, i)] = combine(i, parts); });
-        for_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+        for_hubs(*this, rows, [&](std::int64_t i) { stats[first_slot(*this, i)] = combine(i, parts); });
+        all_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
             Block<A> block;
-            piece_terms(b, e, stats[first_slot(start, i)], block);
+            piece_terms(b, e, stats[first_slot(*this, i)], block);
             sums[slot] = {double(sum_of(block.term[0].data, e - b)),
                           double(sum_of(block.term[1].data, e - b))};
         });
-        for_hubs(start, rows, [&](std::int64_t i) {
+        for_hubs(*this, rows, [&](std::int64_t i) {
             Sums total{0, 0};
-            for_slots(start, i, [&](std::int64_t slot) {
+            for_slots(*this, i, [&](std::int64_t slot) {
                 total.divergence += sums[slot].divergence;
                 total.mean += sums[slot].mean;
             });
             divergence[i] = A(total.divergence);
-            stats[first_slot(start, i)].mean = A(total.mean);
+            stats[first_slot(*this, i)].mean = A(total.mean);
         });
         if (!coef) return;
-        for_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
-            const RowStats<A>& row = stats[first_slot(start, i)];
+        all_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
+            const RowStats<A>& row = stats[first_slot(*this, i)];
             Block<A> block;
             piece_terms(b, e, row, block);
             gradients(0, e - b, row.mean, block);
@@ -329,16 +324,13 @@ template <class I, class A> struct Rows {
     }
 
     void run(int threads) const {
-        auto start = [this](std::int64_t i) { return begin(i); };
         const std::int64_t rows = op.graph.rows;
         threads = threads_for(32 * op.graph.edges, threads);
         for (int k = 0; k < 3; ++k) op.diagnostics[k] = 0;
         parallel_for(num_blocks(rows, op.graph.edges), threads, [&](std::int64_t block) {
-            for_rows(
-                start, rows, block, [&](std::int64_t first, std::int64_t last) { whole(first, last); },
-                [](std::int64_t, std::int64_t, std::int64_t, std::int64_t) {});
+            for_rows(*this, rows, block, [&](std::int64_t first, std::int64_t last) { whole(first, last); });
         });
-        if (op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows))) hubs(threads);
+        if (has_hub(*this, rows, op.max_degree)) hubs(threads);
         if (!op.loss) return;
         double sum = 0;
         for (std::int64_t b = 0; b < rows; b += kBlock) {

@@ -1,16 +1,15 @@
 // The backward direction: one sparse product over the incident edges of every row, without atomics.
-#include "common/dispatch.h"
-#include "common/isa.h"
+#include "common/blocks.h"
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "lsp/cpu/operations.h"
+#include "lsp/formulas.h"
 
 namespace fastkd::cpu::FASTKD_ISA {
 namespace {
 
 constexpr int kChunk = 8;  // registers of features that are summed at a time
 constexpr int kGroup = 4;  // edges that share the loads of the row itself
-constexpr int kMostAhead = 16;
-constexpr std::int64_t kAhead = 8192;  // bytes of rows requested ahead of use
 
 // Edges of one row: their other ends and weights.
 template <class A> struct Segment {
@@ -106,18 +105,20 @@ template <class I, class T> struct Product {
     }
     const T* self(std::int64_t i) const { return static_cast<const T*>(op.self.data) + i * op.self.stride; }
 
-    // Lays out the edges of the rows [first, last): of list k the slots [from[k], to[k]).
-    void lay_out(std::int64_t first, std::int64_t last, const std::int64_t* from, const std::int64_t* to,
-                 Stage<A>& stage, Segment<A>* segments) const {
-        const A* coef = static_cast<const A*>(op.coef);
-        const A* grad = static_cast<const A*>(op.grad);
+    // Slots of the lists: of list k [from[k], to[k]).
+    struct Slots {
+        std::int64_t from[2], to[2];
+    };
+
+    // Lays out the edges of the rows [first, last) that stand in these slots.
+    void lay_out(std::int64_t first, std::int64_t last, const Slots& slots, Stage<A>& stage,
+                 Segment<A>* segments) const {
         const void** other = stage.other;
         A* weight = stage.weight;
         for (int k = 0; k < op.num_lists; ++k) {
             const Incidence& list = op.lists[k];
-            const I* col = static_cast<const I*>(list.graph.col) + from[k];
-            const I* perm = static_cast<const I*>(list.perm);
-            const int n = int(to[k] - from[k]);
+            const I* col = static_cast<const I*>(list.graph.col) + slots.from[k];
+            const int n = int(slots.to[k] - slots.from[k]);
             segments[k] = {other, weight, n};
             const T* rows = static_cast<const T*>(list.other.data);
             for (int x = 0; x < n; ++x) other[x] = rows + col[x] * list.other.stride;
@@ -125,28 +126,39 @@ template <class I, class T> struct Product {
             std::fill_n(other + n, kGroup + kMostAhead, self(first));
             for (int x = 0; x < ahead; ++x) prefetch(other[x], row_bytes);
 
-            if (perm) {
-                perm += from[k];
-                if (op.grad_per_row)
-                    for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[col[x]];
-                else
-                    for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[0];
-            }
-            if (!perm || list.mirrored) {
-                if (!perm) std::fill_n(weight, n, A(0));
-                const A* direct = coef + from[k];
-                if (!op.grad_per_row) {  // to which row an edge belongs does not matter
-                    for (int x = 0; x < n; ++x) weight[x] += direct[x] * grad[0];
-                } else {
-                    for (std::int64_t i = first; i < last; ++i) {
-                        const std::int64_t b = std::max(std::int64_t(rowptr(k)[i]), from[k]) - from[k];
-                        const std::int64_t e = std::min(std::int64_t(rowptr(k)[i + 1]), to[k]) - from[k];
-                        for (std::int64_t x = b; x < e; ++x) weight[x] += direct[x] * grad[i];
-                    }
-                }
-            }
+            if (list.perm) weigh_leaving(list, slots.from[k], n, weight);
+            else std::fill_n(weight, n, A(0));
+            if (!list.perm || list.mirrored)
+                weigh_arriving(k, first, last, slots.from[k], slots.to[k], weight);
             other += n + kGroup + kMostAhead;
             weight += n;
+        }
+    }
+
+    // The weights of n slots from `from` on, of edges that leave this row (see Incidence).
+    void weigh_leaving(const Incidence& list, std::int64_t from, int n, A* weight) const {
+        const A* coef = static_cast<const A*>(op.coef);
+        const A* grad = static_cast<const A*>(op.grad);
+        const I* col = static_cast<const I*>(list.graph.col) + from;
+        const I* perm = static_cast<const I*>(list.perm) + from;
+        if (op.grad_per_row)
+            for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[col[x]];
+        else
+            for (int x = 0; x < n; ++x) weight[x] = coef[perm[x]] * grad[0];
+    }
+    // Adds those of edges that arrive here, in the slots [from, to) of list k.
+    void weigh_arriving(int k, std::int64_t first, std::int64_t last, std::int64_t from, std::int64_t to,
+                        A* weight) const {
+        const A* grad = static_cast<const A*>(op.grad);
+        const A* direct = static_cast<const A*>(op.coef) + from;
+        if (!op.grad_per_row) {  // to which row an edge belongs does not matter
+            for (int x = 0; x < int(to - from); ++x) weight[x] += direct[x] * grad[0];
+            return;
+        }
+        for (std::int64_t i = first; i < last; ++i) {
+            const std::int64_t b = std::max(std::int64_t(rowptr(k)[i]), from) - from;
+            const std::int64_t e = std::min(std::int64_t(rowptr(k)[i + 1]), to) - from;
+            for (std::int64_t x = b; x < e; ++x) weight[x] += direct[x] * grad[i];
         }
     }
 
@@ -171,57 +183,66 @@ template <class I, class T> struct Product {
         else return scratch;
     }
 
+    // The rows [first, last), none of them a hub; acc: room for one row's sums.
+    void whole(std::int64_t first, std::int64_t last, A* acc) const {
+        for (std::int64_t i = first; i < last; ++i) prefetch(self(i), row_bytes);
+        Stage<A> stage;
+        Segment<A> all[2], mine[2];
+        Slots slots;
+        for (int k = 0; k < op.num_lists; ++k) {
+            slots.from[k] = rowptr(k)[first];
+            slots.to[k] = rowptr(k)[last];
+        }
+        lay_out(first, last, slots, stage, all);
+        for (std::int64_t i = first; i < last; ++i) {
+            for (int k = 0; k < op.num_lists; ++k) {
+                const std::int64_t offset = rowptr(k)[i] - slots.from[k];
+                mine[k] = {all[k].other + offset, all[k].weight + offset,
+                           int(rowptr(k)[i + 1] - rowptr(k)[i])};
+            }
+            A* row = sum_of(i, acc);
+            sum(self(i), mine, op.num_lists, dim, ahead, row);
+            finish(i, row);
+        }
+    }
+
+    // The edges [b, e) of hub i, counted over the lists one after the other.
+    void piece(std::int64_t i, std::int64_t b, std::int64_t e, A* acc) const {
+        Stage<A> stage;
+        Segment<A> segments[2];
+        Slots slots;
+        std::int64_t position = begin(i);
+        for (int k = 0; k < op.num_lists; ++k) {
+            const std::int64_t start = rowptr(k)[i], count = rowptr(k)[i + 1] - start;
+            slots.from[k] = start + std::clamp(b - position, std::int64_t(0), count);
+            slots.to[k] = start + std::clamp(e - position, std::int64_t(0), count);
+            position += count;
+        }
+        lay_out(i, i + 1, slots, stage, segments);
+        sum(self(i), segments, op.num_lists, dim, ahead, acc);
+    }
+
     void run(int threads) const {
-        auto start = [this](std::int64_t i) { return begin(i); };
         const std::int64_t rows = op.self.rows;
         const std::int64_t blocks = num_blocks(rows, begin(rows));
         threads = threads_for(begin(rows) * dim, threads);
-        const bool hubs = op.max_degree > kBlock || (op.max_degree < 0 && has_hub(start, rows));
+        const bool hubs = has_hub(*this, rows, op.max_degree);
         Scratch<A> parts(hubs ? 2 * blocks * dim : 0);
         parallel_for(blocks, threads, [&](std::int64_t block) {
             Scratch<A> acc(std::is_same_v<A, T> ? 0 : dim);
-            for_rows(
-                start, rows, block,
-                [&](std::int64_t first, std::int64_t last) {
-                    for (std::int64_t i = first; i < last; ++i) prefetch(self(i), row_bytes);
-                    Stage<A> stage;
-                    Segment<A> all[2], mine[2];
-                    std::int64_t from[2], to[2];
-                    for (int k = 0; k < op.num_lists; ++k) {
-                        from[k] = rowptr(k)[first];
-                        to[k] = rowptr(k)[last];
-                    }
-                    lay_out(first, last, from, to, stage, all);
-                    for (std::int64_t i = first; i < last; ++i) {
-                        for (int k = 0; k < op.num_lists; ++k) {
-                            const std::int64_t offset = rowptr(k)[i] - from[k];
-                            mine[k] = {all[k].other + offset, all[k].weight + offset,
-                                       int(rowptr(k)[i + 1] - rowptr(k)[i])};
-                        }
-                        A* row = sum_of(i, acc.data);
-                        sum(self(i), mine, op.num_lists, dim, ahead, row);
-                        finish(i, row);
-                    }
-                },
-                [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-                    Stage<A> stage;
-                    Segment<A> piece[2];
-                    std::int64_t from[2], to[2], position = begin(i);
-                    for (int k = 0; k < op.num_lists; ++k) {  // [b, e) counts the lists one after the other
-                        const std::int64_t start = rowptr(k)[i], count = rowptr(k)[i + 1] - start;
-                        from[k] = start + std::clamp(b - position, std::int64_t(0), count);
-                        to[k] = start + std::clamp(e - position, std::int64_t(0), count);
-                        position += count;
-                    }
-                    lay_out(i, i + 1, from, to, stage, piece);
-                    sum(self(i), piece, op.num_lists, dim, ahead, parts.data + slot * dim);
-                });
+            for_rows(*this, rows, block,
+                     [&](std::int64_t first, std::int64_t last) { whole(first, last, acc.data); });
+            if (!hubs) return;
+            for_pieces(*this, rows, block,
+                       [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+                           piece(i, b, e, parts.data + slot * dim);
+                       });
         });
         if (!parts.data) return;
         Scratch<A> acc(dim);
-        for_hubs(start, rows, [&](std::int64_t i) {
+        for_hubs(*this, rows, [&](std::int64_t i) {
             std::fill_n(acc.data, dim, A(0));
-            for_slots(start, i, [&](std::int64_t slot) {
+            for_slots(*this, i, [&](std::int64_t slot) {
                 for (std::int64_t d = 0; d < dim; ++d) acc[d] += parts[slot * dim + d];
             });
             finish(i, acc.data);

@@ -4,45 +4,26 @@
 #include <type_traits>
 
 #include "common/launch.cuh"
+#include "lsp/formulas.h"
 
 namespace fastkd::cuda {
 namespace {
 
-template <class A> __device__ A value_of(const Kernel& k, A r) {
-    A out = 0;
-    const A scale = A(k.scale), param = A(k.param);
-    switch (k.shape) {
-        case Shape::linear:
-            out = k.root ? kernel_value<Shape::linear, true>(r, scale, param, 1)
-                         : kernel_value<Shape::linear, false>(r, scale, param, 1);
-            break;
-        case Shape::power:
-            out = k.root ? kernel_value<Shape::power, true>(r, scale, param, k.degree)
-                         : kernel_value<Shape::power, false>(r, scale, param, k.degree);
-            break;
-        case Shape::exponential:
-            out = k.root ? kernel_value<Shape::exponential, true>(r, scale, param, 1)
-                         : kernel_value<Shape::exponential, false>(r, scale, param, 1);
-    }
-    return out;
+template <class A> __device__ A value_of(const Kernel& kernel, A r) {
+    A value = 0;
+    dispatch(kernel, [&](auto shape, auto root) {
+        value = kernel_value<decltype(shape)::value, decltype(root)::value>(r, A(kernel.scale),
+                                                                            A(kernel.param), kernel.degree);
+    });
+    return value;
 }
-template <class A> __device__ A slope_of(const Kernel& k, A r, A value) {
-    A out = 0;
-    const A scale = A(k.scale), param = A(k.param);
-    switch (k.shape) {
-        case Shape::linear:
-            out = k.root ? kernel_slope<Shape::linear, true>(r, value, scale, param, 1)
-                         : kernel_slope<Shape::linear, false>(r, value, scale, param, 1);
-            break;
-        case Shape::power:
-            out = k.root ? kernel_slope<Shape::power, true>(r, value, scale, param, k.degree)
-                         : kernel_slope<Shape::power, false>(r, value, scale, param, k.degree);
-            break;
-        case Shape::exponential:
-            out = k.root ? kernel_slope<Shape::exponential, true>(r, value, scale, param, 1)
-                         : kernel_slope<Shape::exponential, false>(r, value, scale, param, 1);
-    }
-    return out;
+template <class A> __device__ A slope_of(const Kernel& kernel, A r, A value) {
+    A slope = 0;
+    dispatch(kernel, [&](auto shape, auto root) {
+        slope = kernel_slope<decltype(shape)::value, decltype(root)::value>(r, value, A(kernel.scale),
+                                                                            A(kernel.param), kernel.degree);
+    });
+    return slope;
 }
 
 // Running maximum, sum of exponentials relative to it, and extent of the values without weights.
@@ -88,12 +69,6 @@ template <class A> struct Part {
             low = l < low ? l : low;
             high = h > high ? h : high;
         }
-    }
-    __device__ bool informative() const {
-        const A a = high < 0 ? -high : high, b = low < 0 ? -low : low;
-        const A size = a > b ? a : b;
-        // A softmax sees absolute differences.
-        return high - low > 8 * std::numeric_limits<A>::epsilon() * (size > 1 ? size : A(1));
     }
 };
 
@@ -154,15 +129,7 @@ template <class A> struct Args {
         coef[x] = factor * slope_of(student, e.r, e.value_s) *
                   edge_gradient(teacher_student, p.s, p.t, p.d, row.mean);
     }
-    __device__ bool is_hub(std::int64_t i) const { return g.begin(i + 1) - g.begin(i) > kBlock; }
-    __device__ RowStats<A>& hub(std::int64_t i) const { return hubs[2 * ((g.begin(i) + i) / kBlock) + 1]; }
-    // Calls piece(i, b, e, slot) for the hubs in this block.
-    template <class Piece> __device__ void for_hub_pieces(Piece piece) const {
-        for_pieces([&](std::int64_t i) { return g.begin(i); }, g.rows, blockIdx.x, piece);
-    }
-    template <class Slot> __device__ void for_hub_slots(std::int64_t i, Slot slot) const {
-        for_slots([&](std::int64_t k) { return g.begin(k); }, i, slot);
-    }
+    __device__ RowStats<A>& hub(std::int64_t i) const { return hubs[first_slot(g, i)]; }
 };
 
 // Every row that is no hub. The three loops read the same few cache lines.
@@ -172,7 +139,7 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
     const std::int64_t i = std::int64_t(blockIdx.x) * kWarps + warp;
     if (lane < 3) counts[warp][lane] = 0;
     __syncwarp();
-    if (i < a.g.rows && !a.is_hub(i)) {
+    if (i < a.g.rows && !is_hub(a.g, i)) {
         const std::int64_t b = a.g.begin(i), e = a.g.begin(i + 1);
         Part<A> s = Part<A>::empty(), t = Part<A>::empty();
         for (std::int64_t x = b + lane; x < e; x += 32) {
@@ -195,8 +162,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
             a.rows[i] = divergence;
             if (e - b >= 2) {
                 counts[warp][0] = 1;
-                counts[warp][1] = s.informative();
-                counts[warp][2] = t.informative();
+                counts[warp][1] = informative(s.low, s.high);
+                counts[warp][2] = informative(t.low, t.high);
             }
         }
     }
@@ -210,77 +177,81 @@ template <class A> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_parts_kernel(Args<A> a) {
     __shared__ Part<A> shared[2][kWarps];
-    a.for_hub_pieces([&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
-        Part<A> p[2] = {Part<A>::empty(), Part<A>::empty()};
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
-            const auto v = a.edge(x);
-            p[0].extend(v.value_s);
-            p[1].extend(v.value_t);
-            p[0].add(v.s);
-            p[1].add(v.t);
-        }
-        for (int side = 0; side < 2; ++side) {
-            p[side].merge_warp();
-            if (threadIdx.x % 32 == 0) shared[side][threadIdx.x / 32] = p[side];
-        }
-        __syncthreads();
-        if (threadIdx.x < 2) {
-            Part<A> total = shared[threadIdx.x][0];
-            for (int w = 1; w < kWarps; ++w) {
-                const Part<A>& other = shared[threadIdx.x][w];
-                total.merge(other.max, other.sum);
-                total.low = other.low < total.low ? other.low : total.low;
-                total.high = other.high > total.high ? other.high : total.high;
-            }
-            a.parts[2 * slot + threadIdx.x] = total;
-        }
-        __syncthreads();
-    });
+    for_pieces(a.g, a.g.rows, blockIdx.x,
+               [&](std::int64_t, std::int64_t b, std::int64_t e, std::int64_t slot) {
+                   Part<A> p[2] = {Part<A>::empty(), Part<A>::empty()};
+                   for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) {
+                       const auto v = a.edge(x);
+                       p[0].extend(v.value_s);
+                       p[1].extend(v.value_t);
+                       p[0].add(v.s);
+                       p[1].add(v.t);
+                   }
+                   for (int side = 0; side < 2; ++side) {
+                       p[side].merge_warp();
+                       if (threadIdx.x % 32 == 0) shared[side][threadIdx.x / 32] = p[side];
+                   }
+                   __syncthreads();
+                   if (threadIdx.x < 2) {
+                       Part<A> total = shared[threadIdx.x][0];
+                       for (int w = 1; w < kWarps; ++w) {
+                           const Part<A>& other = shared[threadIdx.x][w];
+                           total.merge(other.max, other.sum);
+                           total.low = other.low < total.low ? other.low : total.low;
+                           total.high = other.high > total.high ? other.high : total.high;
+                       }
+                       a.parts[2 * slot + threadIdx.x] = total;
+                   }
+                   __syncthreads();
+               });
 }
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_stats_kernel(Args<A> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= a.g.rows || !a.is_hub(i)) return;
+    if (i >= a.g.rows || !is_hub(a.g, i)) return;
     A max[2];
     double sums[2];
     atomicAdd(&a.diagnostics[0], 1ull);
+#pragma unroll
     for (int side = 0; side < 2; ++side) {
         Part<A> total = Part<A>::empty();
-        a.for_hub_slots(i, [&](std::int64_t slot) {
+        for_slots(a.g, i, [&](std::int64_t slot) {
             const Part<A>& p = a.parts[2 * slot + side];
             total.max = p.max > total.max ? p.max : total.max;
             total.low = p.low < total.low ? p.low : total.low;
             total.high = p.high > total.high ? p.high : total.high;
         });
         double sum = 0;
-        a.for_hub_slots(i, [&](std::int64_t slot) {
+        for_slots(a.g, i, [&](std::int64_t slot) {
             const Part<A>& p = a.parts[2 * slot + side];
             sum += double(p.sum) * double(exp_(p.max - total.max));
         });
         max[side] = total.max;
         sums[side] = sum;
-        if (total.informative()) atomicAdd(&a.diagnostics[1 + side], 1ull);
+        if (informative(total.low, total.high)) atomicAdd(&a.diagnostics[1 + side], 1ull);
     }
     a.hub(i) = {max[0], max[1], A(1 / sums[0]), A(1 / sums[1]), A(log_(sums[1] / sums[0])), 0};
 }
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_sums_kernel(Args<A> a) {
     __shared__ A scratch[kWarps];
-    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-        const RowStats<A> row = a.hub(i);
-        A divergence = 0, mean = 0;
-        for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.add(a.edge(x), row, divergence, mean);
-        divergence = block_sum(divergence, scratch);
-        mean = block_sum(mean, scratch);
-        if (threadIdx.x == 0) a.sums[slot] = {divergence, mean};
-    });
+    for_pieces(a.g, a.g.rows, blockIdx.x,
+               [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
+                   const RowStats<A> row = a.hub(i);
+                   A divergence = 0, mean = 0;
+                   for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads)
+                       a.add(a.edge(x), row, divergence, mean);
+                   divergence = block_sum(divergence, scratch);
+                   mean = block_sum(mean, scratch);
+                   if (threadIdx.x == 0) a.sums[slot] = {divergence, mean};
+               });
 }
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_finish_kernel(Args<A> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (i >= a.g.rows || !a.is_hub(i)) return;
+    if (i >= a.g.rows || !is_hub(a.g, i)) return;
     double divergence = 0, mean = 0;
-    a.for_hub_slots(i, [&](std::int64_t slot) {
+    for_slots(a.g, i, [&](std::int64_t slot) {
         divergence += a.sums[slot].divergence;
         mean += a.sums[slot].mean;
     });
@@ -289,7 +260,7 @@ template <class A> __global__ void __launch_bounds__(kThreads) hub_finish_kernel
 }
 
 template <class A> __global__ void __launch_bounds__(kThreads) hub_coef_kernel(Args<A> a) {
-    a.for_hub_pieces([&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
+    for_pieces(a.g, a.g.rows, blockIdx.x, [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t) {
         const RowStats<A> row = a.hub(i);
         for (std::int64_t x = b + threadIdx.x; x < e; x += kThreads) a.write_coef(i, x, a.edge(x), row);
     });
@@ -360,7 +331,7 @@ bool may_have_hubs(const Divergences& op) {
 
 // Places the scratch arrays of args at base; returns their size.
 template <class A> std::int64_t place(const Divergences& op, char* base, Args<A>& args) {
-    const std::int64_t blocks = may_have_hubs(op) ? ceil_div(op.graph.rows + op.graph.edges, kBlock) : 0;
+    const std::int64_t blocks = may_have_hubs(op) ? num_blocks(op.graph.rows, op.graph.edges) : 0;
     std::int64_t at = 0;
     auto take = [&](auto*& array, std::int64_t count) {
         array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(base + at);
@@ -394,7 +365,7 @@ template <class A> void run(const Divergences& op, void* stream) {
     place(op, static_cast<char*>(op.workspace), args);
 
     const std::int64_t rows = op.graph.rows, edges = op.graph.edges;
-    const std::int64_t blocks = ceil_div(rows + edges, kBlock);
+    const std::int64_t blocks = num_blocks(rows, edges);
     check(cudaMemsetAsync(op.diagnostics, 0, 3 * sizeof(std::int64_t), static_cast<cudaStream_t>(stream)),
           "clearing the diagnostics");
     // The scale comes first: the coefficients carry it. Only two reductions have to count for it.

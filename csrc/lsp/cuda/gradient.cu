@@ -2,6 +2,7 @@
 // A warp owns a row; groups of its lanes take edges in turn, each lane 16 bytes of the row at a time.
 // Hubs are cut into pieces of a block each, whose partial sums are added in order.
 #include "common/launch.cuh"
+#include "lsp/formulas.h"
 
 namespace fastkd::cuda {
 namespace {
@@ -59,31 +60,42 @@ template <Metric M, class T, int V> struct Pass {
     __device__ std::int64_t feature(int c) const { return first + (std::int64_t(c) * a.lanes + part) * V; }
     __device__ bool inside(int c) const { return feature(c) < a.self.cols; }
 
-    // The edges [b, e) of the row, counted over both lists. The loads are two edges deep.
+    // The edges [b, e) of the row, counted over both lists.
     __device__ void add(std::int64_t b, std::int64_t e) {
         std::int64_t position = a.begin(i);
         for (int k = 0; k < a.num_lists; ++k) {
             const List<T>& list = a.lists[k];
             const std::int64_t start = list.g.begin(i), degree = list.g.begin(i + 1) - start;
-            const std::int64_t from = start + (b > position ? b - position : 0);
-            const std::int64_t to = start + (e - position < degree ? e - position : degree);
-            for (std::int64_t x = from; x < to; x += 32) {
-                std::int64_t j = 0;
-                A w = 0;
-                if (x + lane < to) {
-                    j = list.g.col[x + lane];
-                    if (!list.perm || list.mirrored) w = a.coef[x + lane] * a.grad[a.grad_per_row ? i : 0];
-                    if (list.perm) w += a.coef[list.perm[x + lane]] * a.grad[a.grad_per_row ? j : 0];
-                }
-                const int count = to - x < 32 ? int(to - x) : 32;
-                for (int s = 0; s < count; s += 2 * groups) {
-                    step(list, j, w, s + group, s + groups + group);
-                }
-            }
+            add_slots(list, start + (b > position ? b - position : 0),
+                      start + (e - position < degree ? e - position : degree));
             position += degree;
         }
     }
 
+    // Each lane fetches what one edge weighs; then the groups take the edges in turn, two at once, so that
+    // the loads are two edges deep.
+    __device__ void add_slots(const List<T>& list, std::int64_t from, std::int64_t to) {
+        for (std::int64_t x = from; x < to; x += 32) {
+            std::int64_t j = 0;
+            A w = 0;
+            if (x + lane < to) {
+                j = list.g.col[x + lane];
+                w = weight(list, x + lane, j);
+            }
+            const int count = to - x < 32 ? int(to - x) : 32;
+            for (int s = 0; s < count; s += 2 * groups) step(list, j, w, s + group, s + groups + group);
+        }
+    }
+
+    // See Incidence.
+    __device__ A weight(const List<T>& list, std::int64_t x, std::int64_t j) const {
+        A w = 0;
+        if (!list.perm || list.mirrored) w = a.coef[x] * a.grad[a.grad_per_row ? i : 0];
+        if (list.perm) w += a.coef[list.perm[x]] * a.grad[a.grad_per_row ? j : 0];
+        return w;
+    }
+
+    // The edges that the lanes k0 and k1 fetched, to the sums of this group.
     __device__ void step(const List<T>& list, std::int64_t j, A w, int k0, int k1) {
         // Beyond the last edge w is 0 and j is a valid row: the lanes stay together.
         const std::int64_t j0 = __shfl_sync(kAll, j, k0 & 31), j1 = __shfl_sync(kAll, j, k1 & 31);
@@ -167,44 +179,50 @@ __device__ void finish_row(const Args<T>& a, std::int64_t i, Load load) {
 template <Metric M, class T, int V> __global__ void __launch_bounds__(kThreads) rows_kernel(Args<T> a) {
     const std::int64_t i = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (i >= a.self.rows) return;
+    if (is_hub(a, i)) return;
     const std::int64_t b = a.begin(i), e = a.begin(i + 1);
-    if (e - b > kBlock) return;
     finish_row<M, T, V>(a, i, [&](Pass<M, T, V>& pass) {
         pass.add(b, e);
         pass.combine();
     });
 }
 
-// The warps of a block share a piece; parts[slot] is the sum of theirs.
-template <Metric M, class T, int V> __global__ void __launch_bounds__(kThreads) pieces_kernel(Args<T> a) {
-    using A = acc_t<T>;
-    __shared__ A shared[kWarps][32 * V * C];
+// The sums of the warps of a block, for the features of one pass.
+template <class T, int V> using Shares = acc_t<T>[kWarps][32 * V * C];
+
+// One pass over a piece [b, e) that the warps of a block share; parts[slot] is the sum of theirs.
+template <Metric M, class T, int V>
+__device__ void add_piece(const Args<T>& a, std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot,
+                          std::int64_t first, Shares<T, V>& shared) {
     const int warp = threadIdx.x / 32;
-    auto begin = [&](std::int64_t i) { return a.begin(i); };
-    for_pieces(begin, a.self.rows, blockIdx.x,
+    const std::int64_t share = (e - b + kWarps - 1) / kWarps;
+    const std::int64_t from = b + warp * share < e ? b + warp * share : e;
+    const std::int64_t to = from + share < e ? from + share : e;
+    Pass<M, T, V> pass(a, i, first);
+    pass.add(from, to);
+    pass.combine();
+    if (pass.group == 0)
+#pragma unroll
+        for (int c = 0; c < C; ++c)
+#pragma unroll
+            for (int v = 0; v < V; ++v) shared[warp][(c * a.lanes + pass.part) * V + v] = pass.sum[c].v[v];
+    __syncthreads();
+    const std::int64_t width = std::int64_t(a.lanes) * V * C;
+    for (int d = threadIdx.x; d < width && first + d < a.self.cols; d += kThreads) {
+        acc_t<T> sum = 0;
+        for (int w = 0; w < kWarps; ++w) sum += shared[w][d];
+        a.parts[slot * a.self.cols + first + d] = sum;
+    }
+    __syncthreads();
+}
+
+template <Metric M, class T, int V> __global__ void __launch_bounds__(kThreads) pieces_kernel(Args<T> a) {
+    __shared__ Shares<T, V> shared;
+    for_pieces(a, a.self.rows, blockIdx.x,
                [&](std::int64_t i, std::int64_t b, std::int64_t e, std::int64_t slot) {
-                   const std::int64_t share = (e - b + kWarps - 1) / kWarps;
-                   const std::int64_t from = b + warp * share < e ? b + warp * share : e;
-                   const std::int64_t to = from + share < e ? from + share : e;
                    const std::int64_t width = std::int64_t(a.lanes) * V * C;
-                   for (std::int64_t first = 0; first < a.self.cols; first += width) {
-                       Pass<M, T, V> pass(a, i, first);
-                       pass.add(from, to);
-                       pass.combine();
-                       if (pass.group == 0)
-#pragma unroll
-                           for (int c = 0; c < C; ++c)
-#pragma unroll
-                               for (int v = 0; v < V; ++v)
-                                   shared[warp][(c * a.lanes + pass.part) * V + v] = pass.sum[c].v[v];
-                       __syncthreads();
-                       for (int d = threadIdx.x; d < width && first + d < a.self.cols; d += kThreads) {
-                           A sum = 0;
-                           for (int w = 0; w < kWarps; ++w) sum += shared[w][d];
-                           a.parts[slot * a.self.cols + first + d] = sum;
-                       }
-                       __syncthreads();
-                   }
+                   for (std::int64_t first = 0; first < a.self.cols; first += width)
+                       add_piece<M, T, V>(a, i, b, e, slot, first, shared);
                });
 }
 
@@ -212,11 +230,10 @@ template <class T> __global__ void __launch_bounds__(kThreads) hubs_kernel(Args<
     using A = acc_t<T>;
     const int lane = threadIdx.x % 32;
     const std::int64_t i = std::int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, dim = a.self.cols;
-    if (i >= a.self.rows || a.begin(i + 1) - a.begin(i) <= kBlock) return;
-    auto begin = [&](std::int64_t k) { return a.begin(k); };
+    if (i >= a.self.rows || !is_hub(a, i)) return;
     auto sum = [&](std::int64_t d) {
         A total = 0;
-        for_slots(begin, i, [&](std::int64_t slot) { total += a.parts[slot * dim + d]; });
+        for_slots(a, i, [&](std::int64_t slot) { total += a.parts[slot * dim + d]; });
         return total;
     };
     const T* self = a.self.row(i);
@@ -241,7 +258,7 @@ template <Metric M, class T, int V> void run(const Gradient& op, const Args<T>& 
     const std::int64_t rows = op.self.rows, edges = edges_of(op);
     launch("gradient", rows_kernel<M, T, V>, ceil_div(rows, kWarps), stream, args);
     if (!may_have_hubs(op, edges)) return;
-    launch("gradient pieces", pieces_kernel<M, T, V>, ceil_div(rows + edges, kBlock), stream, args);
+    launch("gradient pieces", pieces_kernel<M, T, V>, num_blocks(rows, edges), stream, args);
     launch("gradient hubs", hubs_kernel<T>, ceil_div(rows, kWarps), stream, args);
 }
 
@@ -250,7 +267,8 @@ template <Metric M, class T, int V> void run(const Gradient& op, const Args<T>& 
 std::int64_t workspace_bytes(const Gradient& op) {
     const std::int64_t edges = edges_of(op);
     if (!may_have_hubs(op, edges)) return 0;
-    return 2 * ceil_div(op.self.rows + edges, kBlock) * op.self.cols * (op.self.dtype == DType::f64 ? 8 : 4);
+    return 2 * num_blocks(op.self.rows, edges) * op.self.cols *
+           size_of(op.self.dtype == DType::f64 ? DType::f64 : DType::f32);
 }
 
 void gradient(const Gradient& op, void* stream) {

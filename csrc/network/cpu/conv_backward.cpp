@@ -5,37 +5,22 @@
 #include "network/conv_backward.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <vector>
 
 #include "common/parallel.h"
-#include "network/cpu/blocks.h"
+#include "network/cpu/memory.h"
 #include "network/cpu/planes_backward.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace fastkd::cpu {
 namespace {
 
 constexpr std::int64_t kTasks = 8;  // enough to share among threads; each costs a copy of what is shared
-constexpr std::int64_t kHuge = 2 << 20;
 
 struct Free {
     void operator()(char* p) const { std::free(p); }
 };
 using Buffer = std::unique_ptr<char, Free>;
-Buffer buffer(std::int64_t bytes) {
-    const std::int64_t size = round_up(bytes + 1, kHuge);
-    Buffer b(static_cast<char*>(std::aligned_alloc(kHuge, std::size_t(size))));
-    if (!b) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(b.get(), std::size_t(size), MADV_HUGEPAGE);
-#endif
-    return b;
-}
+Buffer buffer(std::int64_t bytes) { return Buffer(allocate(round_up(bytes + 1, kHuge))); }
 
 Buffer zeros(std::int64_t bytes) {
     if (!bytes) return nullptr;
@@ -52,9 +37,8 @@ struct Axis {
         for (std::int64_t i = 0; i < op.size[axis]; ++i) {
             begin.push_back(std::int32_t(tap.size()));
             for (std::int64_t k = 0; k < op.kernel[axis]; ++k) {
-                const std::int64_t at = i + op.padding[axis] - k * op.dilation[axis];
-                if (at < 0 || at % op.stride[axis] || at / op.stride[axis] >= op.out_size[axis]) continue;
-                tap.push_back(std::int32_t(k)), this->at.push_back(std::int32_t(at / op.stride[axis]));
+                const std::int64_t at = op.reader(axis, i, k);
+                if (at >= 0) tap.push_back(std::int32_t(k)), this->at.push_back(std::int32_t(at));
             }
         }
         begin.push_back(std::int32_t(tap.size()));
@@ -106,7 +90,7 @@ template <class A>
 void add(void* out, const char* partial, std::int64_t rows, std::int64_t numbers, int threads) {
     constexpr std::int64_t slice = 1 << 14;
     A* to = static_cast<A*>(out);
-    parallel_for((numbers + slice - 1) / slice, threads_for(rows * numbers, threads), [&](std::int64_t s) {
+    parallel_for(ceil_div(numbers, slice), threads_for(rows * numbers, threads), [&](std::int64_t s) {
         for (std::int64_t r = 0; r < rows; ++r) {
             const A* from = reinterpret_cast<const A*>(partial) + r * numbers;
             for (std::int64_t k = s * slice; k < std::min((s + 1) * slice, numbers); ++k) to[k] += from[k];
@@ -194,11 +178,8 @@ class Worker {
         poll();
         const std::int64_t ins = op_.channels / op_.groups, outs = op_.outputs / op_.groups;
         PlaneGradients q{};
-        for (int k = 0; k < 2; ++k) {
-            q.size[k] = op_.size[k], q.out_size[k] = op_.out_size[k], q.kernel[k] = op_.kernel[k];
-            q.stride[k] = op_.stride[k], q.padding[k] = op_.padding[k], q.dilation[k] = op_.dilation[k];
-            q.readers[k] = plan_.axes[k].readers();
-        }
+        static_cast<Window<std::int64_t>&>(q) = op_;
+        for (int k = 0; k < 2; ++k) q.readers[k] = plan_.axes[k].readers();
         q.images = images(), q.row = plan_.row, q.packed = packed_;
         for (std::int64_t g = 0; g < op_.groups; ++g) {
             in_.clear(), out_.clear(), in_planes_.clear(), out_planes_.clear(), grad_planes_.clear();
@@ -253,14 +234,12 @@ void conv_backward(const ConvBackward& op, int threads) {
     parallel_for(threads, threads, [&](std::int64_t k) {
         for (std::int64_t task = next++; task < tasks; task = next++) (*workers[std::size_t(k)])(task);
     });
-    auto all = [&](auto number) {
-        using A = decltype(number);
+    dispatch_acc(op.acc, [&](auto tag) {
+        using A = typename decltype(tag)::type;
         add<A>(op.grad_x, plan.x_partial.get(), plan.ranges - 1, plan.numbers_x, threads);
         add<A>(op.grad_weight, plan.grad_weight(1), tasks - 1, plan.numbers_weight, threads);
         add<A>(op.grad_bias, plan.grad_bias(1), tasks - 1, plan.numbers_bias, threads);
-    };
-    if (op.acc == DType::f64) all(double());
-    else all(float());
+    });
 }
 
 }  // namespace fastkd::cpu

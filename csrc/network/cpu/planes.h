@@ -1,4 +1,4 @@
-// The layers of a network on planes: what network.cpp schedules, compiled once per instruction set.
+// The layers of a network on planes: what walk.cpp and layers.cpp call, compiled once per instruction set.
 //
 // A plane is one channel of a block of images, [height, width, images]: the images are the vector, so
 // strides, borders and odd counts of channels cost nothing. Channels are reached through pointers to
@@ -6,6 +6,8 @@
 // 16 bytes, stand at every pixel, and a plane may be read and written up to the next 64 bytes.
 #pragma once
 
+#include "common/isa.h"
+#include "common/window.h"
 #include "network/network.h"
 
 namespace fastkd::cpu {
@@ -20,9 +22,7 @@ struct Tail {
     double param;
 };
 
-struct PlaneConv {
-    std::int64_t size[2], out_size[2];  // rows, columns
-    std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+struct PlaneConv : Window<std::int64_t> {
     std::int64_t images, inputs, outputs;
     const void* const* in;  // [inputs]
     void* const* out;       // [outputs]
@@ -42,11 +42,9 @@ struct PackWeights {
     void* packed;  // [inputs * outputs * taps], out
 };
 
-struct PlanePool {
-    std::int64_t size[2], out_size[2];
-    std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+struct PlanePool : Window<std::int64_t> {
     std::int64_t images;
-    bool max, count_padding;
+    bool max, count_padding;  // the maximum, or else the average, which may count the padding
     const void* in;
     void* out;
 };
@@ -78,8 +76,8 @@ struct PlaneMoment {
     double* sums;  // [images], out
 };
 
-// One image's channel at outer[c * channel_step + n * image_step + pixel], n < valid; the rest of a
-// plane's images are zero.
+// Pixel p of image n < valid stands at outer[n * image_step + p]. When a plane is loaded, the rest of its
+// images become zero.
 struct PlaneTransfer {
     void* outer;
     DType outer_dtype;
@@ -87,27 +85,16 @@ struct PlaneTransfer {
     void* plane;
 };
 
-#define FASTKD_PLANE_OPS(X)                            \
-    X(pack_weights, (DType, const PackWeights&))       \
-    X(plane_conv, (DType, const PlaneConv&))           \
-    X(plane_pool, (DType, const PlanePool&))           \
-    X(plane_pointwise, (DType, const PlanePointwise&)) \
-    X(plane_product, (DType, const PlaneProduct&))     \
-    X(plane_moment, (DType, const PlaneMoment&))       \
-    X(plane_load, (DType, const PlaneTransfer&))       \
-    X(plane_store, (DType, const PlaneTransfer&))
+#define FASTKD_PLANE_OPERATIONS(X)                                           \
+    X(pack_weights, (DType dtype, const PackWeights& op), (dtype, op))       \
+    X(plane_conv, (DType dtype, const PlaneConv& op), (dtype, op))           \
+    X(plane_pool, (DType dtype, const PlanePool& op), (dtype, op))           \
+    X(plane_pointwise, (DType dtype, const PlanePointwise& op), (dtype, op)) \
+    X(plane_product, (DType dtype, const PlaneProduct& op), (dtype, op))     \
+    X(plane_moment, (DType dtype, const PlaneMoment& op), (dtype, op))       \
+    X(plane_load, (DType dtype, const PlaneTransfer& op), (dtype, op))       \
+    X(plane_store, (DType dtype, const PlaneTransfer& op), (dtype, op))
 
-#define FASTKD_DECLARE(NAME, ARGUMENTS) void NAME ARGUMENTS;
-FASTKD_PLANE_OPS(FASTKD_DECLARE)
-namespace generic {
-FASTKD_PLANE_OPS(FASTKD_DECLARE)
-}
-namespace avx2 {
-FASTKD_PLANE_OPS(FASTKD_DECLARE)
-}
-namespace avx512 {
-FASTKD_PLANE_OPS(FASTKD_DECLARE)
-}
-#undef FASTKD_DECLARE
+FASTKD_DECLARE_ISAS(FASTKD_PLANE_OPERATIONS)
 
 }  // namespace fastkd::cpu

@@ -14,9 +14,7 @@ struct Readers {
 
 // One individual, one block of images, the kept channels of one group. Planes hold zeros behind their
 // last number, up to the next 64 bytes.
-struct PlaneGradients {
-    std::int64_t size[2], out_size[2];  // rows, columns
-    std::int64_t kernel[2], stride[2], padding[2], dilation[2];
+struct PlaneGradients : Window<std::int64_t> {
     Readers readers[2];
     std::int64_t images, inputs, outputs;
     std::int64_t row;         // of the weight: taps * all inputs of the group
@@ -37,22 +35,11 @@ struct PlaneSum {
     void* sum;
 };
 
-#define FASTKD_PLANE_BACKWARD_OPS(X)                     \
-    X(plane_grad_input, (DType, const PlaneGradients&))  \
-    X(plane_grad_weight, (DType, const PlaneGradients&)) \
-    X(plane_sum, (DType, const PlaneSum&))
+#define FASTKD_PLANE_BACKWARD_OPERATIONS(X)                                    \
+    X(plane_grad_input, (DType dtype, const PlaneGradients& op), (dtype, op))  \
+    X(plane_grad_weight, (DType dtype, const PlaneGradients& op), (dtype, op)) \
+    X(plane_sum, (DType dtype, const PlaneSum& op), (dtype, op))
 
-#define FASTKD_DECLARE(NAME, ARGUMENTS) void NAME ARGUMENTS;
-FASTKD_PLANE_BACKWARD_OPS(FASTKD_DECLARE)
-namespace generic {
-FASTKD_PLANE_BACKWARD_OPS(FASTKD_DECLARE)
-}
-namespace avx2 {
-FASTKD_PLANE_BACKWARD_OPS(FASTKD_DECLARE)
-}
-namespace avx512 {
-FASTKD_PLANE_BACKWARD_OPS(FASTKD_DECLARE)
-}
-#undef FASTKD_DECLARE
+FASTKD_DECLARE_ISAS(FASTKD_PLANE_BACKWARD_OPERATIONS)
 
 }  // namespace fastkd::cpu

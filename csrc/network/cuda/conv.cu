@@ -27,7 +27,7 @@ template <class T, int Tile> class Loader {
   public:
     __device__ Loader(const ConvLayer& layer, const ConvTask& task, std::int64_t row, int output)
         : layer_(layer), task_(task), at_(int(threadIdx.x) % 4 * per_copy<T>()), output_(output) {
-        const Window& w = layer.window;
+        const ImageWindow& w = layer.window;
         const std::int64_t pixels = std::int64_t(w.out_size[0]) * w.out_size[1];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -36,8 +36,8 @@ template <class T, int Tile> class Loader {
             const std::int64_t image = valid_[i] ? r / pixels : 0;
             const int in_image = valid_[i] ? int(r % pixels) : 0;
             image_[i] = static_cast<const T*>(task.in) + image * w.size[0] * w.size[1] * task.in_pitch;
-            row_[i] = in_image / w.out_size[1] * w.stride[0] - w.padding[0];
-            column_[i] = in_image % w.out_size[1] * w.stride[1] - w.padding[1];
+            row_[i] = w.start(0, in_image / w.out_size[1]);
+            column_[i] = w.start(1, in_image % w.out_size[1]);
         }
         channel_ = at_, tap_ = 0;
         skip();
@@ -45,15 +45,14 @@ template <class T, int Tile> class Loader {
 
     // The next chunk.
     __device__ void operator()(char* stage) {
-        const Window& w = layer_.window;
+        const ImageWindow& w = layer_.window;
         const int taps = w.kernel[0] * w.kernel[1], offset = int(threadIdx.x) % 4 * 16;
         const int down = tap_ / w.kernel[1] * w.dilation[0], right = tap_ % w.kernel[1] * w.dilation[1];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             char* to = stage + (threadIdx.x / 4 + 32 * i) * kRowBytes + offset;
             const int y = row_[i] + down, x = column_[i] + right;
-            const bool inside =
-                valid_[i] && tap_ < taps && y >= 0 && y < w.size[0] && x >= 0 && x < w.size[1];
+            const bool inside = valid_[i] && tap_ < taps && w.inside(0, y) && w.inside(1, x);
             const T* from = image_[i];
             if (inside) from += (std::int64_t(y) * w.size[1] + x) * task_.in_pitch + channel_;
             if (layer_.aligned) {
@@ -169,22 +168,10 @@ template <class T, int Tile> class PlainSums {
     acc_t<T> sum_[8][kRight] = {};
 };
 
-template <class T, int Tile, bool Tensor> __global__ void __launch_bounds__(kThreads)
-    conv_kernel(ConvLayer layer) {
-    using A = acc_t<T>;
-    if constexpr (Tensor && !kHasTensorCores) return;
-    FASTKD_DYNAMIC_SHARED(shared);
-    const ConvTask task = task_of<ConvTask>(layer.lists, layer.tasks, layer.count);
-    const Window& w = layer.window;
-    const std::int64_t rows = w.images * w.out_size[0] * w.out_size[1];
-    const std::int64_t tile = blockIdx.x - task.first, across = (task.width + Tile - 1) / Tile;
-    const std::int64_t row = tile / across * kRows;
-    const int output = int(tile % across) * Tile;
-
+// Sums of one tile: chunk after chunk of the depth, kStages of them in flight.
+template <class T, int Tile, class Sums>
+__device__ void add_chunks(Loader<T, Tile>& load, std::int64_t chunks, char* shared, Sums& sums) {
     constexpr int stage = (kRows + Tile) * kRowBytes;
-    Loader<T, Tile> load(layer, task, row, output);
-    std::conditional_t<Tensor, TensorSums<T, Tile>, PlainSums<T, Tile>> sums;
-    const std::int64_t chunks = task.depth / per_chunk<T>();
     for (int k = 0; k < kStages - 1; ++k) {
         if (k < chunks) load(shared + k * stage);
         commit_copies();
@@ -198,6 +185,44 @@ template <class T, int Tile, bool Tensor> __global__ void __launch_bounds__(kThr
     }
     wait_for_copies<0>();
     __syncthreads();
+}
+
+// Writes column j of a tile's rows from `row` on; staged: the first of its sums. A thread of `columns` that
+// own a column side by side has every (kThreads / columns)-th row.
+template <class T> __device__ void write_column(const ConvLayer& layer, const ConvTask& task, int j,
+                                                const acc_t<T>* staged, std::int64_t row, std::int64_t rows,
+                                                int columns) {
+    using A = acc_t<T>;
+    const bool real = j < task.outputs;
+    const Column column =
+        real ? reinterpret_cast<const Column*>(layer.lists + task.columns)[j] : Column{0, 0};
+    const Line<A> line(layer.affine, column);
+    const Reader<T> residual(real && task.residual != kNone
+                                 ? reinterpret_cast<const Channel*>(layer.lists + task.residual)[j]
+                                 : Channel{nullptr, 0});
+    T* out = static_cast<T*>(task.out) + j;
+    for (int r = int(threadIdx.x) / columns; r < kRows && row + r < rows; r += kThreads / columns) {
+        A y = staged[r * (kStaged + 1)] * line.scale + line.shift + residual(row + r);
+        y = activate(layer.activation, y, A(layer.param));
+        out[(row + r) * task.out_pitch] = narrow<T>(real ? y : A(0));
+    }
+}
+
+template <class T, int Tile, bool Tensor> __global__ void __launch_bounds__(kThreads)
+    conv_kernel(ConvLayer layer) {
+    using A = acc_t<T>;
+    if constexpr (Tensor && !kHasTensorCores) return;
+    FASTKD_DYNAMIC_SHARED(shared);
+    const ConvTask task = task_of<ConvTask>(layer.lists, layer.tasks, layer.count);
+    const ImageWindow& w = layer.window;
+    const std::int64_t rows = w.images * w.out_size[0] * w.out_size[1];
+    const std::int64_t tile = blockIdx.x - task.first, across = (task.width + Tile - 1) / Tile;
+    const std::int64_t row = tile / across * kRows;
+    const int output = int(tile % across) * Tile;
+
+    Loader<T, Tile> load(layer, task, row, output);
+    std::conditional_t<Tensor, TensorSums<T, Tile>, PlainSums<T, Tile>> sums;
+    add_chunks(load, task.depth / per_chunk<T>(), shared, sums);
 
     // Through shared memory, so that a thread owns a column.
     A* staged = reinterpret_cast<A*>(shared);
@@ -206,21 +231,7 @@ template <class T, int Tile, bool Tensor> __global__ void __launch_bounds__(kThr
         sums.read(first, [&](int r, int c, A v) { staged[r * (kStaged + 1) + c] = v; });
         __syncthreads();
         const int c = int(threadIdx.x) % columns, j = output + first + c;
-        if (j < task.width) {
-            const bool real = j < task.outputs;
-            const Column own =
-                real ? reinterpret_cast<const Column*>(layer.lists + task.columns)[j] : Column{0, 0};
-            const Line<A> line(layer.affine, own);
-            const Reader<T> residual(real && task.residual != kNone
-                                         ? reinterpret_cast<const Channel*>(layer.lists + task.residual)[j]
-                                         : Channel{nullptr, 0});
-            T* out = static_cast<T*>(task.out) + j;
-            for (int r = int(threadIdx.x) / columns; r < kRows && row + r < rows; r += kThreads / columns) {
-                A y = staged[r * (kStaged + 1) + c] * line.scale + line.shift + residual(row + r);
-                y = activate(layer.activation, y, A(layer.param));
-                out[(row + r) * task.out_pitch] = narrow<T>(real ? y : A(0));
-            }
-        }
+        if (j < task.width) write_column<T>(layer, task, j, staged + c, row, rows, columns);
         __syncthreads();
     }
 }

@@ -7,22 +7,23 @@ namespace fastkd::cuda {
 namespace {
 
 // A thread owns a channel and walks over pixels, so that what belongs to the channel is read once:
-// prepare(task, j) gives a function of the row, and its value is written. Rows of zeros after the channels.
+// prepare(task, j) gives a function of the row, and its value is written. Zeros follow the channels.
 template <class T, class Prepare> __device__ void for_map(const MapLayer& layer, Prepare prepare) {
     const MapTask& task = task_of<MapTask>(layer.lists, layer.tasks, layer.count);
     const std::int64_t rows = map_rows(task.pitch), first = (blockIdx.x - task.first) * rows;
     const std::int64_t last = first + rows < layer.rows ? first + rows : layer.rows;
     const int width = task.pitch < kThreads ? task.pitch : kThreads, at_once = kThreads / width;
-    const int own = int(threadIdx.x) / width;
-    if (own >= at_once) return;
+    const int turn = int(threadIdx.x) / width;  // which of the rows that a block takes at once
+    if (turn >= at_once) return;
     T* out = static_cast<T*>(task.out);
     for (int j = int(threadIdx.x) % width; j < task.pitch; j += width) {
         if (j >= task.outputs) {
-            for (std::int64_t r = first + own; r < last; r += at_once) out[r * task.pitch + j] = narrow<T>(0);
+            for (std::int64_t r = first + turn; r < last; r += at_once)
+                out[r * task.pitch + j] = narrow<T>(0);
             continue;
         }
         auto value = prepare(task, j);
-        for (std::int64_t r = first + own; r < last; r += at_once)
+        for (std::int64_t r = first + turn; r < last; r += at_once)
             out[r * task.pitch + j] = narrow<T>(value(r));
     }
 }
@@ -59,64 +60,55 @@ template <class T> __global__ void __launch_bounds__(kThreads)
     });
 }
 
-// Positions of a window on the image.
-struct Span {
-    int first, last, step, count;  // count with padding
-};
-__device__ inline Span span(const Window& w, int axis, int at) {
-    const int size = w.size[axis], step = w.dilation[axis];
-    if (w.kernel[axis] == 0) {
-        const int first = int(std::int64_t(at) * size / w.out_size[axis]);
-        const int last = int((std::int64_t(at + 1) * size + w.out_size[axis] - 1) / w.out_size[axis]);
-        return {first, last, 1, last - first};
-    }
-    int first = at * w.stride[axis] - w.padding[axis];
-    const int last = first + (w.kernel[axis] - 1) * step + 1;
-    const int end = size + w.padding[axis], count = (last < end ? last : end) - first;
-    if (first < 0) first += (-first + step - 1) / step * step;
-    return {first, last < size ? last : size, step, count};
-}
-
 struct Pixel {
     std::int64_t image;
     int row, column;
 };
-__device__ inline Pixel pixel_of(const Window& w, std::int64_t r) {
+__device__ inline Pixel pixel_of(const ImageWindow& w, std::int64_t r) {
     const int in_image = int(r % (std::int64_t(w.out_size[0]) * w.out_size[1]));
     return {r / (std::int64_t(w.out_size[0]) * w.out_size[1]), in_image / w.out_size[1],
             in_image % w.out_size[1]};
 }
 
-template <class T, bool Max> __global__ void __launch_bounds__(kThreads)
-    pool_kernel(MapLayer layer, Window w, bool count_padding) {
+template <class T, bool Max>
+__device__ acc_t<T> pool_pixel(const ImageWindow& w, const Reader<T>& x, const Pixel& p, bool count_padding) {
     using A = acc_t<T>;
+    const Pooled rows = w.pooled(0, p.row), columns = w.pooled(1, p.column);
+    A y = Max ? -std::numeric_limits<A>::infinity() : A(0);
+    for (int a = rows.first; a < rows.last; a += rows.step)
+        for (int b = columns.first; b < columns.last; b += columns.step) {
+            const A v = x((p.image * w.size[0] + a) * w.size[1] + b);
+            if constexpr (Max) y = pool_max(y, v);
+            else y += v;
+        }
+    return Max ? y : y / A(pool_count(rows, columns, count_padding));
+}
+
+template <class T, bool Max> __global__ void __launch_bounds__(kThreads)
+    pool_kernel(MapLayer layer, ImageWindow w, bool count_padding) {
     for_map<T>(layer, [&](const MapTask& task, int j) {
         const Reader<T> x = reader<T>(layer, task.x, j);
         return [=, &w](std::int64_t r) {
-            if (!x.data) return A(0);
-            const Pixel p = pixel_of(w, r);
-            const Span rows = span(w, 0, p.row), columns = span(w, 1, p.column);
-            A y = Max ? -std::numeric_limits<A>::infinity() : A(0);
-            std::int64_t inside = 0;
-            for (int a = rows.first; a < rows.last; a += rows.step)
-                for (int b = columns.first; b < columns.last; b += columns.step, ++inside) {
-                    const A v = x((p.image * w.size[0] + a) * w.size[1] + b);
-                    if constexpr (Max) y = v > y || v != v ? v : y;
-                    else y += v;
-                }
-            if constexpr (Max) return y;
-            // As in torch, and in ../cpu/planes.cpp: windows wholly in the padding divide by one.
-            const std::int64_t height = rows.last > rows.first ? rows.last - rows.first : 0;
-            const std::int64_t width = columns.last > columns.first ? columns.last - columns.first : 0;
-            const std::int64_t count =
-                count_padding ? std::int64_t(rows.count) * columns.count : height * width;
-            return y / A(count > 1 ? count : 1);
+            return x.data ? pool_pixel<T, Max>(w, x, pixel_of(w, r), count_padding) : acc_t<T>(0);
         };
     });
 }
 
+template <class T>
+__device__ acc_t<T> depthwise_pixel(const ImageWindow& w, const Reader<T>& x, const Pixel& p, const T* taps) {
+    acc_t<T> sum = 0;
+    for (int a = 0; a < w.kernel[0]; ++a)
+        for (int b = 0; b < w.kernel[1]; ++b) {
+            const int row = w.start(0, p.row) + a * w.dilation[0];
+            const int column = w.start(1, p.column) + b * w.dilation[1];
+            if (!w.inside(0, row) || !w.inside(1, column)) continue;
+            sum += x((p.image * w.size[0] + row) * w.size[1] + column) * widen(taps[a * w.kernel[1] + b]);
+        }
+    return sum;
+}
+
 template <class T> __global__ void __launch_bounds__(kThreads)
-    depthwise_kernel(MapLayer layer, Window w, const T* weight) {
+    depthwise_kernel(MapLayer layer, ImageWindow w, const T* weight) {
     using A = acc_t<T>;
     for_map<T>(layer, [&](const MapTask& task, int j) {
         const Reader<T> x = reader<T>(layer, task.x, j), residual = reader<T>(layer, task.other, j);
@@ -124,17 +116,7 @@ template <class T> __global__ void __launch_bounds__(kThreads)
         const Line<A> line(layer.affine, c);
         const T* taps = weight + std::int64_t(c.channel) * w.kernel[0] * w.kernel[1];
         return [=, &w, &layer](std::int64_t r) {
-            const Pixel p = pixel_of(w, r);
-            A sum = 0;
-            if (x.data)
-                for (int a = 0; a < w.kernel[0]; ++a)
-                    for (int b = 0; b < w.kernel[1]; ++b) {
-                        const int row = p.row * w.stride[0] - w.padding[0] + a * w.dilation[0];
-                        const int col = p.column * w.stride[1] - w.padding[1] + b * w.dilation[1];
-                        if (row < 0 || row >= w.size[0] || col < 0 || col >= w.size[1]) continue;
-                        sum += x((p.image * w.size[0] + row) * w.size[1] + col) *
-                               widen(taps[a * w.kernel[1] + b]);
-                    }
+            const A sum = x.data ? depthwise_pixel(w, x, pixel_of(w, r), taps) : A(0);
             return activate(layer.activation, sum * line.scale + line.shift + residual(r), A(layer.param));
         };
     });
@@ -249,7 +231,7 @@ void product(DType dtype, const MapLayer& layer, std::int64_t pixels, std::int64
                gate_pixels);
     });
 }
-void pool(DType dtype, const MapLayer& layer, const Window& window, bool max, bool count_padding,
+void pool(DType dtype, const MapLayer& layer, const ImageWindow& window, bool max, bool count_padding,
           std::int64_t blocks, void* stream) {
     dispatch(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
@@ -257,7 +239,7 @@ void pool(DType dtype, const MapLayer& layer, const Window& window, bool max, bo
                count_padding);
     });
 }
-void depthwise(DType dtype, const MapLayer& layer, const Window& window, const void* weight,
+void depthwise(DType dtype, const MapLayer& layer, const ImageWindow& window, const void* weight,
                std::int64_t blocks, void* stream) {
     dispatch(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;

@@ -1,4 +1,4 @@
-// The layers of a masked network on the GPU: what network.cu plans, each launched once for all groups of
+// The layers of a masked network on the GPU: what an Execution plans, each launched once for all groups of
 // individuals that share a result.
 //
 // A group's activations are pixels by channels, [images * height * width, pitch]: the channels that some
@@ -9,6 +9,7 @@
 
 #include "common/activation.h"
 #include "common/launch.cuh"
+#include "network/schedule.h"
 
 namespace fastkd::cuda {
 
@@ -22,11 +23,6 @@ constexpr std::int64_t kNone = -1;
 struct Channel {
     const void* data;
     std::int64_t pitch;
-};
-
-// What one channel of a result needs to know: which it is, and an individual that keeps it.
-struct Column {
-    std::int32_t channel, keeper;
 };
 
 // scale * x + shift for each column; null pointers are 1 and 0. "acc" is float, or double for f64.
@@ -65,9 +61,8 @@ struct MapLayer {
     double param;
 };
 
-struct Window {
+struct ImageWindow : Window<int> {
     std::int64_t images;
-    int size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
 };
 
 struct ConvTask {
@@ -87,7 +82,7 @@ struct ConvLayer {
     const char* lists;
     std::int64_t tasks;
     int count;
-    Window window;
+    ImageWindow window;
     bool aligned;  // pixels of the input begin at multiples of 16 bytes, and zeros follow its channels
     AffineOf affine;
     Activation activation;
@@ -153,9 +148,8 @@ struct TransferLayer {
     std::int64_t images, pixels, channels;
 };
 
-FASTKD_HD std::int64_t map_rows(int pitch) {
-    return pitch >= kElements ? 1 : kElements / pitch;
-}  // per block
+// Rows of a result per block.
+FASTKD_HD std::int64_t map_rows(int pitch) { return pitch >= kElements ? 1 : kElements / pitch; }
 inline std::int64_t conv_tiles(const ConvTask& t, std::int64_t rows, int tile) {
     return ceil_div(rows, 128) * ceil_div(t.width, tile);
 }
@@ -166,10 +160,11 @@ void store(DType, DType outer, const TransferLayer&, std::int64_t blocks, void* 
 void pointwise(DType, const MapLayer&, std::int64_t blocks, void* stream);
 void product(DType, const MapLayer&, std::int64_t pixels, std::int64_t gate_pixels, std::int64_t blocks,
              void* stream);
-void pool(DType, const MapLayer&, const Window&, bool max, bool count_padding, std::int64_t blocks,
+void pool(DType, const MapLayer&, const ImageWindow&, bool max, bool count_padding, std::int64_t blocks,
           void* stream);
 // weight [channels, taps]
-void depthwise(DType, const MapLayer&, const Window&, const void* weight, std::int64_t blocks, void* stream);
+void depthwise(DType, const MapLayer&, const ImageWindow&, const void* weight, std::int64_t blocks,
+               void* stream);
 void moments(const MomentLayer&, DType, std::int64_t blocks, void* stream);
 void pack(DType, const PackLayer&, std::int64_t blocks, void* stream);
 // tile: 16, 32, 64 or 128 outputs; see conv_tile
@@ -219,31 +214,9 @@ template <class T> struct Reader {
 };
 
 template <class A> __device__ A activate(Activation activation, A v, A param) {
-    switch (activation) {
-        case Activation::none:
-            return v;
-        case Activation::relu:
-            return activated<Activation::relu>(v, param);
-        case Activation::relu6:
-            return activated<Activation::relu6>(v, param);
-        case Activation::leaky_relu:
-            return activated<Activation::leaky_relu>(v, param);
-        case Activation::sigmoid:
-            return activated<Activation::sigmoid>(v, param);
-        case Activation::silu:
-            return activated<Activation::silu>(v, param);
-        case Activation::hardsigmoid:
-            return activated<Activation::hardsigmoid>(v, param);
-        case Activation::hardswish:
-            return activated<Activation::hardswish>(v, param);
-        case Activation::tanh:
-            return activated<Activation::tanh>(v, param);
-        case Activation::gelu:
-            return activated<Activation::gelu>(v, param);
-        case Activation::gelu_tanh:
-            return activated<Activation::gelu_tanh>(v, param);
-    }
-    return v;
+    A y = v;
+    dispatch(activation, [&](auto kind) { y = activated<decltype(kind)::value>(v, param); });
+    return y;
 }
 
 }  // namespace fastkd::cuda

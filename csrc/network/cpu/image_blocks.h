@@ -7,15 +7,12 @@
 
 namespace fastkd::cpu {
 
-inline std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
 // The images of a run, in blocks that depend on their number alone.
 struct ImageBlocks {
     ImageBlocks(std::int64_t images, std::int64_t element) : images(images) {
         line = kLine / element;
-        lines = (images + line - 1) / line;
-        count = (lines + kMostLines - 1) / kMostLines;
+        lines = ceil_div(images, line);
+        count = ceil_div(lines, kMostLines);
         narrow = 16 / element;
         while (narrow < images && narrow < line) narrow *= 2;
     }
@@ -26,13 +23,23 @@ struct ImageBlocks {
     std::int64_t padded(std::int64_t b) const {
         return images < line ? narrow : (lines / count + (b < lines % count)) * line;
     }
-    std::int64_t images, line, lines, count, narrow;
+    std::int64_t images;
+    std::int64_t line;    // images in a line of memory
+    std::int64_t lines;   // of all images
+    std::int64_t count;   // blocks
+    std::int64_t narrow;  // images at a pixel where all are less than a line
 };
 
 // From a plane to the next. A multiple of 4 KB would have them share a few lines of the cache.
 inline std::int64_t plane_step(std::int64_t pixels, std::int64_t images, std::int64_t element) {
     const std::int64_t bytes = round_up(pixels * images * element, kLine);
     return bytes % 1024 ? bytes : bytes + kMostLines * kLine;
+}
+
+// At least what planes of all channels of a value take: the same for all individuals, so that buffers fit the
+// next one.
+inline std::int64_t planes_bytes(const Value& v, std::int64_t images, std::int64_t element) {
+    return v.channels * (round_up(v.height * v.width * images * element, kLine) + kMostLines * kLine);
 }
 
 }  // namespace fastkd::cpu
