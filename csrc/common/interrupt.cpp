@@ -10,15 +10,13 @@ namespace cpu {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kInterval =
-    std::chrono::milliseconds(200);  // between calls of the hook, which may wait for a lock
-constexpr auto kShort = std::chrono::milliseconds(1);
-constexpr int kMany = 16;  // polls between looks at the clock, while they take less than kShort
+// Between calls of the hook, which may wait for a lock.
+constexpr auto kInterval = std::chrono::milliseconds(200);
 
 struct Thread {
     const Loop* loop = nullptr;  // in which it helps; the thread that called has none
-    int polls_left = kMany;
-    Clock::time_point looked{}, next{};
+    unsigned polls = 0;
+    Clock::time_point next{};
 };
 thread_local Thread self;
 
@@ -32,13 +30,15 @@ void poll() {
         if (thread.loop->ended()) throw Ended{};
         return;
     }
-    if (!interrupt_hook || --thread.polls_left > 0) return;
+    if (!interrupt_hook) return;
     const auto now = Clock::now();
-    thread.polls_left = now - thread.looked < kShort ? kMany : 1;
-    thread.looked = now;
     if (now < thread.next) return;
     thread.next = now + kInterval;
     interrupt_hook();
+}
+
+void poll_often() {
+    if (++self.polls % 16 == 0) poll();
 }
 
 Loop::Loop() : caller_(&self) {}
@@ -54,7 +54,7 @@ void Loop::rethrow() {
 }
 
 Loop::Block::Block(const Loop& loop) {
-    if (loop.caller_ == &self) poll();
+    if (loop.caller_ == &self) poll_often();
     else self.loop = &loop;
 }
 Loop::Block::~Block() { self.loop = nullptr; }

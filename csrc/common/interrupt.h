@@ -12,8 +12,11 @@ extern void (*interrupt_hook)();
 
 namespace cpu {
 
-// Called between pieces of work of a microsecond or more, on any thread of a loop; throws where it is to end.
+// Called between pieces of work, on any thread of a loop; throws where it is to end. It looks at the clock,
+// which is nothing to a piece of 10 microseconds or more.
 void poll();
+// The same between shorter ones: it is poll() every 16th time.
+void poll_often();
 
 // A loop whose blocks several threads take.
 class Loop {

@@ -20,7 +20,7 @@ template <class F> void parallel_for(std::int64_t n, int threads, F&& f) {
     // A parallel region of one thread would still start OpenMP, which hangs in a forked child.
     if (threads <= 1 || n <= 1) {
         for (std::int64_t k = 0; k < n; ++k) {
-            if (k) poll();
+            if (k) poll_often();
             f(k);
         }
         return;

@@ -23,8 +23,8 @@ _gradient_op, _incidence = structs.by_name(structs.Gradient), structs.by_name(st
 def kernel_spec(
     *, metric: int, shape: int, root: bool = False, degree: int = 1, scale: float = 1.0, param: float = 1.0
 ) -> tuple[list[int], list[float]]:
-    """A kernel as the operators take it: what is an integer, and what is not."""
-    return [metric, shape, int(root), degree], [scale, param]
+    """A kernel as the operators take it: what is an integer, and what is not. torch reads an enum's members slowly."""
+    return [int(metric), int(shape), int(root), degree], [scale, param]
 
 
 def _kernel(name: str, integers: list[int], numbers: list[float]) -> structs.Kernel:
@@ -193,23 +193,24 @@ _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _check_forward(student: Tensor, student_dst: Tensor | None, p: Problem) -> torch.dtype:
     """The dtype of all sums: float64 if the student is, else float32."""
-    check_graph(p.rowptr, p.col, p.reverse)
+    rowptr, col, num_src, teacher = p.rowptr, p.col, p.num_src, p.teacher
+    check_graph(rowptr, col, p.reverse)
     if p.reverse is not None and (student_dst is not None or p.teacher_dst is not None):
         raise ValueError("reverse goes with one feature matrix for both ends of an edge")
-    _check_side("student", student, student_dst, p.rowptr, p.num_src)
+    _check_side("student", student, student_dst, rowptr, num_src)
     acc = acc_dtype(student)
-    if p.teacher is not None:
-        _check_side("teacher", p.teacher, p.teacher_dst, p.rowptr, p.num_src)
-        if acc_dtype(p.teacher) != acc:
+    if teacher is not None:
+        _check_side("teacher", teacher, p.teacher_dst, rowptr, num_src)
+        if acc_dtype(teacher) != acc:
             raise TypeError(
-                f"teacher is {p.teacher.dtype}, but student is {student.dtype}: float64 goes with float64 only"
+                f"teacher is {teacher.dtype}, but student is {student.dtype}: float64 goes with float64 only"
             )
     elif p.teacher_values is not None:
-        _check_edges("teacher structure", p.teacher_values, p.col, acc)
+        _check_edges("teacher structure", p.teacher_values, col, acc)
     else:
         raise ValueError("lsp_forward needs teacher or teacher_values")
     if p.weight is not None:
-        _check_edges("edge_weight", p.weight, p.col, acc)
+        _check_edges("edge_weight", p.weight, col, acc)
     return acc
 
 
