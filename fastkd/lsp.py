@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import _ops, kernels
 from ._adjacency import GraphLike, as_graph
+from ._features import check_finite_features, pair_of, sizes_of, weights_of
 from .graph import Graph
 from .kernels import Kernel
 
@@ -88,8 +89,8 @@ def teacher_structure(teacher: Features, graph: GraphLike, kernel: str | Kernel 
     (torch.Size([3]), True)
     """
     kernel = kernels.resolve(kernel)
-    src, dst = _pair("teacher", teacher)
-    graph = as_graph(graph, *_sizes(src, dst))
+    src, dst = pair_of("teacher", teacher)
+    graph = as_graph(graph, *sizes_of(src, dst))
     with torch.no_grad():
         reverse = graph.reverse if dst is None else None
         values = _ops.kernel_values(
@@ -174,8 +175,8 @@ def lsp_loss(
     reduction_code = _choice("reduction", reduction, _REDUCTIONS)
     if norm_by not in ("dst", "src"):
         raise ValueError(f"norm_by must be 'dst' or 'src', got {norm_by!r}")
-    student_src, student_dst = _pair("student", student)
-    sizes = _sizes(student_src, student_dst)
+    student_src, student_dst = pair_of("student", student)
+    sizes = sizes_of(student_src, student_dst)
     graph = as_graph(graph, *sizes)
     if teacher_graph is not None:
         if structure is not None:
@@ -193,7 +194,7 @@ def lsp_loss(
         values, teacher_kernel = structure.values, structure.kernel
         teacher_dim = 1
     else:
-        teacher_src, teacher_dst = _pair("teacher", teacher)
+        teacher_src, teacher_dst = pair_of("teacher", teacher)
         teacher_src = teacher_src.detach()
         teacher_dst = None if teacher_dst is None else teacher_dst.detach()
         teacher_dim = teacher_src.shape[1]
@@ -207,17 +208,9 @@ def lsp_loss(
         if teacher_dst is not None:
             teacher_src, teacher_dst = teacher_dst, teacher_src
 
-    weight = None if edge_weight is None else _weights(edge_weight, graph, _ops.acc_dtype(student_src))
+    weight = None if edge_weight is None else weights_of(edge_weight, graph, _ops.acc_dtype(student_src))
     if check_finite:
-        for name, x in (
-            ("student", student_src),
-            ("student", student_dst),
-            ("teacher", teacher_src),
-            ("teacher", teacher_dst),
-        ):
-            if x is not None and not bool(torch.isfinite(x).all()):
-                i, d = (int(v) for v in (~torch.isfinite(x)).nonzero()[0])
-                raise ValueError(f"{name}[{i}, {d}] = {float(x[i, d])}: features must be finite")
+        check_finite_features(student=(student_src, student_dst), teacher=(teacher_src, teacher_dst))
 
     needs_grad = torch.is_grad_enabled() and (
         student_src.requires_grad or (student_dst is not None and student_dst.requires_grad)
@@ -407,52 +400,6 @@ def _choice(argument: str, value: Any, choices: dict[str, int]) -> int:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return choices[value]
-
-
-def _pair(name: str, features: Any) -> tuple[Tensor, Tensor | None]:
-    """(x_src, x_dst), with None for x_dst where one tensor serves both ends."""
-    if isinstance(features, (tuple, list)):
-        if len(features) != 2:
-            raise ValueError(f"{name} must be a tensor or a pair (x_src, x_dst), got {len(features)} items")
-        parts = tuple(features)
-    else:
-        parts = (features,)
-    for x in parts:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor or a pair (x_src, x_dst), got {type(x).__name__}")
-        if x.dim() != 2:
-            raise ValueError(f"{name} must have shape [N, D], got {tuple(x.shape)}")
-    if len(parts) == 1 or parts[0] is parts[1]:
-        return parts[0], None
-    return parts[0], parts[1]
-
-
-def _sizes(src: Tensor, dst: Tensor | None) -> tuple[int, int]:
-    return src.shape[0], (src if dst is None else dst).shape[0]
-
-
-def _weights(weight: Any, graph: Graph, dtype: torch.dtype) -> Tensor:
-    """edge_weight in the order of the graph's slots."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"edge_weight must be a tensor, got {type(weight).__name__}")
-    if weight.shape != (graph.num_edges,):
-        raise ValueError(f"edge_weight must have shape [{graph.num_edges}] (one per edge), got {tuple(weight.shape)}")
-    if weight.device != graph.device:
-        raise ValueError(f"edge_weight is on {weight.device}, but the graph is on {graph.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "edge_weight must not require grad: the loss has no gradient for it; pass edge_weight.detach()"
-        )
-    if weight.is_complex():
-        raise TypeError(f"edge_weight must be real, got {weight.dtype}")
-    # On a device this would wait for it; there a negative weight counts as 0, like log of it as -inf.
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = ~(weight >= 0) | ~torch.isfinite(weight)
-        if bool(bad.any()):
-            edge = int(bad.nonzero()[0])
-            raise ValueError(f"edge_weight[{edge}] = {float(weight[edge])}: weights must be finite and in [0, inf)")
-    weights: Tensor = weight.detach().to(dtype)
-    return weights if graph.perm is None else weights[graph.perm.long()]
 
 
 def _warn_if_saturated(diagnostics: Tensor, kernel: Kernel, teacher_kernel: Kernel) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import kernels
 from ._adjacency import GraphLike, as_graph
+from ._features import pair_of, sizes_of
 from .kernels import Kernel
-from .lsp import Divergence, Features, Reduction, TeacherStructure, _pair, _sizes
+from .lsp import Divergence, Features, Reduction, TeacherStructure
 
 if TYPE_CHECKING:
     from .population.space import GeneSpace
@@ -104,9 +105,9 @@ def lsp_loss(
     """
     kernel = kernels.resolve(kernel)
     teacher_kernel = kernel if teacher_kernel is None else kernels.resolve(teacher_kernel)
-    s_src, s_dst = _pair("student", student)
+    s_src, s_dst = pair_of("student", student)
     s_dst = s_src if s_dst is None else s_dst
-    sizes = _sizes(s_src, s_dst)
+    sizes = sizes_of(s_src, s_dst)
     graph = as_graph(graph, *sizes)
     if teacher_graph is not None:
         graph = graph.union(as_graph(teacher_graph, *sizes))
@@ -118,7 +119,7 @@ def lsp_loss(
         teacher_sim = torch.empty_like(teacher.values)
         teacher_sim[slice(None) if graph.perm is None else graph.perm.long()] = teacher.values
     else:
-        t_src, t_dst = _pair("teacher", teacher)
+        t_src, t_dst = pair_of("teacher", teacher)
         t_dst = t_src if t_dst is None else t_dst
         teacher_sim = similarity(teacher_kernel, t_dst.detach()[dst], t_src.detach()[src])
     teacher_sim = teacher_sim.to(student_sim.dtype)
