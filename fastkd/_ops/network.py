@@ -191,7 +191,7 @@ class Network:
         Batch norms use these while they are computed. 0 and 1 where a channel does not exist.
         """
         shapes = [(masks.shape[0], self.shapes[v][0]) for v in self.norms]
-        numbers = {"dtype": torch.float64, "device": self.device}
+        numbers: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         pairs = [(torch.zeros(shape, **numbers), torch.ones(shape, **numbers)) for shape in shapes]
         into = tuple(structs.Moments(mean=m.data_ptr(), variance=v.data_ptr()) for m, v in pairs)
         self._run(masks, x, None, moments=into)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from .. import _C
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 Address = int  # of memory of the device, or 0 for none
 Pair = tuple[int, int]  # rows and columns
