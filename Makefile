@@ -91,7 +91,7 @@ sanitize: setup $(BUILD)/sanitize/.built
 	FASTKD_SANITIZED=1 FASTKD_SIMT_DIR="$(CURDIR)/$(BUILD)/sanitize" \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	$(BIN)/pytest tests/test_ops.py tests/test_network.py -m "not large" \
+	$(BIN)/pytest tests/core/test_ops.py tests/core/test_network.py -m "not large" \
 	    -k "(layout or index_dtypes or reduction or each_alone or moments or tensor_cores or own) and not cuda" $(PARALLEL)
 
 demo: setup

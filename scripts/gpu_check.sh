@@ -43,7 +43,7 @@ if [ "${result[build]}" = passed ]; then
     if command -v compute-sanitizer >/dev/null; then
         for tool in memcheck racecheck; do
             part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 python3 -c \
-                "import sys, pytest; sys.exit(pytest.main(['tests/test_ops.py', 'tests/test_network.py', '-k', 'cuda and (layout or index_dtypes or tensor_cores or moments_of)', '-p', 'no:cacheprovider']))"
+                "import sys, pytest; sys.exit(pytest.main(['tests/core/test_ops.py', 'tests/core/test_network.py', '-k', 'cuda and (layout or index_dtypes or tensor_cores or moments_of)', '-p', 'no:cacheprovider']))"
         done
     fi
     part benchmarks python3 -c "import sys, pytest; sys.exit(pytest.main(['bench', '--device', 'cuda', '--seconds', '15', '--benchmark-json=$out/cuda.json', '-p', 'no:cacheprovider']))"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_grid import DISTIL, plan_of
+from test_plan import DISTIL, plan_of
 from torch import nn
 from typer.testing import CliRunner
 

@@ -20,7 +20,7 @@ from fastkd.lab.settings import ConfigError
 from fastkd.models import CNNS, MODELS
 from fastkd.report import records
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 MAKERS = {
     "networks": distillation._networks,
     "losses": distillation._losses,

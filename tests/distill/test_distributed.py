@@ -77,7 +77,8 @@ def ranks(size, code, *args, module="test_distributed", **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    head = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from {module} import *\n"
+    folders = [os.path.dirname(sys.modules[name].__file__) for name in dict.fromkeys((__name__, module))]
+    head = f"import sys; sys.path[:0] = {folders!r}; from {module} import *\n"
     processes = []
     for rank in range(size):
         variables = {
