@@ -3,10 +3,11 @@ what is valid."""
 
 from __future__ import annotations
 
+import copy
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,10 +30,11 @@ __all__ = [
     "Name",
     "RowName",
     "Strict",
+    "among",
     "checked",
-    "explain",
     "load",
     "merged",
+    "none_of",
     "parse",
     "parse_file",
     "read",
@@ -43,8 +45,6 @@ __all__ = [
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
-Value = TypeVar("Value")
-REFUSED = "refused"  # the type of an error whose message follows its key as it is
 
 
 class Strict(BaseModel):
@@ -79,13 +79,13 @@ def load(model: type[Model], folder: Path, source: str | Path | dict[str, Any], 
     Raises:
         ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
     """
-    content = _copy(source if isinstance(source, dict) else read(folder, source))
+    content = copy.deepcopy(source) if isinstance(source, dict) else read(folder, source)
     for override in overrides:
         _override(content, override)
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(explain(error, model)) from None
+        raise ConfigError(_explained(error, model)) from None
 
 
 def read(folder: Path, source: str | Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """content with changes laid over it, mapping by mapping. A None removes the key."""
-    out: dict[str, Any] = _copy(content)
+    out = copy.deepcopy(content)
     for key, value in changes.items():
         if value is None:
             out.pop(key, None)
@@ -118,16 +118,22 @@ def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             below = out.get(key)
             out[key] = merged(below if isinstance(below, dict) else {}, value)
         else:
-            out[key] = _copy(value)
+            out[key] = copy.deepcopy(value)
     return out
 
 
-# --- names that become paths --------------------------------------------------------------------------
+# --- kinds of text ------------------------------------------------------------------------------------
 
 
-def refusal(message: str) -> PydanticCustomError:
-    """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
-    return PydanticCustomError(REFUSED, message)
+def among(valid: Collection[str]) -> AfterValidator:
+    """Of a text that must be one of the valid ones."""
+
+    def check(value: str) -> str:
+        if value not in valid:
+            raise refusal(none_of(valid, value))
+        return value
+
+    return AfterValidator(check)
 
 
 def _name(value: str) -> str:
@@ -160,15 +166,20 @@ def checked(kind: Any, value: Any, what: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(explain(error, None, what)) from None
+        raise ConfigError(_explained(error, None, what)) from None
 
 
 # --- what is wrong ------------------------------------------------------------------------------------
 
 
-def explain(error: ValidationError, model: type[BaseModel] | None, what: str = "") -> str:
-    """One line: every key that is wrong, its value and what is valid."""
-    return "; ".join(_explained(model, e, what) for e in error.errors())
+def refusal(message: str) -> PydanticCustomError:
+    """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
+    return PydanticCustomError("refused", message)
+
+
+def none_of(valid: Collection[str], value: object) -> str:
+    """The message for a value that is none of the valid ones."""
+    return f"must be one of {', '.join(valid)}, got {shown(value)}{suggestion(value, valid)}"
 
 
 def unknown(key: str, parent: str, valid: Iterable[str]) -> str:
@@ -189,20 +200,25 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _explained(model: type[BaseModel] | None, error: Any, what: str) -> str:
-    loc = [str(part) for part in error["loc"] if part != "[key]"]
-    key, parent = ".".join(loc) or what, ".".join(loc[:-1])
-    if error["type"] == REFUSED:
-        return f"{key} {error['msg']}"
-    if error["type"] == "extra_forbidden":
-        return unknown(key, parent, _keys(model, loc[:-1]))
-    if error["type"] == "missing":
-        return f"missing key {key!r}"
-    if error["type"] == "literal_error":
-        valid = [word.strip("'") for word in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        meant = suggestion(error["input"], valid)
-        return f"{key} must be one of {', '.join(valid)}, got {shown(error['input'])}{meant}"
-    return f"{key} = {shown(error['input'])}: {error['msg']}"
+def _explained(error: ValidationError, model: type[BaseModel] | None, what: str = "") -> str:
+    """One line: every key that is wrong, its value and what is valid; `what` stands in for the key of a value alone."""
+    out = []
+    for e in error.errors():
+        loc = [str(part) for part in e["loc"] if part != "[key]"]
+        key, value = ".".join(loc) or what, e["input"]
+        match e["type"]:
+            case "refused":
+                out.append(f"{key} {e['msg']}")
+            case "extra_forbidden":
+                out.append(unknown(key, ".".join(loc[:-1]), _keys(model, loc[:-1])))
+            case "missing":
+                out.append(f"missing key {key!r}")
+            case "literal_error":
+                valid = [word.strip("'") for word in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+                out.append(f"{key} {none_of(valid, value)}")
+            case _:
+                out.append(f"{key} = {shown(value)}: {e['msg']}")
+    return "; ".join(out)
 
 
 def _keys(model: Any, loc: list[str]) -> list[str]:
@@ -224,10 +240,6 @@ def part_of(kind: Any) -> Any:
     if origin is dict:
         return kind if part_of(inner[1]) is not None else None
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _copy(x: Any) -> Any:
-    return {k: _copy(v) for k, v in x.items()} if isinstance(x, dict) else x
 
 
 def _override(content: dict[str, Any], override: str) -> None:
