@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from .settings import Strict, none_of, part_of, refusal, shown, unknown
+from .settings import Strict, choices, part_of, refusal, shown, unknown
 
 __all__ = ["Choice", "Entry", "Key", "Maker", "Makers", "Named", "Nested", "arguments", "reference", "refuse"]
 
@@ -125,7 +125,7 @@ class Choice(Named):
             refuse(type(self), makers[self.name].problems(self.args, self.name, "args"))
         elif makers and not (self.modules and ":" in self.name):
             hint = "; your own is module:function, such as nets:small" if self.modules else ""
-            refuse(type(self), [(("name",), none_of(makers, self.name) + hint, self.name)])
+            refuse(type(self), [(("name",), f"must be one of {choices(makers, self.name)}{hint}", self.name)])
         return self
 
 

@@ -32,9 +32,9 @@ __all__ = [
     "Strict",
     "among",
     "checked",
+    "choices",
     "load",
     "merged",
-    "none_of",
     "parse",
     "parse_file",
     "read",
@@ -126,11 +126,11 @@ def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def among(valid: Collection[str]) -> AfterValidator:
-    """Of a text that must be one of the valid ones."""
+    """The check of keys that are free but for being of the valid ones."""
 
     def check(value: str) -> str:
         if value not in valid:
-            raise refusal(none_of(valid, value))
+            raise refusal(f"must be of {choices(valid, value)}")
         return value
 
     return AfterValidator(check)
@@ -177,9 +177,9 @@ def refusal(message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", message)
 
 
-def none_of(valid: Collection[str], value: object) -> str:
-    """The message for a value that is none of the valid ones."""
-    return f"must be one of {', '.join(valid)}, got {shown(value)}{suggestion(value, valid)}"
+def choices(valid: Collection[str], value: object) -> str:
+    """What follows "must be one of" in a message: what is valid, the value, and what was meant."""
+    return f"{', '.join(valid)}, got {shown(value)}{suggestion(value, valid)}"
 
 
 def unknown(key: str, parent: str, valid: Iterable[str]) -> str:
@@ -204,7 +204,9 @@ def _explained(error: ValidationError, model: type[BaseModel] | None, what: str 
     """One line: every key that is wrong, its value and what is valid; `what` stands in for the key of a value alone."""
     out = []
     for e in error.errors():
-        loc = [str(part) for part in e["loc"] if part != "[key]"]
+        loc = [str(part) for part in e["loc"]]
+        if loc[-1:] == ["[key]"]:  # what is wrong with a key is said of the mapping
+            del loc[-2:]
         key, value = ".".join(loc) or what, e["input"]
         match e["type"]:
             case "refused":
@@ -215,7 +217,7 @@ def _explained(error: ValidationError, model: type[BaseModel] | None, what: str 
                 out.append(f"missing key {key!r}")
             case "literal_error":
                 valid = [word.strip("'") for word in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-                out.append(f"{key} {none_of(valid, value)}")
+                out.append(f"{key} must be one of {choices(valid, value)}")
             case _:
                 out.append(f"{key} = {shown(value)}: {e['msg']}")
     return "; ".join(out)
