@@ -78,9 +78,13 @@ def _whole(data: Any, task: Task, split: str, device: torch.device, whole: dict[
     if key not in whole:
         graph_data = data if device.type == "cpu" else data.clone().to(device)
         masks = None if task.inductive else {part: graph_data[f"{part}_mask"] for part in ("train", "val", "test")}
-        graph = Graph.from_edge_index(graph_data.edge_index, graph_data.num_nodes)
-        whole[key] = Batch((graph_data.x, graph_data.adj_t), graph_data.y, masks, graph=graph, key=key)
+        whole[key] = replace(_of_graph(graph_data, split), masks=masks, key=key)
     return replace(whole[key], split=split)
+
+
+def _of_graph(data: Any, split: str) -> Batch:
+    graph = Graph.from_edge_index(data.edge_index, data.num_nodes)
+    return Batch((data.x, data.adj_t), data.y, split=split, graph=graph)
 
 
 def _shares(order: Tensor, size: int, world: World, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,22 +103,15 @@ def _several(
     from torch_geometric.data import Batch as Union
     from torch_geometric.loader import DataLoader
 
-    if world.size > 1:
-        graphs = task.graphs[split]
-        for part, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
-            data = Union.from_data_list([graphs[i] for i in part.tolist()]).to(device)
-            yield Batch(
-                (data.x, data.adj_t),
-                data.y,
-                None,
-                split,
-                Graph.from_edge_index(data.edge_index, data.num_nodes),
-                share=data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist()),
-            )
+    graphs = task.graphs[split]
+    if world.size == 1:
+        for data in DataLoader(graphs, size, shuffle=True, generator=generator):
+            yield _of_graph(data.to(device), split)
         return
-    for data in DataLoader(task.graphs[split], size, shuffle=True, generator=generator):
-        data = data.to(device)
-        yield Batch((data.x, data.adj_t), data.y, None, split, Graph.from_edge_index(data.edge_index, data.num_nodes))
+    for part, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
+        data = Union.from_data_list([graphs[i] for i in part.tolist()])
+        share = data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist())
+        yield replace(_of_graph(data.to(device), split), share=share)
 
 
 def _neighbours(
@@ -171,26 +168,17 @@ def _shapes(
     task: Task, split: str, train: TrainConfig, generator: torch.Generator | None, device: torch.device, world: World
 ) -> Iterator[Batch]:
     points, labels = task.points[split], task.labels[split]
-    size = train.batch_size or SHAPES
-    order = torch.arange(len(points)) if generator is None else torch.randperm(len(points), generator=generator)
+    shapes, most = points.shape[:2]
+    order = torch.arange(shapes) if generator is None else torch.randperm(shapes, generator=generator)
     least = 1 if generator is None else 2  # batch normalisation has nothing to do with a single shape
-    for part, rows in _shares(order, size, world, least):
+    for part, rows in _shares(order, train.batch_size or SHAPES, world, least):
         chosen = points[rows]
-        if train.points is not None and train.points < points.shape[1]:
-            some = (
-                torch.arange(train.points)
-                if generator is None
-                else torch.randperm(points.shape[1], generator=generator)[: train.points]
-            )
-            chosen = chosen[:, some]
+        if train.points is not None and train.points < most:
+            some = torch.arange(most) if generator is None else torch.randperm(most, generator=generator)
+            chosen = chosen[:, some[: train.points]]
         if generator is not None and train.augment:
             chosen = augment(chosen, generator)
         # Drawn for all shapes, then shared: the generator stays the same on all ranks.
-        chosen = chosen[world.rank :: world.size]
-        yield Batch(
-            (chosen.to(device),),
-            labels[part].to(device),
-            None,
-            split,
-            share=len(part) / len(rows) if world.size > 1 else None,
-        )
+        inputs = (chosen[world.rank :: world.size].to(device),)
+        share = len(part) / len(rows) if world.size > 1 else None
+        yield Batch(inputs, labels[part].to(device), split=split, share=share)
