@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from ..evolve import ALGORITHMS
-from ..lab import settings
 from ..lab.arguments import Choice, Maker, arguments
-from ..lab.settings import Strict, among, refusal
+from ..lab.settings import Configuration, Strict, among, refusal
 from ..models.cnn import CNNS, build_cnn
 from ..population.space import COSTS
 from .controls import CONTROLS
 
 __all__ = ["CompressConfig", "load_config", "recipes"]
 
-RECIPES = Path(__file__).parent / "recipes"
 TEXTS = {"num_classes": "classes.", "dropout": "before the linear layers of the classifier, in [0, 1]."}
 
 
@@ -131,7 +128,9 @@ def _share(value: float) -> float:
     return value
 
 
-class CompressConfig(Strict):
+class CompressConfig(Configuration):
+    RECIPES = Path(__file__).parent / "recipes"
+
     data: str
     """One of ``fastkd.data.load_images``, or a path to an npz."""
     model: ModelConfig
@@ -154,11 +153,4 @@ class CompressConfig(Strict):
     """Files for other runtimes."""
 
 
-def recipes() -> list[str]:
-    """The configurations that come with the package."""
-    return settings.recipes(RECIPES)
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> CompressConfig:
-    """A compression's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
-    return settings.load(CompressConfig, RECIPES, source, overrides)
+load_config, recipes = CompressConfig.load, CompressConfig.recipes

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from ..kernels import Kernel
-from ..lab import settings
 from ..lab.arguments import Choice, Maker, Named, Nested, arguments, refuse
-from ..lab.settings import ConfigError, Strict, among
+from ..lab.settings import ConfigError, Configuration, Strict, among
 from . import losses
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "recipes",
 ]
 
-RECIPES = Path(__file__).parent / "recipes"
 TEXTS = {"sigma": "finite, > 0, in units of the distance.", "scale": '"sum" or "mean" over the features.'}
 
 
@@ -139,7 +137,9 @@ class NetworkConfig(Strict):
 LossName = Annotated[str, among(losses.LOSSES)]
 
 
-class RunConfig(Strict):
+class RunConfig(Configuration):
+    RECIPES = Path(__file__).parent / "recipes"
+
     data: str
     """One of ``fastkd.data.names()``."""
     teacher: NetworkConfig
@@ -161,11 +161,4 @@ class RunConfig(Strict):
         return value
 
 
-def recipes() -> list[str]:
-    """The configurations that come with the package."""
-    return settings.recipes(RECIPES)
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
-    return settings.load(RunConfig, RECIPES, source, overrides)
+load_config, recipes = RunConfig.load, RunConfig.recipes

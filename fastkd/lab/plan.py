@@ -135,7 +135,7 @@ class Plan:
         try:
             if not isinstance(content, dict):
                 raise ConfigError(f"an experiment must be a mapping, got {type(content).__name__}")
-            written = settings.load(_Content, self.path.parent, content)
+            written = settings.validated(_Content, content)
             kinds = [key for key in STUDIES if getattr(written, key) is not None]
             if len(kinds) != 1:
                 raise ConfigError(

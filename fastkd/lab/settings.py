@@ -7,9 +7,9 @@ import copy
 import reprlib
 import types
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,24 +27,25 @@ from .reader import ConfigError, parse, parse_file
 
 __all__ = [
     "ConfigError",
+    "Configuration",
     "Name",
     "RowName",
     "Strict",
     "among",
     "checked",
     "choices",
-    "load",
     "merged",
     "parse",
     "parse_file",
     "read",
-    "recipes",
     "refusal",
     "shown",
     "unknown",
+    "validated",
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
+_Configuration = TypeVar("_Configuration", bound="Configuration")
 
 
 class Strict(BaseModel):
@@ -63,29 +64,46 @@ class Strict(BaseModel):
         return value
 
 
-def recipes(folder: Path) -> list[str]:
-    """Names of the configurations in a folder of the package."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+class Configuration(Strict):
+    """All keys of a study; configurations that come with the package are its recipes."""
+
+    RECIPES: ClassVar[Path]
+    """Their folder."""
+
+    @classmethod
+    def recipes(cls) -> list[str]:
+        """The names of the configurations that come with the package."""
+        return _recipes(cls.RECIPES)
+
+    @classmethod
+    def load(
+        cls: type[_Configuration], source: str | Path | dict[str, Any], overrides: Iterable[str] = ()
+    ) -> _Configuration:
+        """A configuration.
+
+        Args:
+            source: the name of a recipe, a path to a YAML file, or the content of one.
+            overrides: ``"losses.lsp.weight=100"`` and the like; values are YAML.
+
+        Raises:
+            ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
+        """
+        content = copy.deepcopy(source) if isinstance(source, dict) else read(cls.RECIPES, source)
+        for override in overrides:
+            _override(content, override)
+        return validated(cls, content)
 
 
-def load(model: type[Model], folder: Path, source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Model:
-    """A run's configuration.
-
-    Args:
-        folder: of the recipes.
-        source: the name of a recipe, a path to a YAML file, or the content of one.
-        overrides: ``"losses.lsp.weight=100"`` and the like; values are YAML.
-
-    Raises:
-        ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
-    """
-    content = copy.deepcopy(source) if isinstance(source, dict) else read(folder, source)
-    for override in overrides:
-        _override(content, override)
+def validated(model: type[Model], content: dict[str, Any]) -> Model:
+    """A part of a configuration of its content; errors as for :meth:`Configuration.load`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_explained(error, model)) from None
+
+
+def _recipes(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def read(folder: Path, source: str | Path) -> dict[str, Any]:
@@ -99,8 +117,8 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
         path = Path(source)
     if not path.is_file():
         raise ConfigError(
-            f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes(folder))}"
-            + suggestion(source, recipes(folder))
+            f"no recipe or file {str(source)!r}: recipes are {', '.join(_recipes(folder))}"
+            + suggestion(source, _recipes(folder))
         )
     content = parse_file(path)
     if not isinstance(content, dict):
