@@ -55,13 +55,13 @@ def batches(
     train: TrainConfig,
     generator: torch.Generator | None,
     device: torch.device,
-    whole: dict[int, Batch],
+    graphs: dict[int, Batch],
     world: World | None = None,
 ) -> Iterator[Batch]:
     """The batches of a part; in random order, and augmented, with a generator. Of several ranks, each gets
     its share of every such batch; what is in order all ranks get.
 
-    Whole graphs are kept in `whole`, which is the caller's and goes with one task and one device.
+    Whole graphs are kept in `graphs`, which is the caller's and goes with one task and one device.
     """
     world = world if world is not None and generator is not None else World()
     if task.kind == "shapes":
@@ -70,16 +70,16 @@ def batches(
         return _neighbours(task, split, train, generator, device, world)
     if train.batch_size is not None and len(task.graphs[split]) > 1 and generator is not None:
         return _several(task, split, train.batch_size, generator, device, world)
-    return (_whole(data, task, split, device, whole) for data in task.graphs[split])
+    return (_whole(data, task, split, device, graphs) for data in task.graphs[split])
 
 
-def _whole(data: Any, task: Task, split: str, device: torch.device, whole: dict[int, Batch]) -> Batch:
+def _whole(data: Any, task: Task, split: str, device: torch.device, graphs: dict[int, Batch]) -> Batch:
     key = id(data)
-    if key not in whole:
+    if key not in graphs:
         graph_data = data if device.type == "cpu" else data.clone().to(device)
         masks = None if task.inductive else {part: graph_data[f"{part}_mask"] for part in ("train", "val", "test")}
-        whole[key] = replace(_of_graph(graph_data, split), masks=masks, key=key)
-    return replace(whole[key], split=split)
+        graphs[key] = replace(_of_graph(graph_data, split), masks=masks, key=key)
+    return replace(graphs[key], split=split)
 
 
 def _of_graph(data: Any, split: str) -> Batch:
@@ -141,12 +141,12 @@ def _neighbours(
             yield of_neighbours(part, data, split, device)
 
 
-def of_neighbours(part: Any, whole: Any, split: str, device: torch.device) -> Batch:
-    """From what PyG's neighbour loaders give: part.batch_size seeds, then the others; part.n_id in `whole`."""
+def of_neighbours(part: Any, data: Any, split: str, device: torch.device) -> Batch:
+    """From what PyG's neighbour loaders give: part.batch_size seeds, then the others; part.n_id in `data`."""
     seeds = int(part.batch_size)
     edges = part.edge_index.to(device)
     graph = Graph.from_edge_index(edges[:, edges[1] < seeds], (len(part.n_id), seeds))
-    x, y = (rows_of(a, part.n_id).to(device) for a in (whole.x, whole.y))
+    x, y = (rows_of(a, part.n_id).to(device) for a in (data.x, data.y))
     return Batch((x, edges), y, None, split, graph, seeds=seeds)
 
 

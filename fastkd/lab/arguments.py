@@ -123,7 +123,7 @@ class Choice(Named):
         makers = type(self).makers()
         if self.name in makers:
             refuse(type(self), makers[self.name].problems(self.args, self.name, "args"))
-        elif makers and not (self.modules and ":" in self.name):
+        elif makers and not (self.modules and ":" in self.name):  # without makers, a package is missing
             hint = "; your own is module:function, such as nets:small" if self.modules else ""
             refuse(type(self), [(("name",), f"must be one of {choices(makers, self.name)}{hint}", self.name)])
         return self

@@ -200,13 +200,10 @@ def choices(valid: Collection[str], value: object) -> str:
     return f"{', '.join(valid)}, got {shown(value)}{suggestion(value, valid)}"
 
 
-def unknown(key: str, parent: str, valid: Iterable[str]) -> str:
+def unknown(key: str, parent: str, valid: Collection[str]) -> str:
     """The message for a key that is none of the valid ones."""
-    last, valid = key.rpartition(".")[2], list(valid)
-    return (
-        f"unknown key {key!r}{suggestion(last, valid)}: valid keys{f' of {parent}' if parent else ''} are "
-        f"{', '.join(valid) or 'none'}"
-    )
+    meant, of = suggestion(key.rpartition(".")[2], valid), f" of {parent}" if parent else ""
+    return f"unknown key {key!r}{meant}: valid keys{of} are {', '.join(valid) or 'none'}"
 
 
 def shown(value: object) -> str:
