@@ -228,15 +228,13 @@ def reference(model: type[BaseModel], prefix: str = "") -> list[Entry]:
     """All keys of a configuration, in order; those of arguments once for all names that share them."""
     out: list[Entry] = []
     for name, info in model.model_fields.items():
-        kind, key, text = part_of(info.annotation), f"{prefix}{name}", " ".join((info.description or "").split())
+        part, key, text = part_of(info.annotation), f"{prefix}{name}", " ".join((info.description or "").split())
         default = "required" if info.is_required() else _default(info.get_default(call_default_factory=True))
-        if kind is None:
+        if part is None:
             out.append(Entry(key, words(info.annotation), default, text))
         else:
             out.append(Entry(key, "a group of keys", default if info.is_required() else "", text))
-            named = typing.get_origin(kind) is dict
-            below = part_of(typing.get_args(kind)[1]) if named else kind
-            out += reference(below, f"{key}.<name>." if named else f"{key}.")
+            out += reference(part, f"{key}.<name>." if typing.get_origin(info.annotation) is dict else f"{key}.")
         if name == "args" and issubclass(model, Named):
             out += _of_makers(model.makers(), key)
     return out

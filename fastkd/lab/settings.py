@@ -5,21 +5,12 @@ from __future__ import annotations
 
 import copy
 import reprlib
-import types
 import typing
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from .._text import slug, suggestion
@@ -28,12 +19,11 @@ from .reader import ConfigError, parse, parse_file
 __all__ = [
     "ConfigError",
     "Configuration",
-    "Name",
     "RowName",
     "Strict",
     "among",
-    "checked",
     "choices",
+    "folder_name",
     "merged",
     "parse",
     "parse_file",
@@ -154,37 +144,28 @@ def among(valid: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _name(value: str) -> str:
-    if not value or value[0] in ". " or len(value) > 100 or not all(c.isalnum() or c in "_-. +,=()" for c in value):
-        raise refusal(
-            "must be the name of a folder: letters, digits, spaces and _ - . + , = ( ), at most 100 of them, and "
-            f"neither a full stop nor a space first; got {shown(value)}"
-        )
-    return value
-
-
 def _row(value: str) -> str:
     if not slug(value) or len(value) > 200:
         raise refusal(f"must have a letter a-z or a digit, and at most 200 characters; got {shown(value)}")
     return value
 
 
-Name = Annotated[str, AfterValidator(_name)]
-"""What becomes the name of a file or folder as it is."""
 RowName = Annotated[str, AfterValidator(_row)]
 """What becomes the name of a folder by :func:`fastkd._text.slug`."""
 
 
-def checked(kind: Any, value: Any, what: str) -> Any:
-    """A single value of a type, such as :data:`Name`.
+def folder_name(value: str, what: str) -> str:
+    """What becomes the name of a file or folder as it is.
 
     Raises:
-        ConfigError: it is none; the message begins with `what`.
+        ConfigError: it cannot; the message begins with `what`.
     """
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(_explained(error, None, what)) from None
+    if not value or value[0] in ". " or len(value) > 100 or not all(c.isalnum() or c in "_-. +,=()" for c in value):
+        raise ConfigError(
+            f"{what} must be the name of a folder: letters, digits, spaces and _ - . + , = ( ), at most 100 of them, "
+            f"and neither a full stop nor a space first; got {shown(value)}"
+        )
+    return value
 
 
 # --- what is wrong ------------------------------------------------------------------------------------
@@ -215,14 +196,14 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _explained(error: ValidationError, model: type[BaseModel] | None, what: str = "") -> str:
-    """One line: every key that is wrong, its value and what is valid; `what` stands in for the key of a value alone."""
+def _explained(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line: every key that is wrong, its value and what is valid."""
     out = []
     for e in error.errors():
         loc = [str(part) for part in e["loc"]]
         if loc[-1:] == ["[key]"]:  # what is wrong with a key is said of the mapping
             del loc[-2:]
-        key, value = ".".join(loc) or what, e["input"]
+        key, value = ".".join(loc), e["input"]
         match e["type"]:
             case "refused":
                 out.append(f"{key} {e['msg']}")
@@ -238,24 +219,18 @@ def _explained(error: ValidationError, model: type[BaseModel] | None, what: str 
     return "; ".join(out)
 
 
-def _keys(model: Any, loc: list[str]) -> list[str]:
+def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
     """The valid keys of the model at a place inside another."""
-    for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(part)
-            model = None if field is None else part_of(field.annotation)
-        elif typing.get_origin(model) is dict:  # its keys are free: a loss's name
-            model = part_of(typing.get_args(model)[1])
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    kind: Any = model
+    for part in loc:  # in a dictionary, it is a name
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind.model_fields[part].annotation
+    return list(kind.model_fields)
 
 
-def part_of(kind: Any) -> Any:
-    """The model, or the dictionary of models, in an annotation, or None."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return next((found for k in inner if (found := part_of(k)) is not None), None)
-    if origin is dict:
-        return kind if part_of(inner[1]) is not None else None
+def part_of(kind: Any) -> type[BaseModel] | None:
+    """The model in an annotation, or of the values of a dictionary; None: there is none."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
