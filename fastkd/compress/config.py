@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field, field_validator
-from torch import nn
+from pydantic import AfterValidator, Field
 
-from .._checks import integer
 from ..evolve import ALGORITHMS
-from ..lab import settings
-from ..lab.arguments import Choice, Key, Maker, Problem, arguments, refuse
-from ..lab.settings import Strict
+from ..lab.arguments import Choice, Maker, arguments
+from ..lab.settings import Configuration, Strict, among, refusal
 from ..models.cnn import CNNS, build_cnn
 from ..population.space import COSTS
 from .controls import CONTROLS
 
 __all__ = ["CompressConfig", "load_config", "recipes"]
 
-RECIPES = Path(__file__).parent / "recipes"
 TEXTS = {"num_classes": "classes.", "dropout": "before the linear layers of the classifier, in [0, 1]."}
 
 
 @functools.cache
 def _networks() -> dict[str, Maker]:
     """By name, of ``fastkd.models.CNNS``."""
-
-    def make(name: str) -> Callable[..., nn.Module]:
-        def network(**args: Any) -> nn.Module:
-            if "num_classes" in args:
-                integer("num_classes", args["num_classes"], 1)
-            with torch.device("meta"):  # no memory, no random numbers
-                return build_cnn(name, **args)
-
-        return network
-
-    return {name: Maker(arguments(f, (), TEXTS), make(name)) for name, f in CNNS.items()}
+    return {name: Maker(arguments(f, (), TEXTS), functools.partial(build_cnn, name)) for name, f in CNNS.items()}
 
 
 @functools.cache
@@ -47,27 +31,16 @@ def _algorithms() -> dict[str, Maker]:
     """By name, of ``fastkd.evolve.ALGORITHMS``, and the controls. A control looks at no option, but takes those of all
     algorithms, so that a row of a plan can change the name alone."""
     out = {name: Maker(arguments(algorithm), algorithm) for name, algorithm in ALGORITHMS.items()}
-    every: dict[str, Key] = {}
-    for maker in out.values():
-        every = {**maker.keys, **every}
-    return {**out, **{name: Maker(every, ignored=True) for name in CONTROLS}}
+    every = {key: argument for maker in reversed(out.values()) for key, argument in maker.keys.items()}
+    return {**out, **{name: Maker(every, None) for name in CONTROLS}}
 
 
 class ModelConfig(Choice):
-    HINT: ClassVar[str] = "; your own is module:function, such as nets:small"
+    makers = staticmethod(_networks)
+    modules = True
 
     name: str
     """One of ``fastkd.models.CNNS``, or ``module:function`` of your own."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """The function's arguments."""
-
-    @classmethod
-    def makers(cls) -> Mapping[str, Maker]:
-        return _networks()
-
-    @classmethod
-    def also(cls, name: str) -> bool:
-        return ":" in name
 
 
 class TrainConfig(Strict):
@@ -123,6 +96,8 @@ class FitnessConfig(Strict):
 
 
 class AlgorithmConfig(Choice):
+    makers = staticmethod(_algorithms)
+
     name: str = "ecs"
     """One of ``fastkd.evolve.ALGORITHMS``, or a control of ``fastkd.compress.controls``."""
     args: dict[str, Any] = Field(default_factory=dict)
@@ -137,10 +112,6 @@ class AlgorithmConfig(Choice):
     """A quarter are the filters of largest norm in the whole network (:func:`fastkd.evolve.global_norm`), at the budget
     with several weights of what is coupled to a filter, then below it."""
 
-    @classmethod
-    def makers(cls) -> Mapping[str, Maker]:
-        return _algorithms()
-
 
 class ExportConfig(Strict):
     onnx: bool = True
@@ -151,7 +122,15 @@ class ExportConfig(Strict):
     """Of the training part, for the ranges of int8."""
 
 
-class CompressConfig(Strict):
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise refusal(f"must be in (0, 1], a fraction of the full network's, got {value}")
+    return value
+
+
+class CompressConfig(Configuration):
+    RECIPES = Path(__file__).parent / "recipes"
+
     data: str
     """One of ``fastkd.data.load_images``, or a path to an npz."""
     model: ModelConfig
@@ -160,7 +139,7 @@ class CompressConfig(Strict):
     """Path of an .npz or .safetensors file, or the name of one in ``$FASTKD_DATA/weights``; None: it is trained."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """Of the full network, if no weights are given."""
-    budget: dict[str, float] = Field(default_factory=dict)
+    budget: dict[Annotated[str, among(COSTS)], Annotated[float, AfterValidator(_share)]] = Field(default_factory=dict)
     """Fractions of "macs", "parameters", "filters" that may be left; empty: none."""
     k_min: int = Field(default=1, ge=1)
     """Filters that every layer keeps."""
@@ -173,25 +152,5 @@ class CompressConfig(Strict):
     export: ExportConfig = Field(default_factory=ExportConfig)
     """Files for other runtimes."""
 
-    @field_validator("budget")
-    @classmethod
-    def _of_known_costs(cls, value: dict[str, float]) -> dict[str, float]:
-        problems = list[Problem]()
-        for name, fraction in value.items():
-            if name not in COSTS:
-                problems.append(((), f"must be of {', '.join(COSTS)}, got {settings.shown(name)}", name))
-            elif not 0 < fraction <= 1:
-                text = f"must be in (0, 1], a fraction of the full network's, got {fraction}"
-                problems.append(((name,), text, fraction))
-        refuse(cls, problems)
-        return value
 
-
-def recipes() -> list[str]:
-    """The configurations that come with the package."""
-    return settings.recipes(RECIPES)
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> CompressConfig:
-    """A compression's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
-    return settings.load(CompressConfig, RECIPES, source, overrides)
+load_config, recipes = CompressConfig.load, CompressConfig.recipes

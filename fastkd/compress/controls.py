@@ -55,7 +55,7 @@ def _depgraph(model: nn.Module, example_input: Tensor, space: GeneSpace, ratio: 
     model = copy.deepcopy(model)
     names = {m: name for name, m in model.named_modules()}
     genes = {op.name: space.values[op.output].genes for op in space.ops if op.kind in ("conv", "linear")}
-    fixed = [m for m, name in names.items() if name in genes and name in set(_fixed(space))]
+    fixed = set(_fixed(space))
     mask = torch.ones(space.num_genes, dtype=torch.bool)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -65,7 +65,7 @@ def _depgraph(model: nn.Module, example_input: Tensor, space: GeneSpace, ratio: 
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             global_pruning=True,
             pruning_ratio=ratio,
-            ignored_layers=fixed,
+            ignored_layers=[m for m, name in names.items() if name in fixed],
         )
         for group in pruner.step(interactive=True):
             for dependency, index in group:
@@ -80,13 +80,10 @@ def _depgraph(model: nn.Module, example_input: Tensor, space: GeneSpace, ratio: 
 def _fixed(space: GeneSpace) -> Iterator[str]:
     """Layers that Torch-Pruning must leave: those without genes, and those that DepGraph does not follow, through the
     padded channels of an option-A shortcut."""
-    padded: set[int] = set()
-    for op in space.ops:
-        if op.kind == "pad":
-            for value in (*op.inputs, op.output):
-                padded.update(g for g in space.values[value].genes.tolist() if g >= 0)
+    around = [value for op in space.ops if op.kind == "pad" for value in (*op.inputs, op.output)]
+    padded = {gene for value in around for gene in space.values[value].genes.tolist() if gene >= 0}
     for op in space.ops:
         if op.kind in ("conv", "linear"):
-            made = set(space.values[op.output].genes.tolist())
-            if made & padded or max(made) < 0:
+            genes = set(space.values[op.output].genes.tolist())
+            if genes & padded or max(genes) < 0:
                 yield op.name

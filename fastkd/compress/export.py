@@ -23,34 +23,24 @@ from ..population import export_onnx
 from ..runtime import measure
 from ..runtime.checkpoint import replace
 
-__all__ = ["compare", "costs", "predict", "to_int8", "to_onnx"]
+__all__ = ["costs", "predict", "to_int8", "to_onnx"]
 
 BATCHES = (1, 64)
 SECONDS = 2.0  # of timing, per batch size
 TOLERANCE = 1e-3  # of the largest logit, between ONNX and torch
 
 
-def costs(model: nn.Module, example_input: Tensor, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
-    """What a network costs, see :func:`compare`."""
-    return _measured([model], example_input, batches)[0]
-
-
-def compare(
-    full: nn.Module, small: nn.Module, example_input: Tensor, batches: Sequence[int] = BATCHES
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What two networks cost in eval mode: parameters, macs (of one image), bytes (of their tensors), and by batch
-    size latency_ms (the median of forward passes, those of the two in turn, so that a busy machine delays both) and
+def costs(
+    networks: Sequence[nn.Module], example_input: Tensor, batches: Sequence[int] = BATCHES
+) -> list[dict[str, Any]]:
+    """What each network costs in eval mode: parameters, macs (of one image), bytes (of its tensors), and by batch size
+    latency_ms (the median of forward passes, those of all networks in turn, so that a busy machine delays all) and
     peak_memory_mb (see :func:`fastkd.runtime.measure.peak_memory`); threads.
 
     Args:
         example_input: [N, C, H, W] on the networks' device; its first image is the one that is repeated.
         batches: numbers of images.
     """
-    first, second = _measured([full, small], example_input, batches)
-    return first, second
-
-
-def _measured(networks: Sequence[nn.Module], example_input: Tensor, batches: Sequence[int]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = [
         {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -113,7 +103,7 @@ def to_onnx(model: nn.Module, path: Path, example_input: Tensor) -> dict[str, An
             )
 
     replace(path, write)
-    return {**_costs(path, example_input), "max_difference": difference}
+    return {**_costs_of_file(path, example_input), "max_difference": difference}
 
 
 def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
@@ -165,7 +155,7 @@ def to_int8(path: Path, quantised: Path, calibration: Tensor) -> dict[str, Any]:
             )
 
     replace(quantised, write)
-    return _costs(quantised, calibration[:1])
+    return _costs_of_file(quantised, calibration[:1])
 
 
 def predict(path: Path, x: Tensor, batch: int = 250) -> Tensor:
@@ -185,7 +175,7 @@ def predict(path: Path, x: Tensor, batch: int = 250) -> Tensor:
     )
 
 
-def _costs(path: Path, example_input: Tensor) -> dict[str, Any]:
+def _costs_of_file(path: Path, example_input: Tensor) -> dict[str, Any]:
     session, latency = _session(path), {}
     for batch in BATCHES:
         x = _repeated(example_input, batch).cpu().numpy()

@@ -103,7 +103,7 @@ def measure_again(record: Record, device: torch.device | str = "cpu", trusted: C
     model = build(config.model, trusted).eval().to(device)
     space = trace(model, example)
     small = compact(model, mask_of(record["search"], space), space)
-    full, less = export.compare(model, small, example)
+    full, less = export.costs([model, small], example)
     return {
         **record,
         "dense": {**record["dense"], **full},
@@ -207,7 +207,7 @@ class _Compression:
         tuning = self.directory / "finetuning.safetensors"
         mask = mask_of(search, self.space)
         small, stages, training = self._smaller(mask, tuning, heartbeat)
-        full, less = export.compare(self.model, small, self.example)
+        full, less = export.costs([self.model, small], self.example)
         heartbeat()
         limits = self.search.limits
         counts = limits.counts(mask[None])

@@ -14,7 +14,7 @@ import fastkd.compress as package
 from ..evolve import TensorBoard
 from ..lab.study import Options, Progress, Study
 from . import tables as study_tables
-from .config import RECIPES, CompressConfig
+from .config import CompressConfig
 from .record import CompressRecord
 from .run import measure_again
 
@@ -26,7 +26,7 @@ class Compression(Study):
 
     command = "compress"
     shared = "compress"
-    recipes = RECIPES
+    recipes = CompressConfig.RECIPES
     config = CompressConfig
     tables: ClassVar[ModuleType] = study_tables
     measures = True

@@ -55,13 +55,13 @@ def batches(
     train: TrainConfig,
     generator: torch.Generator | None,
     device: torch.device,
-    whole: dict[int, Batch],
+    graphs: dict[int, Batch],
     world: World | None = None,
 ) -> Iterator[Batch]:
     """The batches of a part; in random order, and augmented, with a generator. Of several ranks, each gets
     its share of every such batch; what is in order all ranks get.
 
-    Whole graphs are kept in `whole`, which is the caller's and goes with one task and one device.
+    Whole graphs are kept in `graphs`, which is the caller's and goes with one task and one device.
     """
     world = world if world is not None and generator is not None else World()
     if task.kind == "shapes":
@@ -70,17 +70,21 @@ def batches(
         return _neighbours(task, split, train, generator, device, world)
     if train.batch_size is not None and len(task.graphs[split]) > 1 and generator is not None:
         return _several(task, split, train.batch_size, generator, device, world)
-    return (_whole(data, task, split, device, whole) for data in task.graphs[split])
+    return (_whole(data, task, split, device, graphs) for data in task.graphs[split])
 
 
-def _whole(data: Any, task: Task, split: str, device: torch.device, whole: dict[int, Batch]) -> Batch:
+def _whole(data: Any, task: Task, split: str, device: torch.device, graphs: dict[int, Batch]) -> Batch:
     key = id(data)
-    if key not in whole:
+    if key not in graphs:
         graph_data = data if device.type == "cpu" else data.clone().to(device)
         masks = None if task.inductive else {part: graph_data[f"{part}_mask"] for part in ("train", "val", "test")}
-        graph = Graph.from_edge_index(graph_data.edge_index, graph_data.num_nodes)
-        whole[key] = Batch((graph_data.x, graph_data.adj_t), graph_data.y, masks, graph=graph, key=key)
-    return replace(whole[key], split=split)
+        graphs[key] = replace(_of_graph(graph_data, split), masks=masks, key=key)
+    return replace(graphs[key], split=split)
+
+
+def _of_graph(data: Any, split: str) -> Batch:
+    graph = Graph.from_edge_index(data.edge_index, data.num_nodes)
+    return Batch((data.x, data.adj_t), data.y, split=split, graph=graph)
 
 
 def _shares(order: Tensor, size: int, world: World, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,22 +103,15 @@ def _several(
     from torch_geometric.data import Batch as Union
     from torch_geometric.loader import DataLoader
 
-    if world.size > 1:
-        graphs = task.graphs[split]
-        for part, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
-            data = Union.from_data_list([graphs[i] for i in part.tolist()]).to(device)
-            yield Batch(
-                (data.x, data.adj_t),
-                data.y,
-                None,
-                split,
-                Graph.from_edge_index(data.edge_index, data.num_nodes),
-                share=data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist()),
-            )
+    graphs = task.graphs[split]
+    if world.size == 1:
+        for data in DataLoader(graphs, size, shuffle=True, generator=generator):
+            yield _of_graph(data.to(device), split)
         return
-    for data in DataLoader(task.graphs[split], size, shuffle=True, generator=generator):
-        data = data.to(device)
-        yield Batch((data.x, data.adj_t), data.y, None, split, Graph.from_edge_index(data.edge_index, data.num_nodes))
+    for part, rows in _shares(torch.randperm(len(graphs), generator=generator), size, world):
+        data = Union.from_data_list([graphs[i] for i in part.tolist()])
+        share = data.num_nodes / sum(graphs[i].num_nodes for i in rows.tolist())
+        yield replace(_of_graph(data.to(device), split), share=share)
 
 
 def _neighbours(
@@ -144,12 +141,12 @@ def _neighbours(
             yield of_neighbours(part, data, split, device)
 
 
-def of_neighbours(part: Any, whole: Any, split: str, device: torch.device) -> Batch:
-    """From what PyG's neighbour loaders give: part.batch_size seeds, then the others; part.n_id in `whole`."""
+def of_neighbours(part: Any, data: Any, split: str, device: torch.device) -> Batch:
+    """From what PyG's neighbour loaders give: part.batch_size seeds, then the others; part.n_id in `data`."""
     seeds = int(part.batch_size)
     edges = part.edge_index.to(device)
     graph = Graph.from_edge_index(edges[:, edges[1] < seeds], (len(part.n_id), seeds))
-    x, y = (rows_of(a, part.n_id).to(device) for a in (whole.x, whole.y))
+    x, y = (rows_of(a, part.n_id).to(device) for a in (data.x, data.y))
     return Batch((x, edges), y, None, split, graph, seeds=seeds)
 
 
@@ -171,26 +168,17 @@ def _shapes(
     task: Task, split: str, train: TrainConfig, generator: torch.Generator | None, device: torch.device, world: World
 ) -> Iterator[Batch]:
     points, labels = task.points[split], task.labels[split]
-    size = train.batch_size or SHAPES
-    order = torch.arange(len(points)) if generator is None else torch.randperm(len(points), generator=generator)
+    shapes, most = points.shape[:2]
+    order = torch.arange(shapes) if generator is None else torch.randperm(shapes, generator=generator)
     least = 1 if generator is None else 2  # batch normalisation has nothing to do with a single shape
-    for part, rows in _shares(order, size, world, least):
+    for part, rows in _shares(order, train.batch_size or SHAPES, world, least):
         chosen = points[rows]
-        if train.points is not None and train.points < points.shape[1]:
-            some = (
-                torch.arange(train.points)
-                if generator is None
-                else torch.randperm(points.shape[1], generator=generator)[: train.points]
-            )
-            chosen = chosen[:, some]
+        if train.points is not None and train.points < most:
+            some = torch.arange(most) if generator is None else torch.randperm(most, generator=generator)
+            chosen = chosen[:, some[: train.points]]
         if generator is not None and train.augment:
             chosen = augment(chosen, generator)
         # Drawn for all shapes, then shared: the generator stays the same on all ranks.
-        chosen = chosen[world.rank :: world.size]
-        yield Batch(
-            (chosen.to(device),),
-            labels[part].to(device),
-            None,
-            split,
-            share=len(part) / len(rows) if world.size > 1 else None,
-        )
+        inputs = (chosen[world.rank :: world.size].to(device),)
+        share = len(part) / len(rows) if world.size > 1 else None
+        yield Batch(inputs, labels[part].to(device), split=split, share=share)

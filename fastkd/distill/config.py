@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, field_validator
-from torch import nn
 
-from .._text import suggestion
 from ..kernels import Kernel
-from ..lab import settings
-from ..lab.arguments import Choice, Maker, Named, Nested, Problem, arguments, refuse
-from ..lab.settings import ConfigError, Strict
+from ..lab.arguments import Choice, Maker, Named, Nested, arguments, refuse
+from ..lab.settings import ConfigError, Configuration, Strict, among
 from . import losses
 
 __all__ = [
@@ -29,7 +25,6 @@ __all__ = [
     "recipes",
 ]
 
-RECIPES = Path(__file__).parent / "recipes"
 TEXTS = {"sigma": "finite, > 0, in units of the distance.", "scale": '"sum" or "mean" over the features.'}
 
 
@@ -38,33 +33,30 @@ def _networks() -> dict[str, Maker]:
     """By name, of ``fastkd.models.MODELS``."""
     from ..models import MODELS, build  # with PyTorch Geometric
 
-    def make(name: str) -> Callable[..., nn.Module]:
-        def network(**args: Any) -> nn.Module:
-            with torch.device("meta"):  # no memory, no random numbers
-                return build(name, 3, 2, **args)
+    return {
+        name: Maker(arguments(model, ("in_dim", "out_dim")), functools.partial(build, name, 3, 2))
+        for name, model in MODELS.items()
+    }
 
-        return network
 
-    return {name: Maker(arguments(f, ("in_dim", "out_dim")), make(name)) for name, f in MODELS.items()}
+def _known_networks() -> Mapping[str, Maker]:
+    try:
+        return _networks()
+    except ImportError:  # nothing can be trained, but the plan of what was trained be read
+        return {}
 
 
 @functools.cache
 def _losses() -> dict[str, Maker]:
     """By name, of ``fastkd.distill.losses.LOSSES``."""
     dims = {"student_dim": 1, "teacher_dim": 1}
-
-    def make(name: str) -> Callable[..., nn.Module]:
-        def loss(**args: Any) -> nn.Module:
-            with torch.device("meta"):
-                return losses.build(name, **dims, **args)
-
-        return loss
-
-    out = {name: Maker(arguments(loss, dims), make(name)) for name, loss in losses.LOSSES.items()}
-    constants = {
-        k.name: Maker(arguments(k, (), TEXTS)) for k in Kernel.__subclasses__() if k.__module__ == Kernel.__module__
+    out = {
+        name: Maker(arguments(loss, dims), functools.partial(losses.build, name, **dims))
+        for name, loss in losses.LOSSES.items()
     }
-    out["lsp"].nested = {"kernel_args": Nested(constants, _kernel)}
+    kernels = [k for k in Kernel.__subclasses__() if k.__module__ == Kernel.__module__]
+    constants = {kernel.name: Maker(arguments(kernel, (), TEXTS), kernel) for kernel in kernels}
+    out["lsp"].nested = Nested("kernel_args", constants, _kernel)
     return out
 
 
@@ -77,22 +69,10 @@ def _kernel(args: Mapping[str, Any]) -> str:
 
 
 class ModelConfig(Choice):
+    makers = staticmethod(_known_networks)
+
     name: str
     """One of ``fastkd.models.MODELS``."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """The model's arguments."""
-
-    @classmethod
-    def makers(cls) -> Mapping[str, Maker]:
-        return _networks()
-
-    @classmethod
-    def also(cls, name: str) -> bool:
-        try:
-            cls.makers()
-            return False
-        except ImportError:  # nothing can be trained, but the plan of what was trained be read
-            return True
 
 
 class TrainConfig(Strict):
@@ -129,6 +109,8 @@ class TrainConfig(Strict):
 
 
 class LossConfig(Named):
+    makers = staticmethod(_losses)
+
     weight: float = Field(default=1.0, ge=0)
     """Of the loss beside the others; with 0 it is left out."""
     student_layer: str | None = None
@@ -144,10 +126,6 @@ class LossConfig(Named):
     args: dict[str, Any] = Field(default_factory=dict)
     """The loss's arguments (``fastkd.distill.losses``)."""
 
-    @classmethod
-    def makers(cls) -> Mapping[str, Maker]:
-        return _losses()
-
 
 class NetworkConfig(Strict):
     model: ModelConfig
@@ -156,7 +134,12 @@ class NetworkConfig(Strict):
     """Its training."""
 
 
-class RunConfig(Strict):
+LossName = Annotated[str, among(losses.LOSSES)]
+
+
+class RunConfig(Configuration):
+    RECIPES = Path(__file__).parent / "recipes"
+
     data: str
     """One of ``fastkd.data.names()``."""
     teacher: NetworkConfig
@@ -165,30 +148,17 @@ class RunConfig(Strict):
     """What it is distilled into."""
     task_weight: float = Field(default=1.0, ge=0)
     """Of the labels' loss."""
-    losses: dict[str, LossConfig] = Field(default_factory=dict)
+    losses: dict[LossName, LossConfig] = Field(default_factory=dict)
     """By name, one of ``fastkd.distill.losses.LOSSES``."""
     teacher_seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the teacher's initial weights and training."""
 
     @field_validator("losses")
     @classmethod
-    def _of_known_losses(cls, value: dict[str, LossConfig]) -> dict[str, LossConfig]:
-        makers, problems = LossConfig.makers(), list[Problem]()
-        for name, loss in value.items():
-            if name in makers:
-                problems += makers[name].problems(loss.args, name, name, "args")
-            else:
-                valid = f"{', '.join(makers)}, got {settings.shown(name)}{suggestion(name, makers)}"
-                problems.append(((), f"must be of {valid}", name))
-        refuse(cls, problems)
+    def _with_valid_arguments(cls, value: dict[str, LossConfig]) -> dict[str, LossConfig]:
+        makers = _losses()
+        refuse(cls, [p for name, loss in value.items() for p in makers[name].problems(loss.args, name, name, "args")])
         return value
 
 
-def recipes() -> list[str]:
-    """The configurations that come with the package."""
-    return settings.recipes(RECIPES)
-
-
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    """A run's configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
-    return settings.load(RunConfig, RECIPES, source, overrides)
+load_config, recipes = RunConfig.load, RunConfig.recipes

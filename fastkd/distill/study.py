@@ -14,7 +14,7 @@ from ..lab.study import Options, Progress, Study
 from ..runtime.world import World
 from . import runs
 from . import tables as study_tables
-from .config import RECIPES, RunConfig
+from .config import RunConfig
 from .record import DistillRecord, Network
 
 __all__ = ["STUDY", "Distillation"]
@@ -25,7 +25,7 @@ class Distillation(Study):
 
     command = "distill"
     shared = "teachers"
-    recipes = RECIPES
+    recipes = RunConfig.RECIPES
     config = RunConfig
     files = "the teacher, and per seed result.json and weights.safetensors"
     names_seeds = True

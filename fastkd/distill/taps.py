@@ -34,18 +34,16 @@ class Taps:
     """
 
     def __init__(self, model: nn.Module, names: list[str], role: str = "model") -> None:
-        self.role = role
-        self._caught: dict[str, Tensor | None] = {name: None for name in names}
         modules = {name: module for name, module in model.named_modules() if name}
-        self._modules = {}
-        self._hooks = []
-        self._stop = self._repeated = False
-        for name in self._caught:
+        for name in names:
             if name not in modules:
                 hint = suggestion(name, modules)
                 raise ValueError(f"the {role} has no layer {name!r}{hint}: its layers are {', '.join(modules)}")
-            self._modules[name] = modules[name]
-            self._hooks.append(modules[name].register_forward_hook(self._keep(name)))
+        self.role = role
+        self._modules = {name: modules[name] for name in names}
+        self._hooks = [module.register_forward_hook(self._keep(name)) for name, module in self._modules.items()]
+        self._caught: dict[str, Tensor] = {}
+        self._stop = self._repeated = False
 
     def _keep(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
@@ -55,9 +53,9 @@ class Taps:
                     f"layer {name!r} of the {self.role} returned {type(value).__name__}, which is "
                     "no tensor: tap a module that returns one"
                 )
-            self._repeated |= self._caught[name] is not None
+            self._repeated |= name in self._caught
             self._caught[name] = value
-            if self._stop and all(x is not None for x in self._caught.values()):
+            if self._stop and len(self._caught) == len(self._modules):
                 raise _Enough
 
         return hook
@@ -66,7 +64,7 @@ class Taps:
     def stopping(self) -> Iterator[None]:
         """Ends the forward pass within as soon as every layer was called, so that nothing is computed that
         nobody looks at. Not where a layer was seen to be called twice in a pass: its last output counts."""
-        self._stop = bool(self._caught) and not self._repeated
+        self._stop = bool(self._modules) and not self._repeated
         try:
             yield
         except _Enough:
@@ -76,23 +74,22 @@ class Taps:
 
     def __getitem__(self, name: str | None) -> Tensor:
         """[N, D], the last output of the module."""
-        value = self._caught[name or ""]
-        if value is None:
+        if name not in self._caught:
             raise RuntimeError(f"layer {name!r} of the {self.role} was not called in the forward pass")
+        value = self._caught[name]
         return value.flatten(0, -2) if value.dim() > 2 else value
 
     def clear(self) -> None:
-        for name in self._caught:
-            self._caught[name] = None
+        self._caught.clear()
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def __str__(self) -> str:
-        def line(name: str) -> str:
-            value = self._caught[name]
+        lines = []
+        for name, module in self._modules.items():
+            value = self._caught.get(name)
             shown = "not called yet" if value is None else f"{list(value.shape)} {str(value.dtype)[6:]}"
-            return f"{name}: {type(self._modules[name]).__name__} -> {shown}"
-
-        return "; ".join(line(name) for name in self._caught) or "none"
+            lines.append(f"{name}: {type(module).__name__} -> {shown}")
+        return "; ".join(lines) or "none"

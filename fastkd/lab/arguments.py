@@ -16,17 +16,16 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
-from .._text import suggestion
-from .settings import Strict, part_of, refusal, shown, unknown
+from .settings import Strict, choices, part_of, refusal, shown, unknown
 
-__all__ = ["Choice", "Entry", "Key", "Maker", "Named", "Nested", "arguments", "reference", "refuse"]
+__all__ = ["Choice", "Entry", "Key", "Maker", "Makers", "Named", "Nested", "arguments", "reference", "refuse"]
 
-REQUIRED = inspect.Parameter.empty
 Problem = tuple[tuple[str, ...], str, object]
 """Where in a part of a configuration, what is wrong, the value."""
 
@@ -39,17 +38,6 @@ class Key(NamedTuple):
     text: str
 
 
-class Entry(NamedTuple):
-    """A key of a configuration in its reference."""
-
-    key: str
-    type: str
-    default: str
-    text: str
-    of: str = ""
-    """The names to which an argument belongs, such as "gcn, mlp"; empty for keys that are always there."""
-
-
 @dataclass
 class Maker:
     """What takes arguments.
@@ -57,16 +45,14 @@ class Maker:
     Attributes:
         keys: its arguments.
         make: called with the arguments to see whether they are valid; it must be quick and leave nothing behind.
-            None: every value of the right type is.
-        nested: arguments that are mappings, and what these hold.
-        ignored: the arguments are without effect, and no part of the reference.
+            None: the arguments are without effect, and no part of the reference.
+        nested: an argument that is a mapping, and what that holds.
         known: what :attr:`make` said of arguments.
     """
 
     keys: Mapping[str, Key]
-    make: Callable[..., object] | None = None
-    nested: Mapping[str, Nested] = field(default_factory=dict)
-    ignored: bool = False
+    make: Callable[..., object] | None
+    nested: Nested | None = None
     known: dict[str, str | None] = field(default_factory=dict)
 
     def problems(self, args: Mapping[str, Any], name: str, *at: str) -> list[Problem]:
@@ -77,15 +63,12 @@ class Maker:
                 out.append((at, f"= {shown(args)}: {unknown(key, name, self.keys)}", args))
             elif not _fits(self.keys[key].type, value):
                 out.append(((*at, key), f"must be {words(self.keys[key].type)}, got {shown(value)}", value))
-        if out:
-            return out
-        for key, nested in self.nested.items():
-            if args.get(key):
-                inner = nested.of(args)
-                if inner in nested.makers:
-                    out += nested.makers[inner].problems(args[key], f"{key} of {inner}", *at, key)
+        if not out and self.nested is not None:
+            key, makers, of = self.nested
+            if args.get(key) and (inner := of(args)) in makers:
+                out = makers[inner].problems(args[key], f"{key} of {inner}", *at, key)
         if not out and (wrong := self._wrong(args)) is not None:
-            out.append((at, f"= {shown(args)}: {wrong}", args))
+            out = [(at, f"= {shown(args)}: {wrong}", args)]
         return out
 
     def _wrong(self, args: Mapping[str, Any]) -> str | None:
@@ -94,35 +77,34 @@ class Maker:
             return None
         identity = json.dumps(args, sort_keys=True, default=repr)
         if identity not in self.known:
+            wrong = None
             try:
-                self.make(**args)
-                self.known[identity] = None
+                with torch.device("meta"):  # no memory, no random numbers
+                    self.make(**args)
             except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-                self.known[identity] = (str(error).splitlines() or [type(error).__name__])[0]
+                wrong = str(error).partition("\n")[0] or type(error).__name__
+            self.known[identity] = wrong
         return self.known[identity]
 
 
-@dataclass
-class Nested:
-    """A mapping among arguments, whose keys depend on another argument.
+class Nested(NamedTuple):
+    """An argument that is a mapping, whose keys depend on the arguments beside it."""
 
-    Attributes:
-        makers: by name.
-        of: the name, for the arguments beside the mapping.
-    """
-
+    key: str
     makers: Mapping[str, Maker]
     of: Callable[[Mapping[str, Any]], str]
+    """Which of the makers it is, for the arguments; another text: none is known."""
+
+
+Makers = Callable[[], Mapping[str, Maker]]
 
 
 class Named(Strict):
     """A part of a configuration with `args` that depend on a name, and are kept as they were given: a record and a
     checkpoint hold no defaults of them."""
 
-    @classmethod
-    def makers(cls) -> Mapping[str, Maker]:
-        """What can be named."""
-        raise NotImplementedError
+    makers: ClassVar[Makers]
+    """What can be named."""
 
 
 class Choice(Named):
@@ -133,23 +115,17 @@ class Choice(Named):
     args: dict[str, Any] = Field(default_factory=dict)
     """Its arguments."""
 
-    @classmethod
-    def also(cls, name: str) -> bool:
-        """Whether a name that is none of the makers' is valid, with arguments that are not known."""
-        return False
-
-    HINT: typing.ClassVar[str] = ""
-    """What an error adds about other names."""
+    modules: ClassVar[bool] = False
+    """Whether a name may also be ``module:function``, with arguments that are not known."""
 
     @model_validator(mode="after")
     def _check(self) -> Choice:
-        if self.also(self.name):
-            return self
-        makers = self.makers()
-        if self.name not in makers:
-            valid = f"{', '.join(makers)}, got {self.name!r}{suggestion(self.name, makers)}"
-            refuse(type(self), [(("name",), f"must be one of {valid}{self.HINT}", self.name)])
-        refuse(type(self), makers[self.name].problems(self.args, self.name, "args"))
+        makers = type(self).makers()
+        if self.name in makers:
+            refuse(type(self), makers[self.name].problems(self.args, self.name, "args"))
+        elif makers and not (self.modules and ":" in self.name):  # without makers, a package is missing
+            hint = "; your own is module:function, such as nets:small" if self.modules else ""
+            refuse(type(self), [(("name",), f"must be one of {choices(makers, self.name)}{hint}", self.name)])
         return self
 
 
@@ -196,9 +172,8 @@ def _described(function: Any) -> dict[str, str]:
             out |= _described(other)
     section = re.search(r"^Args:\n((?: +.*\n?|\n)*)", doc, re.M)
     for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.M):
-        for name in names.split(", "):
-            if not text.startswith("as for :class:"):
-                out[name] = " ".join(text.split())
+        if not text.startswith("as for :class:"):
+            out |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return out
 
 
@@ -224,11 +199,11 @@ def words(kind: Any) -> str:
         return " or ".join(repr(value) for value in inner)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(words(k) for k in inner if k in PLAIN or typing.get_origin(k) is not None)
-    if origin in (dict, Mapping) or kind is dict:
+    if origin in (dict, Mapping):
         return "a mapping"
     if origin is not None and issubclass(origin, Sequence):
         return f"a list of {words(inner[0]).removeprefix('an ').removeprefix('a ')}s"
-    return PLAIN.get(kind, getattr(kind, "__name__", str(kind)))
+    return PLAIN[kind]
 
 
 # In the words of YAML.
@@ -238,37 +213,46 @@ PLAIN = {int: "an integer", float: "a number", bool: "true or false", str: "a te
 # --- the reference ------------------------------------------------------------------------------------
 
 
+class Entry(NamedTuple):
+    """A key of a configuration in its reference."""
+
+    key: str
+    type: str
+    default: str
+    text: str
+    of: str = ""
+    """The names to which an argument belongs, such as "gcn, mlp"; empty for keys that are always there."""
+
+
 def reference(model: type[BaseModel], prefix: str = "") -> list[Entry]:
     """All keys of a configuration, in order; those of arguments once for all names that share them."""
     out: list[Entry] = []
     for name, info in model.model_fields.items():
-        kind, key, text = part_of(info.annotation), f"{prefix}{name}", " ".join((info.description or "").split())
+        part, key, text = part_of(info.annotation), f"{prefix}{name}", " ".join((info.description or "").split())
         default = "required" if info.is_required() else _default(info.get_default(call_default_factory=True))
-        if kind is None:
+        if part is None:
             out.append(Entry(key, words(info.annotation), default, text))
         else:
             out.append(Entry(key, "a group of keys", default if info.is_required() else "", text))
-            named = typing.get_origin(kind) is dict
-            below = part_of(typing.get_args(kind)[1]) if named else kind
-            out += reference(below, f"{key}.<name>." if named else f"{key}.")
+            out += reference(part, f"{key}.<name>." if typing.get_origin(info.annotation) is dict else f"{key}.")
         if name == "args" and issubclass(model, Named):
             out += _of_makers(model.makers(), key)
     return out
 
 
 def _of_makers(makers: Mapping[str, Maker], prefix: str, within: str = "") -> list[Entry]:
-    names: dict[tuple[str, str, str, str], list[str]] = {}
+    names: dict[Entry, list[str]] = {}
     nested: list[Entry] = []
     for name, maker in makers.items():
-        if maker.ignored:
+        if maker.make is None:
             continue
         for key, (kind, default, text) in maker.keys.items():
-            row = (f"{prefix}.{key}", words(kind), "required" if default is REQUIRED else _default(default), text)
-            names.setdefault(row, []).append(within + name)
-        for key, inner in maker.nested.items():
-            nested += _of_makers(inner.makers, f"{prefix}.{key}", f"{within}{name} with ")
-    return [Entry(*row, ", ".join(of)) for row, of in names.items()] + nested
+            shared = Entry(f"{prefix}.{key}", words(kind), _default(default), text)
+            names.setdefault(shared, []).append(within + name)
+        if maker.nested is not None:
+            nested += _of_makers(maker.nested.makers, f"{prefix}.{maker.nested.key}", f"{within}{name} with ")
+    return [entry._replace(of=", ".join(of)) for entry, of in names.items()] + nested
 
 
 def _default(value: Any) -> str:
-    return json.dumps(value, default=str)
+    return "required" if value is inspect.Parameter.empty else json.dumps(value, default=str)

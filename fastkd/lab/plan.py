@@ -34,7 +34,7 @@ from ..runtime.world import usable
 from . import settings
 from .cells import Cells
 from .record import Record, Row, Section
-from .settings import ConfigError, Name, RowName, Strict, checked, merged
+from .settings import ConfigError, RowName, Strict, folder_name, merged
 from .study import STUDIES, Options, Study, study
 
 __all__ = ["Cell", "Experiment", "Plan", "measure", "run", "write_table"]
@@ -128,14 +128,14 @@ class Plan:
         if not content:
             raise ConfigError(f"{self.path} holds no experiment")
         where = f"{path}: the name of an experiment"
-        self.experiments = [self._experiment(checked(Name, name, where), e) for name, e in content.items()]
+        self.experiments = [self._experiment(folder_name(name, where), e) for name, e in content.items()]
 
     def _experiment(self, name: str, content: Any) -> Experiment:
         where = f"{self.path}: {name}"
         try:
             if not isinstance(content, dict):
                 raise ConfigError(f"an experiment must be a mapping, got {type(content).__name__}")
-            written = settings.load(_Content, self.path.parent, content)
+            written = settings.validated(_Content, content)
             kinds = [key for key in STUDIES if getattr(written, key) is not None]
             if len(kinds) != 1:
                 raise ConfigError(

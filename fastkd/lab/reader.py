@@ -65,16 +65,11 @@ class _Refused(Exception):
         super().__init__(f"line {where.start_mark.line + 1}: {problem}")
 
 
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Which plain text is which type, by its first character."""
-    kept = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")
-    return {
-        first: [(tag, pattern) for tag, pattern in kinds if tag in kept]
-        for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.yaml_implicit_resolvers = _resolvers()
+# Which plain text is which type, by its first character: of YAML 1.1 only true, false and null are kept.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in kinds if tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null")]
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"^{INTEGER}$"), list("-+0123456789"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{FLOAT})$", re.X), list("-+.0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 0))
@@ -93,11 +88,7 @@ def parse(text: str, where: str) -> Any:
     if len(text) > LARGEST:
         raise ConfigError(f"{where} must have at most {LARGEST:,} characters, got {len(text):,}")
     try:
-        loader = _Loader(text)
-        try:
-            return loader.get_single_data()
-        finally:
-            loader.dispose()
+        return yaml.load(text, _Loader)
     except _Refused as error:
         raise ConfigError(f"{where}, {error}") from None
     except yaml.error.MarkedYAMLError as error:

@@ -3,22 +3,14 @@ what is valid."""
 
 from __future__ import annotations
 
+import copy
 import reprlib
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from .._text import slug, suggestion
@@ -26,25 +18,24 @@ from .reader import ConfigError, parse, parse_file
 
 __all__ = [
     "ConfigError",
-    "Name",
+    "Configuration",
     "RowName",
     "Strict",
-    "checked",
-    "explain",
-    "load",
+    "among",
+    "choices",
+    "folder_name",
     "merged",
     "parse",
     "parse_file",
     "read",
-    "recipes",
     "refusal",
     "shown",
     "unknown",
+    "validated",
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
-Value = TypeVar("Value")
-REFUSED = "refused"  # the type of an error whose message follows its key as it is
+_Configuration = TypeVar("_Configuration", bound="Configuration")
 
 
 class Strict(BaseModel):
@@ -63,29 +54,46 @@ class Strict(BaseModel):
         return value
 
 
-def recipes(folder: Path) -> list[str]:
-    """Names of the configurations in a folder of the package."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+class Configuration(Strict):
+    """All keys of a study; configurations that come with the package are its recipes."""
+
+    RECIPES: ClassVar[Path]
+    """Their folder."""
+
+    @classmethod
+    def recipes(cls) -> list[str]:
+        """The names of the configurations that come with the package."""
+        return _recipes(cls.RECIPES)
+
+    @classmethod
+    def load(
+        cls: type[_Configuration], source: str | Path | dict[str, Any], overrides: Iterable[str] = ()
+    ) -> _Configuration:
+        """A configuration.
+
+        Args:
+            source: the name of a recipe, a path to a YAML file, or the content of one.
+            overrides: ``"losses.lsp.weight=100"`` and the like; values are YAML.
+
+        Raises:
+            ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
+        """
+        content = copy.deepcopy(source) if isinstance(source, dict) else read(cls.RECIPES, source)
+        for override in overrides:
+            _override(content, override)
+        return validated(cls, content)
 
 
-def load(model: type[Model], folder: Path, source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Model:
-    """A run's configuration.
-
-    Args:
-        folder: of the recipes.
-        source: the name of a recipe, a path to a YAML file, or the content of one.
-        overrides: ``"losses.lsp.weight=100"`` and the like; values are YAML.
-
-    Raises:
-        ConfigError: unknown recipe or key, or an invalid value; the message lists what is valid.
-    """
-    content = _copy(source if isinstance(source, dict) else read(folder, source))
-    for override in overrides:
-        _override(content, override)
+def validated(model: type[Model], content: dict[str, Any]) -> Model:
+    """A part of a configuration of its content; errors as for :meth:`Configuration.load`."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(explain(error, model)) from None
+        raise ConfigError(_explained(error, model)) from None
+
+
+def _recipes(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def read(folder: Path, source: str | Path) -> dict[str, Any]:
@@ -99,8 +107,8 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
         path = Path(source)
     if not path.is_file():
         raise ConfigError(
-            f"no recipe or file {str(source)!r}: recipes are {', '.join(recipes(folder))}"
-            + suggestion(source, recipes(folder))
+            f"no recipe or file {str(source)!r}: recipes are {', '.join(_recipes(folder))}"
+            + suggestion(source, _recipes(folder))
         )
     content = parse_file(path)
     if not isinstance(content, dict):
@@ -110,7 +118,7 @@ def read(folder: Path, source: str | Path) -> dict[str, Any]:
 
 def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """content with changes laid over it, mapping by mapping. A None removes the key."""
-    out: dict[str, Any] = _copy(content)
+    out = copy.deepcopy(content)
     for key, value in changes.items():
         if value is None:
             out.pop(key, None)
@@ -118,25 +126,22 @@ def merged(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             below = out.get(key)
             out[key] = merged(below if isinstance(below, dict) else {}, value)
         else:
-            out[key] = _copy(value)
+            out[key] = copy.deepcopy(value)
     return out
 
 
-# --- names that become paths --------------------------------------------------------------------------
+# --- kinds of text ------------------------------------------------------------------------------------
 
 
-def refusal(message: str) -> PydanticCustomError:
-    """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
-    return PydanticCustomError(REFUSED, message)
+def among(valid: Collection[str]) -> AfterValidator:
+    """The check of keys that are free but for being of the valid ones."""
 
+    def check(value: str) -> str:
+        if value not in valid:
+            raise refusal(f"must be of {choices(valid, value)}")
+        return value
 
-def _name(value: str) -> str:
-    if not value or value[0] in ". " or len(value) > 100 or not all(c.isalnum() or c in "_-. +,=()" for c in value):
-        raise refusal(
-            "must be the name of a folder: letters, digits, spaces and _ - . + , = ( ), at most 100 of them, and "
-            f"neither a full stop nor a space first; got {shown(value)}"
-        )
-    return value
+    return AfterValidator(check)
 
 
 def _row(value: str) -> str:
@@ -145,39 +150,41 @@ def _row(value: str) -> str:
     return value
 
 
-Name = Annotated[str, AfterValidator(_name)]
-"""What becomes the name of a file or folder as it is."""
 RowName = Annotated[str, AfterValidator(_row)]
 """What becomes the name of a folder by :func:`fastkd._text.slug`."""
 
 
-def checked(kind: Any, value: Any, what: str) -> Any:
-    """A single value of a type, such as :data:`Name`.
+def folder_name(value: str, what: str) -> str:
+    """What becomes the name of a file or folder as it is.
 
     Raises:
-        ConfigError: it is none; the message begins with `what`.
+        ConfigError: it cannot; the message begins with `what`.
     """
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise ConfigError(explain(error, None, what)) from None
+    if not value or value[0] in ". " or len(value) > 100 or not all(c.isalnum() or c in "_-. +,=()" for c in value):
+        raise ConfigError(
+            f"{what} must be the name of a folder: letters, digits, spaces and _ - . + , = ( ), at most 100 of them, "
+            f"and neither a full stop nor a space first; got {shown(value)}"
+        )
+    return value
 
 
 # --- what is wrong ------------------------------------------------------------------------------------
 
 
-def explain(error: ValidationError, model: type[BaseModel] | None, what: str = "") -> str:
-    """One line: every key that is wrong, its value and what is valid."""
-    return "; ".join(_explained(model, e, what) for e in error.errors())
+def refusal(message: str) -> PydanticCustomError:
+    """An error of a validator: what is wrong, to be read after the key, such as "must be odd, got 2"."""
+    return PydanticCustomError("refused", message)
 
 
-def unknown(key: str, parent: str, valid: Iterable[str]) -> str:
+def choices(valid: Collection[str], value: object) -> str:
+    """What follows "must be one of" in a message: what is valid, the value, and what was meant."""
+    return f"{', '.join(valid)}, got {shown(value)}{suggestion(value, valid)}"
+
+
+def unknown(key: str, parent: str, valid: Collection[str]) -> str:
     """The message for a key that is none of the valid ones."""
-    last, valid = key.rpartition(".")[2], list(valid)
-    return (
-        f"unknown key {key!r}{suggestion(last, valid)}: valid keys{f' of {parent}' if parent else ''} are "
-        f"{', '.join(valid) or 'none'}"
-    )
+    meant, of = suggestion(key.rpartition(".")[2], valid), f" of {parent}" if parent else ""
+    return f"unknown key {key!r}{meant}: valid keys{of} are {', '.join(valid) or 'none'}"
 
 
 def shown(value: object) -> str:
@@ -189,45 +196,42 @@ def shown(value: object) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _explained(model: type[BaseModel] | None, error: Any, what: str) -> str:
-    loc = [str(part) for part in error["loc"] if part != "[key]"]
-    key, parent = ".".join(loc) or what, ".".join(loc[:-1])
-    if error["type"] == REFUSED:
-        return f"{key} {error['msg']}"
-    if error["type"] == "extra_forbidden":
-        return unknown(key, parent, _keys(model, loc[:-1]))
-    if error["type"] == "missing":
-        return f"missing key {key!r}"
-    if error["type"] == "literal_error":
-        valid = [word.strip("'") for word in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        meant = suggestion(error["input"], valid)
-        return f"{key} must be one of {', '.join(valid)}, got {shown(error['input'])}{meant}"
-    return f"{key} = {shown(error['input'])}: {error['msg']}"
+def _explained(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line: every key that is wrong, its value and what is valid."""
+    out = []
+    for e in error.errors():
+        loc = [str(part) for part in e["loc"]]
+        if loc[-1:] == ["[key]"]:  # what is wrong with a key is said of the mapping
+            del loc[-2:]
+        key, value = ".".join(loc), e["input"]
+        match e["type"]:
+            case "refused":
+                out.append(f"{key} {e['msg']}")
+            case "extra_forbidden":
+                out.append(unknown(key, ".".join(loc[:-1]), _keys(model, loc[:-1])))
+            case "missing":
+                out.append(f"missing key {key!r}")
+            case "literal_error":
+                valid = [word.strip("'") for word in e["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+                out.append(f"{key} must be one of {choices(valid, value)}")
+            case _:
+                out.append(f"{key} = {shown(value)}: {e['msg']}")
+    return "; ".join(out)
 
 
-def _keys(model: Any, loc: list[str]) -> list[str]:
+def _keys(model: type[BaseModel], loc: list[str]) -> list[str]:
     """The valid keys of the model at a place inside another."""
-    for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(part)
-            model = None if field is None else part_of(field.annotation)
-        elif typing.get_origin(model) is dict:  # its keys are free: a loss's name
-            model = part_of(typing.get_args(model)[1])
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    kind: Any = model
+    for part in loc:  # in a dictionary, it is a name
+        kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind.model_fields[part].annotation
+    return list(kind.model_fields)
 
 
-def part_of(kind: Any) -> Any:
-    """The model, or the dictionary of models, in an annotation, or None."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return next((found for k in inner if (found := part_of(k)) is not None), None)
-    if origin is dict:
-        return kind if part_of(inner[1]) is not None else None
+def part_of(kind: Any) -> type[BaseModel] | None:
+    """The model in an annotation, or of the values of a dictionary; None: there is none."""
+    if typing.get_origin(kind) is dict:
+        kind = typing.get_args(kind)[1]
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _copy(x: Any) -> Any:
-    return {k: _copy(v) for k, v in x.items()} if isinstance(x, dict) else x
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from ..runtime.checkpoint import differences
 from ..runtime.world import World
-from . import settings
+from .settings import Configuration
 
 __all__ = ["STUDIES", "Options", "Progress", "Study", "study"]
 
@@ -62,15 +62,15 @@ class Study(ABC):
     command: ClassVar[str]
     shared: ClassVar[str]
     recipes: ClassVar[Path]
-    config: ClassVar[type[BaseModel]]
+    config: ClassVar[type[Configuration]]
     files: ClassVar[str]
     names_seeds: ClassVar[bool] = False
     tables: ClassVar[ModuleType]
     measures: ClassVar[bool] = False
 
     def load(self, source: str | Path | dict[str, Any], overrides: Collection[str] = ()) -> Any:
-        """A configuration; arguments and errors as for :func:`fastkd.lab.settings.load`."""
-        return settings.load(self.config, self.recipes, source, list(overrides))
+        """A configuration; arguments and errors as for :meth:`fastkd.lab.settings.Configuration.load`."""
+        return self.config.load(source, overrides)
 
     @abstractmethod
     def run(

@@ -42,7 +42,7 @@ def test_costs_are_those_of_one_image(net):
     small = Net(3)
     small.train()  # measured in eval mode all the same, and left in its own
     before = small.norm.running_mean.clone()
-    full, less = export.compare(net, small, X, batches=(1, 5))
+    full, less = export.costs([net, small], X, batches=(1, 5))
     # 6 x 8 positions, 9 taps of 2 channels, then the linear layer
     assert (full["macs"], less["macs"]) == (48 * 18 * 6 + 6 * 4, 48 * 18 * 3 + 3 * 4)
     assert (full["parameters"], less["parameters"]) == (6 * 18 + 6 + 12 + 6 * 4 + 4, 3 * 18 + 3 + 6 + 3 * 4 + 4)
@@ -54,7 +54,7 @@ def test_costs_are_those_of_one_image(net):
     assert full["peak_memory_mb"]["5"] == pytest.approx(2 * less["peak_memory_mb"]["5"], rel=0.1)
     assert small.training and small.drop.training and not net.training
     assert torch.equal(small.norm.running_mean, before)
-    assert export.costs(net, X, (1,))["macs"] == full["macs"]
+    assert export.costs([net], X, (1,))[0]["macs"] == full["macs"]
 
 
 def test_modes_come_back_after_an_error(net):

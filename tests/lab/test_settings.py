@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("pydantic")
 pytest.importorskip("torch_geometric")
 
+import fastkd.report.studies  # noqa: F401  the records' types
 from fastkd import compress, distill
 from fastkd.compress import config as compression
 from fastkd.distill import config as distillation
@@ -101,7 +102,7 @@ def test_files_that_are_no_text_or_too_large(tmp_path):
 
 
 def test_the_report_does_not_hang(tmp_path):
-    record = next((RESULTS / "cells").rglob("*.json"))
+    record = next((RESULTS / "cells").rglob("*.jsonl"))
     cell = tmp_path / record.relative_to(RESULTS)
     cell.parent.mkdir(parents=True)
     cell.write_bytes(record.read_bytes())
@@ -250,10 +251,9 @@ def contains(whole, part):
 
 @pytest.mark.skipif(not RESULTS.is_dir(), reason="not in the repository")
 def test_the_records_of_the_repository_are_read():
-    files = sorted(RESULTS.rglob("0.json"))
-    assert len(files) > 100
-    for file in files:
-        record = json.loads(file.read_text())
+    read = [(file, json.loads(line)) for file in RESULTS.rglob("*.jsonl") for line in file.read_text().splitlines()]
+    assert len(read) > 100
+    for file, record in read:
         engine = compress if record.get("kind") == "compress" else distill
         dumped = json.loads(json.dumps(engine.load_config(record["config"]).model_dump()))
         assert contains(dumped, record["config"]), file
@@ -314,4 +314,4 @@ def test_the_reference():
 
 
 def test_qualities_are_those_of_evolve():
-    assert get_args(compression.FitnessConfig.model_fields["quality"].annotation) == QUALITIES
+    assert get_args(compression.FitnessConfig.model_fields["quality"].annotation) == tuple(QUALITIES)
