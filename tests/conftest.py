@@ -18,6 +18,9 @@ import torch
 
 from fastkd import _ops
 
+# Processes that tests start import the tests' modules, too.
+FOLDERS = [path for path in sys.path if path.startswith(os.path.dirname(__file__))]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 SIMT_DIR = os.environ.get("FASTKD_SIMT_DIR")
 SANITIZED = os.environ.get("FASTKD_SANITIZED") == "1"
 
