@@ -7,27 +7,32 @@ found by the record's kind.
 from __future__ import annotations
 
 import json
+import math
 import reprlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .estimate import Estimate
 
 __all__ = [
+    "LOOKS",
     "DamagedError",
     "Part",
     "Record",
     "Row",
+    "Scores",
     "Section",
     "UnknownSchemaError",
     "columns",
     "decode",
     "looks",
     "read",
+    "rounded",
 ]
 
 SCHEMA = 1
@@ -49,6 +54,13 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
+class Scores(Part):
+    """Of a network, in percent, by part of the data."""
+
+    test: float
+    val: float
+
+
 class Record(Part):
     """What all studies have in common."""
 
@@ -68,10 +80,8 @@ class Record(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, content: Any) -> Any:
+    def _named(cls, content: Json) -> Json:
         """A record that is made here is of this version and of its type's kind."""
-        if not isinstance(content, dict):
-            return content
         return {"schema": SCHEMA, **({} if cls.KIND is None else {"kind": cls.KIND}), **content}
 
     @model_validator(mode="after")
@@ -84,49 +94,52 @@ class Record(Part):
         return self
 
     @property
+    @abstractmethod
     def group(self) -> tuple[str, str]:
         """Of those that can be compared: data, and whatever else must be the same."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Of its row, where nothing else names it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """Of its section."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def plain(self) -> bool:
         """Whether it is what the others are compared with; drawn in grey."""
-        raise NotImplementedError
+
+    @property
+    @abstractmethod
+    def network(self) -> Scores:
+        """The one that was sought: the student, or the smaller network."""
 
     @property
     def test(self) -> float:
-        """Score on the test part, in percent."""
-        raise NotImplementedError
+        return self.network.test
 
     @property
     def val(self) -> float:
-        """Score on the validation part, in percent."""
-        raise NotImplementedError
+        return self.network.val
 
     def content(self) -> Json:
         """In full, as in result.json."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
+    @abstractmethod
     def shortened(self, beside: Sequence[Record] = ()) -> Json:
         """What tables and pictures need, as it is kept with hundreds of others; `parse` takes it, too.
 
         Args:
             beside: records of the same row that are kept already.
         """
-        raise NotImplementedError
 
     @staticmethod
-    def parse(content: Any, name: object = "this") -> Record:
+    def parse(content: Json, name: object = "this") -> Record:
         """The record of the content of a JSON file, of the type that its kind names.
 
         Args:
@@ -136,8 +149,6 @@ class Record(Part):
             DamagedError: something is missing, or of another type; says what.
             UnknownSchemaError: it was written by another version.
         """
-        if not isinstance(content, dict):
-            raise DamagedError(f"a {type(content).__name__} instead of a mapping")
         if "schema" not in content:
             raise DamagedError("no schema")
         if content["schema"] != SCHEMA:
@@ -229,34 +240,34 @@ def looks(content: Any) -> Any:
     ]
 
 
+LOOKS = BeforeValidator(looks)
+"""Of a history: its looks one by one, or in columns."""
+
+
 def rounded(value: Any) -> Any:
     """Six digits of a number, more than a picture shows; None where it is not finite."""
     if not isinstance(value, float):
         return value
-    if value != value or value in (float("inf"), float("-inf")):
+    if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
 
 
 # --- rows and sections ---------------------------------------------------------------------------
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=Record | Scores)
 
 
 @dataclass
 class Row(Generic[R]):
-    """The records of one configuration, by seed."""
+    """The records of one configuration, or their networks, by seed."""
 
     label: str
     records: list[R]
     planned: int | None = None
     """Seeds of the plan, if there is one."""
     reference: bool = False
-    """It stands for the networks that the records' own are compared with: teachers, full networks."""
-
-    @property
-    def plain(self) -> bool:
-        return bool(self.records) and self.records[0].plain
+    """What the others are compared with: teachers, full networks."""
 
     @property
     def test(self) -> Estimate:
@@ -276,9 +287,13 @@ class Row(Generic[R]):
             always: also say of how many where all are there.
         """
         n, planned = len(self.records), self.planned
-        if self.reference or planned is None or (n >= planned and not always):
-            return str(n)
-        return f"{n} of {max(n, planned)}"
+        return str(n) if planned is None or (n >= planned and not always) else f"{n} of {max(n, planned)}"
+
+    @property
+    def sample(self) -> str:
+        """What its scores are, in words."""
+        n = len(self.records)
+        return "a single seed" if n == 1 else f"mean and 95 % interval of {n} seeds"
 
 
 @dataclass

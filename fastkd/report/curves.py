@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..distill.record import DistillRecord, Look, is_lsp
-from ..distill.tables import Students, networks, teachers
+from ..distill.tables import Students, teachers
 from ..lab.record import Section
-from .plots import DASHED, INK, WIDTH, Drawing, Style, name_of
+from .plots import DASHED, INK, Drawing, Style, axes, name_of
 
 __all__ = ["losses", "lsp", "validation"]
 
@@ -30,9 +29,9 @@ class Curve:
 
     row: Students
     epochs: list[int]
-    middle: list[float]
-    low: list[float]
-    high: list[float]
+    low: Sequence[float]
+    middle: Sequence[float]
+    high: Sequence[float]
 
 
 def validation(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing | None:
@@ -40,8 +39,7 @@ def validation(section: Section[DistillRecord], styles: dict[str, Style]) -> Dra
     if not curves:
         return None
     height = max(3.2, 0.2 * (len(curves) + 1) + 0.8)
-    figure = Figure(figsize=(WIDTH, height))
-    ax = figure.subplots()
+    figure, [ax] = axes(height)
     ends = _plot(ax, curves, styles)
     # The rise would take most of the axis, which is for the second half of training.
     shown = [
@@ -54,17 +52,14 @@ def validation(section: Section[DistillRecord], styles: dict[str, Style]) -> Dra
     style: Style = {"color": INK, "linestyle": DASHED}
     last = max(c.epochs[-1] for c in curves)
     for reference in teachers(section):
-        scores = [network.val for network in networks(reference)]
+        scores = [network.val for network in reference.records]
         for score in scores:
             ax.axhline(score, linewidth=1, **style)
         shown += scores
         ends.append((reference.label, style, last, scores[0]))
     reach = max(shown) - min(shown) or 1.0
     bottom = min(shown) - 0.3 * reach
-    ax.set_ylim(bottom, max(shown) + 0.05 * reach)
-    ax.set_xlim(0, None)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("validation score (%)")
+    ax.set(xlabel="epoch", ylabel="validation score (%)", xlim=(0, None), ylim=(bottom, max(shown) + 0.05 * reach))
     _label(ax, ends, height - 0.6)
     caption = _bands(section.done) + " Dashed: the teacher at its selected epoch."
     if any(len({record.student.epochs for record in row.records}) > 1 for row in section.done):
@@ -85,15 +80,13 @@ def losses(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing
         return None
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(WIDTH, 1.9 * lines + 0.5))
-    axes = figure.subplots(lines, columns, squeeze=False)
-    for ax, (name, curves) in zip(axes.flat, panels.items(), strict=False):
+    figure, places = axes(1.9 * lines + 0.5, lines, columns)
+    for ax, (name, curves) in zip(places, panels.items(), strict=False):
         _plot(ax, curves, styles, log=True)
-        ax.set_title(name)
-        ax.set_xlabel("epoch")
-    for ax in axes.flat[len(panels) :]:
+        ax.set(title=name, xlabel="epoch")
+    for ax in places[len(panels) :]:
         ax.set_visible(False)
-    for ax in axes[:, 0]:
+    for ax in places[::columns]:
         ax.set_ylabel("loss")
     figure.align_ylabels()
     handles = [Line2D([], [], label=name_of(row.label), **styles[row.label]) for row in section.done]
@@ -116,14 +109,13 @@ def lsp(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing | 
     if not layers:
         return None
     height = 1.9 if len(layers) > 1 else 2.6
-    figure = Figure(figsize=(WIDTH, height * len(layers)))
-    axes = figure.subplots(len(layers), 1, squeeze=False, sharex=True)[:, 0]
-    for ax, ((student, teacher, name), curves) in zip(axes, layers.items(), strict=True):
+    figure, panels = axes(height * len(layers), len(layers), sharex=True)
+    for ax, ((student, teacher, name), curves) in zip(panels, layers.items(), strict=True):
         ends = _plot(ax, curves, styles, log=True)
-        ax.set_title(f"student {student}, teacher {teacher}" + ("" if name == "lsp" else f" ({name})"))
-        ax.set_ylabel("LSP loss")
+        title = f"student {student}, teacher {teacher}" + ("" if name == "lsp" else f" ({name})")
+        ax.set(title=title, ylabel="LSP loss")
         _label(ax, ends, height - 0.6)
-    axes[-1].set_xlabel("epoch")
+    panels[-1].set_xlabel("epoch")
     figure.align_ylabels()
     caption = (
         f"{_bands([c.row for curves in layers.values() for c in curves])} Divergence of the student's "
@@ -147,9 +139,8 @@ def _curves(rows: list[Students], value: Value) -> list[Curve]:
         ]
         series = [s for s in series if s]
         if epochs := sorted(set.intersection(*map(set, series))) if series else []:
-            columns = [[s[epoch] for s in series] for epoch in epochs]
-            low, middle, high = zip(*(_quartiles(c) for c in columns), strict=True)
-            out.append(Curve(row, epochs, list(middle), list(low), list(high)))
+            low, middle, high = zip(*(_quartiles([s[epoch] for s in series]) for epoch in epochs), strict=True)
+            out.append(Curve(row, epochs, low, middle, high))
     return out
 
 

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 
 import matplotlib
-from matplotlib.figure import Figure
 
 from ..distill.record import DistillRecord, Network, ShapePicture
-from ..distill.tables import Students, costs, networks, ratio, teachers
+from ..distill.tables import Students, costs, ratio, teachers
 from ..lab.record import Section
 from ..lab.table import short
 from . import curves
-from .plots import DASHED, GREY, INK, PALETTE, WIDTH, Drawing, Style, name_of
+from .plots import DASHED, GREY, INK, RING, WIDTH, Drawing, Style, axes, name_of
 
 __all__ = ["pictures"]
 
@@ -35,8 +34,7 @@ def pictures(section: Section[DistillRecord], styles: dict[str, Style]) -> Itera
 
 def _scores(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing:
     rows = section.done
-    figure = Figure(figsize=(WIDTH, 0.34 * len(rows) + 1.0))
-    ax = figure.subplots()
+    figure, [ax] = axes(0.34 * len(rows) + 1.0)
     ends = []
     for y, row in enumerate(rows):
         color, estimate, values = styles[row.label]["color"], row.test, [record.test for record in row.records]
@@ -51,7 +49,7 @@ def _scores(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawin
     low, high = min(ends), max(ends)
     beyond = []
     for reference in teachers(section):
-        for network in networks(reference):
+        for network in reference.records:
             if not low - reach <= network.test <= high + reach:
                 beyond.append(f"{reference.label} {network.test:.2f} %")
                 continue
@@ -67,13 +65,12 @@ def _scores(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawin
                 va="bottom",
                 fontsize=8,
             )
+    ax.set(xlabel="test score (%)", ylim=(len(rows) - 0.5, -0.5))
     ax.set_xlim(min(ends) - 0.05 * reach, max(ends) + 0.05 * reach)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [name_of(row.label) for row in rows], fontsize=9)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     ax.spines["left"].set_visible(False)
-    ax.set_xlabel("test score (%)")
     caption = "Diamonds: mean, with the 95 % interval (Student's t over seeds); discs: the seeds."
     if beyond:
         caption += f" Beyond the axis: {', '.join(beyond)}."
@@ -106,18 +103,16 @@ def _features(section: Section[DistillRecord], styles: dict[str, Style]) -> Draw
     colors = matplotlib.colors.ListedColormap(matplotlib.colormaps["viridis"](range(0, 240)))  # without the palest
     side = WIDTH / 3
     tall = (max(y) - min(y)) / (max(x) - min(x) or 1.0)
-    figure = Figure(figsize=(side * len(panels), side * min(max(tall, 0.5), 1.3) + 0.95))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    ring: Style = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": PALETTE[1], "markeredgewidth": 1.8}
-    for ax, (title, distances, layer) in zip(axes, panels, strict=True):
-        columns = ([column[i] for i in order] for column in (x, y, distances))
-        across, up, shade = columns
+    height = side * min(max(tall, 0.5), 1.3) + 0.95
+    figure, clouds = axes(height, columns=len(panels), width=side * len(panels))
+    for ax, (title, distances, layer) in zip(clouds, panels, strict=True):
+        across, up, shade = ([column[i] for i in order] for column in (x, y, distances))
         scattered = ax.scatter(across, up, c=shade, cmap=colors, vmin=0, vmax=1, s=sizes, linewidths=0, rasterized=True)
-        ax.plot([x[shape.at]], [y[shape.at]], "o", **ring)
+        ax.plot([x[shape.at]], [y[shape.at]], "o", **RING)
         ax.set_aspect("equal")
         ax.set_axis_off()
         ax.set_title(f"{title}\n{layer}".strip(), loc="center")
-    bar = figure.colorbar(scattered, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
+    bar = figure.colorbar(scattered, ax=clouds, location="bottom", shrink=0.5, aspect=40, pad=0.02)
     bar.set_label("feature distance to the ringed point (1: the farthest)")
     bar.outline.set_visible(False)
     who = " and ".join(f"{row.label} (seed {seed})" for row, _, seed in students)
@@ -169,15 +164,14 @@ def _view(points: list[list[float]]) -> tuple[float, float]:
 
 def _cost(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing | None:
     references = teachers(section)
-    bars = [(row.label, INK, networks(row)) for row in references] + _sizes(section, styles)
+    bars = [(row.label, INK, row.records) for row in references] + _sizes(section, styles)
     quantities = [
         (name, values) for name, key in COSTS.items() if any(values := [costs(found, key) for _, _, found in bars])
     ]
     if not quantities:
         return None
-    figure = Figure(figsize=(WIDTH, 0.36 * len(bars) + 0.75))
-    axes = figure.subplots(1, len(quantities), squeeze=False, sharey=True)[0]
-    for ax, (name, values) in zip(axes, quantities, strict=True):
+    figure, panels = axes(0.36 * len(bars) + 0.75, columns=len(quantities), sharey=True)
+    for ax, (name, values) in zip(panels, quantities, strict=True):
         for y, ((_, color, _), value) in enumerate(zip(bars, values, strict=True)):
             if value is None:
                 ax.text(0, y, " not measured", va="center", fontsize=8)
@@ -187,14 +181,12 @@ def _cost(section: Section[DistillRecord], styles: dict[str, Style]) -> Drawing 
             if len(references) == 1 and y > 0 and values[0] and value > 0:
                 text += f" ({ratio(values[0] / value)})"
             ax.text(value, y, text, va="center", fontsize=8)
-        ax.set_xlim(0, 1.75 * max(v for v in values if v is not None))
-        ax.set_title(name)
-        ax.set_xticks([])
+        ax.set(title=name, xlim=(0, 1.75 * max(v for v in values if v is not None)), xticks=[])
         ax.grid(False)
         ax.spines["bottom"].set_visible(False)
         ax.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=9)
         ax.tick_params(axis="y", length=0)
-    axes[0].set_ylim(len(bars) - 0.5, -0.5)
+    panels[0].set_ylim(len(bars) - 0.5, -0.5)
     threads = sorted({n.cost.threads for _, _, found in bars for n in found if n.cost and n.cost.threads})
     caption = (
         "Over one batch of the test part; medians over runs"
@@ -218,5 +210,5 @@ def _sizes(section: Section[DistillRecord], styles: dict[str, Style]) -> list[tu
         if len(sizes) > 1 and len(rows) > 1:
             label += f"\nand {len(rows) - 1} more row{'s' if len(rows) > 2 else ''}"
         color = styles[rows[0].label]["color"] if len(rows) == 1 else GREY
-        out.append((label, color, [network for row in rows for network in networks(row)]))
+        out.append((label, color, [record.student for row in rows for record in row.records]))
     return out
