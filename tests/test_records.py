@@ -16,7 +16,8 @@ from fastkd.distill.record import DistillRecord
 from fastkd.lab import cells as cells_module
 from fastkd.lab import record as records
 from fastkd.lab.cells import Cells, experiments
-from fastkd.lab.record import DamagedError, Record, Row, Scores, Section, UnknownSchemaError
+from fastkd.lab.record import DamagedError, Record, Scores, UnknownSchemaError
+from fastkd.lab.rows import Row, Section
 from fastkd.lab.settings import ConfigError
 from fastkd.lab.table import Column, Table, short
 from fastkd.runtime.checkpoint import CheckpointError, alone
@@ -134,6 +135,15 @@ def test_another_version():
         UnknownSchemaError, match=r"a\.json is a record of schema 2, and this version of fastkd knows 1"
     ):
         Record.parse({**record(80.0, 0, {}), "schema": 2}, "a.json")
+
+
+def test_another_version_is_refused_every_time(tmp_path):
+    file = tmp_path / "cora.jsonl"
+    file.write_text("".join(json.dumps({"row": "a", **record(80.0, k, {}), "schema": k + 1}) + "\n" for k in range(2)))
+    cells = Cells(tmp_path, "cora")
+    for _ in range(2):
+        with pytest.raises(UnknownSchemaError, match=r"cora\.jsonl, line 2, is a record of schema 2"):
+            cells.rows()
 
 
 # --- the file of an experiment -----------------------------------------------------------------------

@@ -20,8 +20,8 @@ from fastkd._text import slug
 from fastkd.compress.record import CompressRecord
 from fastkd.distill.tables import summary
 from fastkd.lab.cells import Cells
-from fastkd.lab.estimate import Estimate
 from fastkd.lab.record import Record
+from fastkd.lab.rows import Estimate
 from fastkd.report import records
 
 TESTS = {"student-alone": [90.1, 90.4, 89.7], "lsp": [92.0, 92.3, 91.9], "kd + lsp": [91.25]}
@@ -480,3 +480,11 @@ assert not [m for m in sys.modules if m.startswith(("fastkd.distill", "fastkd.co
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_records_of_two_studies_without_a_plan(tmp_path):
+    cells = Cells(tmp_path / "cells", "mixed")
+    for row, content in {"kd": record(80.0, 0, {}), "small": compressed()}.items():
+        cells.append(row, Record.parse(content))
+    assert "mixed: its records are of two studies; those of the second are left out." in records.read(tmp_path).notices
+    assert rows_of(fastkd.report.write(tmp_path).read_text())["small"][0] == "not yet run"

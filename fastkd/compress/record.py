@@ -171,6 +171,11 @@ class CompressRecord(Record):
         stages = self.compact.stages
         return stages.get("recalibrated") or stages["masked"]
 
+    def of_full(self) -> CompressRecord:
+        """As if nothing had come of the search: the full network in the place of the smaller one."""
+        full = {**dict(self.dense), "stages": {"masked": self.dense}, "history": []}
+        return self.model_copy(update={"compact": Small.model_construct(**full)})
+
     def left(self, cost: str) -> float:
         """What is left of parameters, macs or bytes."""
         return float(getattr(self.compact, cost) / getattr(self.dense, cost))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 
 from .._text import joined, plural
 from ..evolve import hypervolume
-from ..lab.estimate import Estimate
-from ..lab.record import Row, Scores, Section
+from ..lab.record import Scores
+from ..lab.rows import Row, Section
 from ..lab.table import Cell, Column, Table, short
-from .record import BATCHES, CompressRecord, Full, Search, Small
+from .record import BATCHES, CompressRecord, Full, Search
 
 __all__ = ["INTRODUCTION", "Method", "before_and_after", "overview", "report", "results", "score", "summary"]
 
@@ -52,23 +52,11 @@ def score(section: Section[CompressRecord]) -> str:
 
 def _with_full(section: Section[CompressRecord]) -> list[Method]:
     """Before the rows, the reference: each seed's full network, once."""
-    found = {record.seed: record for record in section.records}.values()
-    return [*([Row("full network", list(found), reference=True)] if found else []), *section.rows]
+    found = {record.seed: record.of_full() for record in section.records}
+    return [*([Row("full network", list(found.values()), reference=True)] if found else []), *section.rows]
 
 
 # --- methods ---------------------------------------------------------------------------------------
-
-
-def _networks(row: Method) -> Sequence[Full | Small]:
-    return [record.dense if row.reference else record.compact for record in row.records]
-
-
-def _score(part: str) -> Callable[[Method], Cell]:
-    return lambda row: str(Estimate.of([getattr(network, part) for network in _networks(row)]))
-
-
-def _times(values: Iterable[float], digits: int = 2) -> str:
-    return f"{statistics.mean(values):.{digits}f}x"
 
 
 def _both(text: Callable[[str], str]) -> str:
@@ -76,9 +64,12 @@ def _both(text: Callable[[str], str]) -> str:
     return " / ".join(map(text, BATCHES))
 
 
-def _faster(row: Method, digits: int = 2) -> str:
-    pairs = list(zip(row.records, _networks(row), strict=True))
-    return _both(lambda b: _times((r.dense.latency_ms[b] / small.latency_ms[b] for r, small in pairs), digits))
+def _faster(row: Method, batch: str, digits: int = 2) -> str:
+    return f"{row.mean(lambda record: record.faster(batch)):.{digits}f}x"
+
+
+def _less(row: Method, cost: str) -> str:
+    return f"{row.mean(lambda record: 1 / record.left(cost)):.2f}x"
 
 
 def _column(
@@ -90,27 +81,23 @@ def _column(
 
 def _left(cost: str) -> Callable[[Method], Cell]:
     """Percent of the full network's."""
-    return lambda row: f"{statistics.mean(100 * record.left(cost) for record in row.records):.1f}"
+    return lambda row: f"{row.mean(lambda record: 100 * record.left(cost)):.1f}"
 
 
 LABEL: Column[CompressRecord] = Column("", lambda row: row.label, always=True)
-VAL = Column("validation, %", _score("val"))
+TEST: Column[CompressRecord] = Column("test", lambda row: str(row.test), missing="not yet run")
+UNTRAINED = replace(TEST, cell=lambda row: str(row.estimate(lambda record: record.untrained.test)))
+VAL: Column[CompressRecord] = Column("validation, %", lambda row: str(row.val))
 PARAMETERS = _column("parameters, %", _left("parameters"), lambda full: f"{full.parameters:,}")
-FASTER = _column("faster", _faster)
-EVALUATIONS = _column(
-    "evaluations", lambda row: f"{statistics.mean(record.search.evaluations for record in row.records):,.0f}"
-)
+FASTER = _column("faster", lambda row: _both(lambda batch: _faster(row, batch)))
+EVALUATIONS = _column("evaluations", lambda row: f"{row.mean(lambda record: record.search.evaluations):,.0f}")
 
 
 def _scores(section: Section[CompressRecord], before: str, after: str, alone: str) -> list[Column[CompressRecord]]:
     """Before and after fine-tuning; alone, if no network was fine-tuned."""
     if not any("finetuned" in record.compact.stages for record in section.records):
-        return [Column(alone, _score("test"), missing="not yet run")]
-
-    def untrained(row: Method) -> Cell:
-        return str(row.estimate(lambda record: record.dense.test if row.reference else record.untrained.test))
-
-    return [Column(before, untrained, missing="not yet run"), Column(after, _score("test"))]
+        return [replace(TEST, heading=alone)]
+    return [replace(UNTRAINED, heading=before), replace(TEST, heading=after)]
 
 
 def results(section: Section[CompressRecord]) -> Table:
@@ -127,7 +114,7 @@ def results(section: Section[CompressRecord]) -> Table:
         PARAMETERS,
         FASTER,
         EVALUATIONS,
-        _column("search, s", lambda row: f"{statistics.mean(record.search.seconds for record in row.records):.0f}"),
+        _column("search, s", lambda row: f"{row.mean(lambda record: record.search.seconds):.0f}"),
     ]
     if any(record.search.algorithm.startswith("nsga2") for record in records):
         columns.append(_column("hypervolume", lambda row: str(row.estimate(lambda record: _volume(record.search)))))
@@ -138,10 +125,10 @@ def overview(section: Section[CompressRecord]) -> Table:
     """For the terminal."""
     columns: list[Column[CompressRecord]] = [
         replace(LABEL, heading="network"),
-        Column("parameters", lambda row: f"{statistics.mean(network.parameters for network in _networks(row)):,.0f}"),
-        Column("test accuracy, %", _score("test"), missing="not run"),
-        Column("MACs, M", lambda row: f"{statistics.mean(network.macs for network in _networks(row)) / 1e6:.2f}"),
-        Column("faster", lambda row: _faster(row, 1)),
+        Column("parameters", lambda row: f"{row.mean(lambda record: record.compact.parameters):,.0f}"),
+        replace(TEST, heading="test accuracy, %", missing="not run"),
+        Column("MACs, M", lambda row: f"{row.mean(lambda record: record.compact.macs) / 1e6:.2f}"),
+        Column("faster", lambda row: _both(lambda batch: _faster(row, batch, 1))),
     ]
     return Table.of(columns, _with_full(section), title=section.title)
 
@@ -159,7 +146,7 @@ def report(section: Section[CompressRecord]) -> Table:
         _column("MACs, %", _left("macs"), lambda full: f"{full.macs / 1e6:,.2f} M"),
         replace(FASTER, heading="faster, 1 / 64 images"),
         EVALUATIONS,
-        _column("search, s", lambda row: short(statistics.mean(record.search.seconds for record in row.records))),
+        _column("search, s", lambda row: short(row.mean(lambda record: record.search.seconds))),
     ]
     return Table.of(columns, _with_full(section), section.best.label, note=METHODS_NOTE)
 
@@ -244,9 +231,10 @@ def _stages(method: Method) -> Table:
     rows = _stage_rows(records, names, counted=False)
     last = list(records[0].compact.stages)[-1]
     table = Table.of(columns, rows, best=names.get(last, last), note=STAGES_NOTE)
-    fewer = [_times(1 / record.left(cost) for record in records) for cost in ("parameters", "macs", "bytes")]
-    less = _both(lambda b: _times(r.dense.peak_memory_mb[b] / r.compact.peak_memory_mb[b] for r in records))
-    table.lines.append(("", ["less, or faster", "", "", *fewer, _faster(method), less]))
+    fewer = [_less(method, cost) for cost in ("parameters", "macs", "bytes")]
+    faster = _both(lambda batch: _faster(method, batch))
+    memory = _both(lambda b: f"{method.mean(lambda r: r.dense.peak_memory_mb[b] / r.compact.peak_memory_mb[b]):.2f}x")
+    table.lines.append(("", ["less, or faster", "", "", *fewer, faster, memory]))
     return table
 
 
@@ -274,20 +262,18 @@ def summary(section: Section[CompressRecord]) -> str:
     rows, first, best = section.done, section.records[0], section.best
     size = f"{first.dense.parameters:,} parameters and {first.dense.macs / 1e6:,.2f} M multiply-adds per image."
     if first.score == "accuracy":
-        dense = statistics.mean({record.seed: record.dense.test for record in section.records}.values())
-        out = [f"The full network reaches {dense:.2f} % on the test part with {size}"]
+        full = _with_full(section)[0]
+        out = [f"The full network reaches {full.test.mean:.2f} % on the test part with {size}"]
     else:
         out = [
             "Scores are the share of images for which the smaller network's class is the full network's, which "
             f"has {size}"
         ]
-    of = best.records
     what = f"Best of {len(rows)} methods is {best.label}, with" if len(rows) > 1 else "The smaller one reaches"
-    fewer, less = (_times(1 / record.left(cost) for record in of) for cost in ("parameters", "macs"))
-    one, many = (_times(record.faster(batch) for record in of) for batch in BATCHES)
     out.append(
-        f"{what} {best.test} % ({best.sample}), with {fewer} fewer parameters and {less} fewer multiply-adds; it is "
-        f"{one} faster for one image and {many} for 64."
+        f"{what} {best.test} % ({best.sample}), with {_less(best, 'parameters')} fewer parameters and "
+        f"{_less(best, 'macs')} fewer multiply-adds; it is {_faster(best, '1')} faster for one image and "
+        f"{_faster(best, '64')} for 64."
     )
     if len(rows) > 1:
         others = [row for row in rows if row is not best]

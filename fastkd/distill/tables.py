@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from .._text import joined
-from ..lab.record import Row, Section
+from ..lab.rows import Row, Section
 from ..lab.table import Column, Table, short
 from .record import Cost, DistillRecord, Network
 
@@ -89,7 +89,7 @@ def _score(part: str) -> Callable[[Networks], str]:
 
 
 def _seconds(row: Networks) -> float:
-    return statistics.mean(network.seconds for network in row.records)
+    return row.mean(lambda network: network.seconds)
 
 
 def _peak(row: Networks) -> float | None:

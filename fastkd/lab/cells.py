@@ -59,7 +59,7 @@ class Cells:
         self._notices: list[str] = []
         self._names: dict[str, str] = {}
         self._found: dict[Key, Record] = {}
-        self._stamp: tuple[int, ...] | None = None  # never read
+        self._stamp: tuple[int, ...] | None = None  # of the file when it was read last
 
     @property
     def notices(self) -> list[str]:
@@ -132,10 +132,11 @@ class Cells:
         stat = self.file.stat() if self.file.exists() else None
         stamp = () if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if stamp != self._stamp:
-            known, self._stamp = self._notices, stamp
+            known = self._notices
             self._found, self._names, self._notices = {}, {}, []
             self._read_older()
             self._read_lines()
+            self._stamp = stamp  # not before: a record of another version is refused every time
             for notice in self._notices:
                 if notice not in known:
                     warnings.warn(notice, stacklevel=4)

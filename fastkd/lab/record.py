@@ -1,4 +1,4 @@
-"""Records of runs: what was run, on what, and what it reached; read, checked, and gathered in rows and sections.
+"""Records of runs: what was run, on what, and what it reached; read, and checked.
 
 A run writes its record in full, as ``result.json``. A study adds its own type, a subclass of :class:`Record`, which is
 found by the record's kind.
@@ -10,29 +10,23 @@ import json
 import math
 import reprlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
-from .estimate import Estimate
 
 __all__ = [
     "LOOKS",
     "DamagedError",
     "Part",
     "Record",
-    "Row",
     "Scores",
-    "Section",
     "UnknownSchemaError",
     "columns",
     "decode",
     "looks",
     "read",
-    "rounded",
 ]
 
 SCHEMA = 1
@@ -251,69 +245,3 @@ def rounded(value: Any) -> Any:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
-
-
-# --- rows and sections ---------------------------------------------------------------------------
-
-R = TypeVar("R", bound=Record | Scores)
-
-
-@dataclass
-class Row(Generic[R]):
-    """The records of one configuration, or their networks, by seed."""
-
-    label: str
-    records: list[R]
-    planned: int | None = None
-    """Seeds of the plan, if there is one."""
-    reference: bool = False
-    """What the others are compared with: teachers, full networks."""
-
-    @property
-    def test(self) -> Estimate:
-        return self.estimate(lambda record: record.test)
-
-    @property
-    def val(self) -> Estimate:
-        return self.estimate(lambda record: record.val)
-
-    def estimate(self, value: Callable[[R], float]) -> Estimate:
-        return Estimate.of([value(record) for record in self.records])
-
-    def seeds(self, always: bool = False) -> str:
-        """How many there are, and of how many.
-
-        Args:
-            always: also say of how many where all are there.
-        """
-        n, planned = len(self.records), self.planned
-        return str(n) if planned is None or (n >= planned and not always) else f"{n} of {max(n, planned)}"
-
-    @property
-    def sample(self) -> str:
-        """What its scores are, in words."""
-        n = len(self.records)
-        return "a single seed" if n == 1 else f"mean and 95 % interval of {n} seeds"
-
-
-@dataclass
-class Section(Generic[R]):
-    """Rows that can be compared: of one experiment, or of one data set and reference."""
-
-    name: str
-    title: str
-    rows: list[Row[R]]
-    note: str = ""
-
-    @property
-    def done(self) -> list[Row[R]]:
-        return [row for row in self.rows if row.records]
-
-    @property
-    def records(self) -> list[R]:
-        return [record for row in self.rows for record in row.records]
-
-    @property
-    def best(self) -> Row[R]:
-        """By the mean test score."""
-        return max(self.done, key=lambda row: row.test.mean)

@@ -10,7 +10,7 @@ from typing import Any, Generic
 from rich import table as rich
 from rich.text import Text
 
-from .record import R, Row
+from .rows import R, Row
 
 __all__ = ["Cell", "Column", "Table", "short"]
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..compress.record import CONTROLS, CompressRecord, Search
 from ..compress.tables import Method, score
-from ..lab.record import Section
+from ..lab.rows import Section
 from .plots import DASHED, GREY, INK, PALETTE, RING, Drawing, Style, axes
 
 __all__ = ["pictures"]

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..distill.record import DistillRecord, Look, is_lsp
 from ..distill.tables import Students, teachers
-from ..lab.record import Section
+from ..lab.rows import Section
 from .plots import DASHED, INK, Drawing, Style, axes, name_of
 
 __all__ = ["losses", "lsp", "validation"]

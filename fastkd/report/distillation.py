@@ -9,7 +9,7 @@ import matplotlib
 
 from ..distill.record import DistillRecord, Network, ShapePicture
 from ..distill.tables import Students, costs, ratio, teachers
-from ..lab.record import Section
+from ..lab.rows import Section
 from ..lab.table import short
 from . import curves
 from .plots import DASHED, GREY, INK, RING, WIDTH, Drawing, Style, axes, name_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..lab.record import Section
+from ..lab.rows import Section
 from .plots import Drawing
 from .records import Saved
 from .studies import study_of

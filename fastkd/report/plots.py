@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot nothing but Agg and SVG is ever used
 
-from ..lab.record import Section
+from ..lab.rows import Section
 
 __all__ = [
     "DASHED",

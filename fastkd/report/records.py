@@ -15,7 +15,8 @@ from .._text import slug
 from ..lab import record as lab
 from ..lab import settings
 from ..lab.cells import Cells, experiments, left_out
-from ..lab.record import DamagedError, Record, Row, Section
+from ..lab.record import DamagedError, Record
+from ..lab.rows import Row, Section
 
 __all__ = ["Saved", "read"]
 

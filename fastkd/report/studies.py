@@ -9,7 +9,8 @@ from ..compress import tables as of_compression
 from ..compress.record import CompressRecord
 from ..distill import tables as of_distillation
 from ..distill.record import DistillRecord
-from ..lab.record import Record, Section
+from ..lab.record import Record
+from ..lab.rows import Section
 from ..lab.table import Table
 from . import compression, distillation
 from .plots import Drawing, Style
