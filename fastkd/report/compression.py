@@ -86,7 +86,7 @@ def _front(search: Search, whose: str) -> Drawing:
         points = sorted(zip(costs, qualities, strict=True))
         ax.plot([100 * c / full for c, _ in points], [scale * q for _, q in points], label=label, **style)
 
-    ax.scatter(cost, quality, s=9, color=BLUE, alpha=0.45, linewidths=0, label="individuals", gid="individuals")
+    ax.scatter(cost, quality, s=9, color=BLUE, alpha=0.45, linewidths=0, label="individuals", gid="points")
     line(search.front.cost, search.front.quality, "front", color=BLUE, linewidth=1.2)
     if tested := search.front.test:  # older records have none
         line(search.front.cost, tested, "front, on test images", color=BLUE, linewidth=1, linestyle=(0, (3, 2)))
@@ -108,7 +108,7 @@ def _front(search: Search, whose: str) -> Drawing:
         f"{name}: {search.quality} {q:.4g}{' %' if search.share else ''}, {c:.1f} % of the {_cost(search)}"
         for name, q, c in zip(ids, quality, cost, strict=True)
     ]
-    return Drawing("front", "What the search looked at", figure, caption, {"individuals": texts})
+    return Drawing("front", "What the search looked at", figure, caption, texts)
 
 
 def _convergence(search: Search, whose: str) -> Drawing:

@@ -81,8 +81,8 @@ class Drawing:
     title: str
     figure: Figure
     caption: str
-    texts: dict[str, list[str]] = field(default_factory=dict)
-    """By the gid of a collection, what is said over its points."""
+    texts: list[str] = field(default_factory=list)
+    """What is said over the points of the collection whose gid is "points"."""
     on_paper: bool = False
     """Its colours are for a white ground, in dark mode too."""
 
@@ -101,8 +101,8 @@ class Drawing:
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
         text = re.sub(r' id="(?:figure|axes|axis|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
-        for gid, titles in self.texts.items():
-            text = _titled(text, gid, iter(titles))
+        if self.texts:
+            text = _titled(text, iter(self.texts))
         head, body = text.split(">", 1)
         box = re.search(r'viewBox="[^"]+"', head)
         assert box is not None
@@ -143,11 +143,11 @@ def name_of(label: str) -> str:
     return (label if len(label) <= 28 else f"{label[:17]}…{label[-10:]}").replace("$", r"\$")
 
 
-def _titled(text: str, gid: str, titles: Iterator[str]) -> str:
-    """Every point of the group gets a title, which a browser shows when it is hovered over."""
-    start = text.index(f'<g id="{gid}">')
+def _titled(text: str, titles: Iterator[str]) -> str:
+    """Every point of the collection gets a title, which a browser shows when it is hovered over."""
+    start = text.index('<g id="points">')
     end = text.index("</g>\n   </g>", start) if "</g>\n   </g>" in text[start:] else text.index("</g>", start)
     points = re.sub(
         r"(<use [^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(titles))}</title></use>", text[start:end]
     )
-    return text[:start] + points.replace(f' id="{gid}"', "") + text[end:]
+    return text[:start] + points.replace(' id="points"', "") + text[end:]
