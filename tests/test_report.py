@@ -348,6 +348,7 @@ def test_methods_of_a_plan(tmp_path):
     assert rows["ECS"][4:] == ["25.0", "25.0", "4.00x / 4.00x", "40", "12.5"]
     assert rows["uniform L1"][3] == "2 of 3" and rows["uniform L1"][-2] == "1"
     assert rows["Torch-Pruning"][0] == "not yet run" and rows["Torch-Pruning"][3] == "0 of 3"
+    assert rows["Torch-Pruning"] == ["not yet run", "", "", "0 of 3", "", "", "", "", ""]
     assert rows["full network"][:2] == ["94.25 ± 2.48"] * 2
     assert re.findall(r'<tr class="best"><td>(.*?)</td>', text)[0] == "uniform L1"
     assert "Best of 3 methods is uniform L1, with 91.15" in text and "It overlaps with ECS" in text

@@ -97,7 +97,7 @@ def _scores(section: Section[CompressRecord], before: str, after: str, alone: st
     """Before and after fine-tuning; alone, if no network was fine-tuned."""
     if not any("finetuned" in record.compact.stages for record in section.records):
         return [replace(TEST, heading=alone)]
-    return [replace(UNTRAINED, heading=before), replace(TEST, heading=after)]
+    return [replace(UNTRAINED, heading=before), replace(TEST, heading=after, missing=None)]
 
 
 def results(section: Section[CompressRecord]) -> Table:
