@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from ..lab import record
-from ..lab.record import Json, Part, Record
+from ..lab.record import LOOKS, Json, Part, Record, Scores, columns, rounded
 
-__all__ = ["BATCHES", "Columns", "CompressRecord", "Costs", "Generation", "Layer", "Scores", "Search"]
+__all__ = ["BATCHES", "Columns", "CompressRecord", "Costs", "Generation", "Layer", "Search"]
 
 BATCHES = ("1", "64")
 """Images of a forward pass that is measured."""
@@ -25,13 +24,6 @@ def _of_both(value: dict[str, float]) -> dict[str, float]:
 
 
 PerBatch = Annotated[dict[str, float], AfterValidator(_of_both)]
-
-
-class Scores(Part):
-    """In percent, by part."""
-
-    test: float
-    val: float
 
 
 class Costs(Part):
@@ -60,12 +52,7 @@ class Small(Scores, Costs):
 
     stages: dict[str, Scores]
     """masked, recalibrated, finetuned: those that there were, in this order."""
-    history: list[Epoch]
-
-    @field_validator("history", mode="before")
-    @classmethod
-    def _looks(cls, value: Any) -> Any:
-        return record.looks(value)
+    history: Annotated[list[Epoch], LOOKS]
 
 
 class Int8(Scores):
@@ -93,8 +80,8 @@ class Columns(Part):
 
     @model_validator(mode="after")
     def _equal(self) -> Columns:
-        given = {len(column) for column in (self.id, self.quality, self.cost, self.test) if column is not None}
-        if len(given) != 1:
+        lengths = {len(column) for column in (self.id, self.quality, self.cost, self.test) if column is not None}
+        if len(lengths) != 1:
             raise ValueError("columns of different lengths")
         return self
 
@@ -122,16 +109,11 @@ class Search(Part):
     chosen: str
     """Id of the individual that was taken."""
     mask: str
-    history: list[Generation]
+    history: Annotated[list[Generation], LOOKS]
     individuals: Columns
     front: Columns
     l1: Columns
     """Uniform L1 at several densities."""
-
-    @field_validator("history", mode="before")
-    @classmethod
-    def _looks(cls, value: Any) -> Any:
-        return record.looks(value)
 
     @property
     def share(self) -> bool:
@@ -168,8 +150,7 @@ class CompressRecord(Record):
 
     @property
     def label(self) -> str:
-        name = self.config["algorithm"]["name"]
-        return str(name)
+        return str(self.config["algorithm"]["name"])
 
     @property
     def title(self) -> str:
@@ -181,18 +162,19 @@ class CompressRecord(Record):
         return self.search.algorithm == "l1"
 
     @property
-    def test(self) -> float:
-        return self.compact.test
-
-    @property
-    def val(self) -> float:
-        return self.compact.val
+    def network(self) -> Small:
+        return self.compact
 
     @property
     def untrained(self) -> Scores:
         """Of what the search found, before any training."""
         stages = self.compact.stages
         return stages.get("recalibrated") or stages["masked"]
+
+    def of_full(self) -> CompressRecord:
+        """As if nothing had come of the search: the full network in the place of the smaller one."""
+        full = {**dict(self.dense), "stages": {"masked": self.dense}, "history": []}
+        return self.model_copy(update={"compact": Small.model_construct(**full)})
 
     def left(self, cost: str) -> float:
         """What is left of parameters, macs or bytes."""
@@ -208,11 +190,9 @@ class CompressRecord(Record):
         dense, compact, search = out["dense"], out["compact"], out["search"]
         of_search = ("generation", "best", "mean", "diversity", "hypervolume", "mask")
         out["dense"] = {key: value for key, value in dense.items() if key != "history"}
-        out["compact"] = {**compact, "history": record.columns(compact["history"], ("epoch", "loss", "val"))}
-        out["search"] = {**search, "history": record.columns(search["history"], of_search)}
+        out["compact"] = {**compact, "history": columns(compact["history"], ("epoch", "loss", "val"))}
+        out["search"] = {**search, "history": columns(search["history"], of_search)}
         for name in ("individuals", "front", "l1"):
-            keys = ("id", "density", "quality", "cost", "test") if name != "front" else ("quality", "cost", "test")
-            out["search"][name] = {
-                key: [record.rounded(value) for value in search[name][key]] for key in keys if key in search[name]
-            }
+            keys = ("quality", "cost", "test") if name == "front" else ("id", "density", "quality", "cost", "test")
+            out["search"][name] = {key: list(map(rounded, search[name][key])) for key in keys if key in search[name]}
         return out

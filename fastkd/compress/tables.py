@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from .._text import joined, plural
 from ..evolve import hypervolume
-from ..lab.estimate import Estimate
-from ..lab.record import Row, Section
+from ..lab.record import Scores
+from ..lab.rows import Row, Section
 from ..lab.table import Cell, Column, Table, short
-from .record import BATCHES, CompressRecord, Costs, Full, Int8, Scores, Search, Small
+from .record import BATCHES, CompressRecord, Full, Search
 
 __all__ = ["INTRODUCTION", "Method", "before_and_after", "overview", "report", "results", "score", "summary"]
 
@@ -49,123 +50,111 @@ def score(section: Section[CompressRecord]) -> str:
     return "agreement with the full network" if section.records[0].score == "agreement" else "test accuracy"
 
 
-def _full_network(section: Section[CompressRecord]) -> list[Method]:
-    """The reference: each seed's full network, once."""
-    found = {record.seed: record for record in section.records}.values()
-    return [Row("full network", list(found), reference=True)] if found else []
+def _with_full(section: Section[CompressRecord]) -> list[Method]:
+    """Before the rows, the reference: each seed's full network, once."""
+    found = {record.seed: record.of_full() for record in section.records}
+    return [*([Row("full network", list(found.values()), reference=True)] if found else []), *section.rows]
 
 
 # --- methods ---------------------------------------------------------------------------------------
 
 
-def _networks(row: Method) -> Sequence[Full | Small]:
-    return [record.dense if row.reference else record.compact for record in row.records]
+def _both(text: Callable[[str], str]) -> str:
+    """Of both batches."""
+    return " / ".join(map(text, BATCHES))
 
 
-def _score(part: str) -> Callable[[Method], Cell]:
-    return lambda row: str(Estimate.of([getattr(network, part) for network in _networks(row)]))
+def _faster(row: Method, batch: str, digits: int = 2) -> str:
+    return f"{row.mean(lambda record: record.faster(batch)):.{digits}f}x"
 
 
-def _untrained(row: Method) -> Cell:
-    return str(row.estimate(lambda record: record.dense.test if row.reference else record.untrained.test))
+def _less(row: Method, cost: str) -> str:
+    return f"{row.mean(lambda record: 1 / record.left(cost)):.2f}x"
 
 
-def _own(value: Callable[[CompressRecord], float], text: Callable[[float], str]) -> Callable[[Method], Cell]:
-    """A mean over seeds of what a full network does not have."""
-    return lambda row: "" if row.reference else text(statistics.mean(map(value, row.records)))
+def _column(
+    heading: str, cell: Callable[[Method], Cell], full: Callable[[Full], str] = lambda dense: ""
+) -> Column[CompressRecord]:
+    """Of methods; of the full network it says something else, or nothing."""
+    return Column(heading, lambda row: full(row.records[0].dense) if row.reference else cell(row))
 
 
-def _left(cost: str, full: Callable[[Full], str]) -> Callable[[Method], Cell]:
-    """Percent of the full network's; of that itself a text."""
-    left = _own(lambda record: 100 * record.left(cost), lambda mean: f"{mean:.1f}")
-    return lambda row: full(row.records[0].dense) if row.reference else left(row)
+def _left(cost: str) -> Callable[[Method], Cell]:
+    """Percent of the full network's."""
+    return lambda row: f"{row.mean(lambda record: 100 * record.left(cost)):.1f}"
 
 
-def _faster(row: Method, digits: int = 2) -> str:
-    """At both batches, mean over seeds."""
-    pairs = list(zip(row.records, _networks(row), strict=True))
-    means = [statistics.mean(r.dense.latency_ms[b] / network.latency_ms[b] for r, network in pairs) for b in BATCHES]
-    return " / ".join(f"{mean:.{digits}f}x" for mean in means)
+LABEL: Column[CompressRecord] = Column("", lambda row: row.label, always=True)
+TEST: Column[CompressRecord] = Column("test", lambda row: str(row.test), missing="not yet run")
+UNTRAINED = replace(TEST, cell=lambda row: str(row.estimate(lambda record: record.untrained.test)))
+VAL: Column[CompressRecord] = Column("validation, %", lambda row: str(row.val))
+PARAMETERS = _column("parameters, %", _left("parameters"), lambda full: f"{full.parameters:,}")
+FASTER = _column("faster", lambda row: _both(lambda batch: _faster(row, batch)))
+EVALUATIONS = _column("evaluations", lambda row: f"{row.mean(lambda record: record.search.evaluations):,.0f}")
 
 
-LABEL: Column[Method] = Column("", lambda row: row.label, left=True, always=True)
-VAL = Column("validation, %", _score("val"))
-PARAMETERS = Column("parameters, %", _left("parameters", lambda full: f"{full.parameters:,}"))
-FASTER: Column[Method] = Column("faster", lambda row: "" if row.reference else _faster(row))
-EVALUATIONS = Column("evaluations", _own(lambda record: record.search.evaluations, lambda mean: f"{mean:,.0f}"))
-
-
-def _scores(section: Section[CompressRecord], before: str, after: str, alone: str) -> list[Column[Method]]:
+def _scores(section: Section[CompressRecord], before: str, after: str, alone: str) -> list[Column[CompressRecord]]:
     """Before and after fine-tuning; alone, if no network was fine-tuned."""
     if not any("finetuned" in record.compact.stages for record in section.records):
-        return [Column(alone, _score("test"), missing="not yet run")]
-    return [Column(before, _untrained, missing="not yet run"), Column(after, _score("test"))]
+        return [replace(TEST, heading=alone)]
+    return [replace(UNTRAINED, heading=before), replace(TEST, heading=after, missing=None)]
 
 
 def results(section: Section[CompressRecord]) -> Table:
     """For RESULTS.md."""
     records = section.records
-    fronts = any(record.search.algorithm.startswith("nsga2") for record in records)
     what = "agreement" if any(record.score == "agreement" for record in records) else "test"
-    columns: list[Column[Method]] = [
+    columns = [
         LABEL,
         *_scores(section, f"{what} recalibrated, %", f"{what} fine-tuned, %", f"{what}, %"),
-        Column("fitness", lambda row: "" if row.reference else str(row.estimate(lambda r: _chosen_by(r.search)))),
+        _column("fitness", lambda row: str(row.estimate(lambda record: _chosen_by(record.search)))),
         VAL,
         Column("seeds", lambda row: row.seeds(always=True), always=True),
-        Column("MACs, %", _left("macs", lambda full: f"{full.macs / 1e6:.2f} M")),
+        _column("MACs, %", _left("macs"), lambda full: f"{full.macs / 1e6:.2f} M"),
         PARAMETERS,
         FASTER,
         EVALUATIONS,
-        Column("search, s", _own(lambda record: record.search.seconds, lambda mean: f"{mean:.0f}")),
+        _column("search, s", lambda row: f"{row.mean(lambda record: record.search.seconds):.0f}"),
     ]
-    if fronts:
-        volume: Callable[[Method], Cell] = lambda row: str(row.estimate(lambda record: _volume(record.search)))
-        columns.append(Column("hypervolume", lambda row: "" if row.reference else volume(row)))
-    return Table.of(columns, [*_full_network(section), *section.rows], empty=lambda row: not row.records)
+    if any(record.search.algorithm.startswith("nsga2") for record in records):
+        columns.append(_column("hypervolume", lambda row: str(row.estimate(lambda record: _volume(record.search)))))
+    return Table.of(columns, _with_full(section))
 
 
 def overview(section: Section[CompressRecord]) -> Table:
     """For the terminal."""
-    columns: list[Column[Method]] = [
+    columns: list[Column[CompressRecord]] = [
         replace(LABEL, heading="network"),
-        Column("parameters", lambda row: f"{statistics.mean(n.parameters for n in _networks(row)):,.0f}"),
-        Column("test accuracy, %", _score("test"), missing="not run"),
-        Column("MACs, M", lambda row: f"{statistics.mean(n.macs for n in _networks(row)) / 1e6:.2f}"),
-        Column("faster", lambda row: _faster(row, 1)),
+        Column("parameters", lambda row: f"{row.mean(lambda record: record.compact.parameters):,.0f}"),
+        replace(TEST, heading="test accuracy, %", missing="not run"),
+        Column("MACs, M", lambda row: f"{row.mean(lambda record: record.compact.macs) / 1e6:.2f}"),
+        Column("faster", lambda row: _both(lambda batch: _faster(row, batch, 1))),
     ]
-    rows = [*_full_network(section), *section.rows]
-    return Table.of(columns, rows, empty=lambda row: not row.records, title=section.title)
+    return Table.of(columns, _with_full(section), title=section.title)
 
 
 def report(section: Section[CompressRecord]) -> Table:
     """For the page: methods side by side, or the stages of one."""
     if len(section.rows) == 1:
-        return _stages(section.done[0])
-    best = section.best
-    columns: list[Column[Method]] = [
+        return _stages(section.rows[0])
+    columns = [
         LABEL,
         *_scores(section, "recalibrated, %", "fine-tuned, %", f"{score(section)}, %"),
         VAL,
-        Column("seeds", Row.seeds, always=True),
+        Column("seeds", Row[CompressRecord].seeds, always=True),
         PARAMETERS,
-        Column("MACs, %", _left("macs", lambda full: f"{full.macs / 1e6:,.2f} M")),
+        _column("MACs, %", _left("macs"), lambda full: f"{full.macs / 1e6:,.2f} M"),
         replace(FASTER, heading="faster, 1 / 64 images"),
         EVALUATIONS,
-        Column("search, s", _own(lambda record: record.search.seconds, short)),
+        _column("search, s", lambda row: short(row.mean(lambda record: record.search.seconds))),
     ]
-    return Table.of(
-        columns,
-        [*_full_network(section), *section.rows],
-        kind=lambda row: "teacher" if row.reference else "best" if row is best else "",
-        empty=lambda row: not row.records,
-        note=METHODS_NOTE,
-    )
+    return Table.of(columns, _with_full(section), section.best.label, note=METHODS_NOTE)
 
 
 def _chosen_by(search: Search) -> float:
     """What the network that was taken had on the images of the search; percent, where it is a share."""
-    quality = search.individuals.quality[(search.individuals.id or []).index(search.chosen)]
+    own = search.individuals
+    quality = own.quality[(own.id or []).index(search.chosen)]
     return 100 * quality if search.share else quality
 
 
@@ -183,59 +172,46 @@ def _volume(search: Search) -> float:
 # --- stages ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A network on the way to the smaller one: of every seed its scores, and what is shown of its costs."""
-
-    label: str
-    scores: Sequence[Scores]
-    counted: Sequence[Costs] = ()
-    measured: Sequence[Costs | Int8] = ()
-    """File, latency and memory."""
-    last: bool = False
-
-
-def _all_stages(records: Sequence[CompressRecord], names: dict[str, str], counted: bool) -> list[Stage]:
-    """From the full network to int8.
+def _stage_rows(records: Sequence[CompressRecord], names: dict[str, str], counted: bool) -> list[Row[Scores]]:
+    """From the full network to int8; of every network, what is shown.
 
     Args:
         names: of the stages; where there is none, its own.
         counted: parameters and multiplications of all stages are shown, not the last one's alone.
     """
-    dense, small = [record.dense for record in records], [record.compact for record in records]
-    out = [Stage("full", dense, dense, dense)]
-    for stage in small[0].stages:
-        last = stage == list(small[0].stages)[-1]
-        scores = [network.stages[stage] for network in small]
-        out.append(
-            Stage(names.get(stage, stage), scores, small if counted or last else (), small if last else (), last)
-        )
+    small = [record.compact for record in records]
+    *before, last = small[0].stages
+    rows = [Row[Scores]("full", [record.dense for record in records], reference=True)]
+    for stage in before:
+        scores = [network.stages[stage].model_dump() for network in small]
+        if counted:
+            for network, of in zip(small, scores, strict=True):
+                of |= {"parameters": network.parameters, "macs": network.macs}
+        rows.append(Row(names.get(stage, stage), [Scores.model_validate(of) for of in scores]))
+    rows.append(Row(names.get(last, last), [*small]))
     int8 = [record.int8 for record in records if record.int8 is not None]
-    return [*out, Stage(names["int8"], int8, (), int8)] if len(int8) == len(records) else out
+    return [*rows, Row(names["int8"], [*int8])] if len(int8) == len(records) else rows
 
 
-def _stage_columns(what: str, latency: str, memory: str) -> list[Column[Stage]]:
-    def counted(key: str, scale: float, digits: int) -> Callable[[Stage], Cell]:
-        return lambda s: (
-            f"{statistics.mean(getattr(c, key) for c in s.counted) / scale:,.{digits}f}" if s.counted else ""
+def _stage_columns(what: str, latency: str, memory: str) -> list[Column[Scores]]:
+    def values(row: Row[Scores], key: str) -> list[Any]:
+        return [value for network in row.records if (value := getattr(network, key, None)) is not None]
+
+    def counted(key: str, scale: float, digits: int = 0) -> Callable[[Row[Scores]], Cell]:
+        return lambda row: f"{statistics.mean(of) / scale:,.{digits}f}" if (of := values(row, key)) else ""
+
+    def measured(key: str) -> Callable[[Row[Scores]], Cell]:
+        return lambda row: (
+            _both(lambda b: f"{statistics.median(v[b] for v in of):.2f}") if (of := values(row, key)) else ""
         )
-
-    def measured(key: str) -> Callable[[Stage], Cell]:
-        def cell(stage: Stage) -> Cell:
-            values = [value for costs in stage.measured if (value := getattr(costs, key, None)) is not None]
-            return " / ".join(f"{statistics.median(v[b] for v in values):.2f}" for b in BATCHES) if values else ""
-
-        return cell
 
     return [
-        Column("network", lambda stage: stage.label, left=True, whole=True),
-        Column(what, lambda stage: str(Estimate.of([s.test for s in stage.scores]))),
-        Column("validation, %", lambda stage: str(Estimate.of([s.val for s in stage.scores]))),
-        Column("parameters", counted("parameters", 1, 0)),
+        Column("network", lambda row: row.label),
+        Column(what, lambda row: str(row.test)),
+        Column("validation, %", lambda row: str(row.val)),
+        Column("parameters", counted("parameters", 1)),
         Column("MACs, M", counted("macs", 1e6, 2)),
-        Column(
-            "file, kB", lambda s: f"{statistics.mean(c.bytes for c in s.measured) / 1000:,.0f}" if s.measured else ""
-        ),
+        Column("file, kB", counted("bytes", 1000)),
         Column(latency, measured("latency_ms")),
         Column(memory, measured("peak_memory_mb")),
     ]
@@ -251,18 +227,14 @@ def _stages(method: Method) -> Table:
         "finetuned": "fine-tuned",
         "int8": "int8, onnxruntime",
     }
-    table = Table.of(
-        _stage_columns(what, "latency, ms, 1 / 64 images", "peak memory, MB, 1 / 64"),
-        _all_stages(records, names, counted=False),
-        kind=lambda stage: "teacher" if stage.label == "full" else "best" if stage.last else "",
-        note=STAGES_NOTE,
-    )
-    gains = [f"{statistics.mean(1 / r.left(cost) for r in records):.2f}x" for cost in ("parameters", "macs", "bytes")]
-    memory = [
-        statistics.mean(r.dense.peak_memory_mb[b] / r.compact.peak_memory_mb[b] for r in records) for b in BATCHES
-    ]
-    less = " / ".join(f"{mean:.2f}x" for mean in memory)
-    table.lines.append(("", ["less, or faster", "", "", *gains, _faster(method), less]))
+    columns = _stage_columns(what, "latency, ms, 1 / 64 images", "peak memory, MB, 1 / 64")
+    rows = _stage_rows(records, names, counted=False)
+    last = list(records[0].compact.stages)[-1]
+    table = Table.of(columns, rows, best=names.get(last, last), note=STAGES_NOTE)
+    fewer = [_less(method, cost) for cost in ("parameters", "macs", "bytes")]
+    faster = _both(lambda batch: _faster(method, batch))
+    memory = _both(lambda b: f"{method.mean(lambda r: r.dense.peak_memory_mb[b] / r.compact.peak_memory_mb[b]):.2f}x")
+    table.lines.append(("", ["less, or faster", "", "", *fewer, faster, memory]))
     return table
 
 
@@ -275,7 +247,7 @@ def before_and_after(records: Sequence[CompressRecord]) -> Table:
     columns = _stage_columns("agreement, %" if agreement else "test, %", "latency, ms", "memory, MB")
     return Table.of(
         [column for column in columns if column.heading != "validation, %"],
-        _all_stages(records, names, counted=True),
+        _stage_rows(records, names, counted=True),
         title=f"{config['model']['name']} on {config['data']}, {config['algorithm']['name']}, {left}",
         note=f"Latency, with {plural(threads, 'thread')}, and peak memory at a batch of 1 / 64."
         + (" Agreement is with the full network." if agreement else ""),
@@ -290,25 +262,23 @@ def summary(section: Section[CompressRecord]) -> str:
     rows, first, best = section.done, section.records[0], section.best
     size = f"{first.dense.parameters:,} parameters and {first.dense.macs / 1e6:,.2f} M multiply-adds per image."
     if first.score == "accuracy":
-        dense = statistics.mean({record.seed: record.dense.test for record in section.records}.values())
-        out = [f"The full network reaches {dense:.2f} % on the test part with {size}"]
+        full = _with_full(section)[0]
+        out = [f"The full network reaches {full.test.mean:.2f} % on the test part with {size}"]
     else:
         out = [
             "Scores are the share of images for which the smaller network's class is the full network's, which "
             f"has {size}"
         ]
-    fewer, less = (statistics.mean(1 / r.left(cost) for r in best.records) for cost in ("parameters", "macs"))
-    one, many = (statistics.mean(r.faster(batch) for r in best.records) for batch in BATCHES)
-    n = len(best.records)
-    how = "a single seed" if n == 1 else f"mean and 95 % interval of {n} seeds"
     what = f"Best of {len(rows)} methods is {best.label}, with" if len(rows) > 1 else "The smaller one reaches"
     out.append(
-        f"{what} {best.test} % ({how}), with {fewer:.2f}x fewer parameters and {less:.2f}x fewer multiply-adds; it is "
-        f"{one:.2f}x faster for one image and {many:.2f}x for 64."
+        f"{what} {best.test} % ({best.sample}), with {_less(best, 'parameters')} fewer parameters and "
+        f"{_less(best, 'macs')} fewer multiply-adds; it is {_faster(best, '1')} faster for one image and "
+        f"{_faster(best, '64')} for 64."
     )
     if len(rows) > 1:
-        unlike = [row.label for row in rows if row is not best and row.test.overlaps(best.test) is False]
-        near = [row.label for row in rows if row is not best and row.test.overlaps(best.test)]
+        others = [row for row in rows if row is not best]
+        unlike = [row.label for row in others if row.test.overlaps(best.test) is False]
+        near = [row.label for row in others if row.test.overlaps(best.test)]
         if unlike:
             out.append(f"Its 95 % interval is separated from {joined(unlike)}.")
         if near:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from ..lab import record
-from ..lab.record import Json, Part, Record
+from ..lab.record import LOOKS, Json, Part, Record, Scores, columns
 
 __all__ = ["Cost", "DistillRecord", "Look", "Network", "ShapePicture", "is_lsp"]
 
@@ -34,23 +33,16 @@ class Cost(Part):
     threads: int | None = None
 
 
-class Network(Part):
-    """What a trained network reached (scores in percent) and what it costs."""
+class Network(Scores):
+    """What a trained network reached and what it costs."""
 
-    test: float
-    val: float
     epochs: int
     seconds: float
     parameters: int
     peak_memory_mb: float | None = None
     """Of training."""
-    history: list[Look]
+    history: Annotated[list[Look], LOOKS]
     cost: Cost | None = None
-
-    @field_validator("history", mode="before")
-    @classmethod
-    def _looks(cls, value: Any) -> Any:
-        return record.looks(value)
 
 
 class ShapePicture(Part):
@@ -81,12 +73,7 @@ class DistillRecord(Record):
 
     student: Network
     teacher: Network
-    picture: ShapePicture | None = None
-
-    @field_validator("picture", mode="before")
-    @classmethod
-    def _picture(cls, value: Any) -> Any:
-        return value or None
+    picture: Annotated[ShapePicture | None, BeforeValidator(lambda picture: picture or None)] = None
 
     @property
     def losses(self) -> dict[str, Json]:
@@ -121,18 +108,14 @@ class DistillRecord(Record):
         return any(is_lsp(name) for name in self.losses)
 
     @property
-    def test(self) -> float:
-        return self.student.test
-
-    @property
-    def val(self) -> float:
-        return self.student.val
+    def network(self) -> Network:
+        return self.student
 
     def shortened(self, beside: Sequence[Record] = ()) -> Json:
         """The student's history as columns without seconds and learning rates; of the teacher's, nothing is drawn. One
         picture of a row is, that of its first seed."""
         out = self.content()
-        history = record.columns(out["student"]["history"], ("epoch", "loss", "val", "terms"))
+        history = columns(out["student"]["history"], ("epoch", "loss", "val", "terms"))
         out |= {"student": {**out["student"], "history": history}, "teacher": {**out["teacher"], "history": []}}
         if any(other.seed < self.seed and getattr(other, "picture", None) for other in beside):
             out.pop("picture", None)

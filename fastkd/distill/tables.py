@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from .._text import joined
-from ..lab.estimate import Estimate
-from ..lab.record import Row, Section
+from ..lab.rows import Row, Section
 from ..lab.table import Column, Table, short
 from .record import Cost, DistillRecord, Network
 
@@ -16,7 +15,6 @@ __all__ = [
     "INTRODUCTION",
     "Students",
     "costs",
-    "networks",
     "overview",
     "ratio",
     "report",
@@ -27,6 +25,7 @@ __all__ = [
 ]
 
 Students = Row[DistillRecord]
+Networks = Row[Network]
 
 INTRODUCTION = (
     "Made by `fastkd grid` from the records in `cells/`. Scores are in percent on the test "
@@ -42,22 +41,21 @@ NOTE = (
 )
 
 
-def networks(row: Students) -> list[Network]:
-    """A row's students; of a reference, the teachers."""
-    return [record.teacher if row.reference else record.student for record in row.records]
-
-
-def teachers(section: Section[DistillRecord]) -> list[Students]:
+def teachers(section: Section[DistillRecord]) -> list[Networks]:
     """References: several if rows differ in their teachers. Records of equal scores share one teacher."""
-    rows: dict[str, dict[str, None]] = {}
-    found: dict[str, dict[tuple[float, float], DistillRecord]] = {}
+    rows: dict[str, list[str]] = {}
+    found: dict[str, dict[tuple[float, float], Network]] = {}
     for row in section.done:
         for record in row.records:
             key, teacher = record.of_teacher, record.teacher
-            rows.setdefault(key, {})[row.label] = None
-            found.setdefault(key, {}).setdefault((teacher.test, teacher.val), record)
+            rows.setdefault(key, []).append(row.label)
+            found.setdefault(key, {}).setdefault((teacher.test, teacher.val), teacher)
     return [
-        Row("teacher" if len(found) == 1 else f"teacher of {', '.join(rows[key])}", list(of.values()), reference=True)
+        Row(
+            "teacher" if len(found) == 1 else f"teacher of {', '.join(dict.fromkeys(rows[key]))}",
+            list(of.values()),
+            reference=True,
+        )
         for key, of in found.items()
     ]
 
@@ -75,83 +73,83 @@ def ratio(value: float) -> str:
     return f"1/{value:.3g}" if value >= 1 else f"{1 / value:.3g}×"
 
 
-# --- columns ---------------------------------------------------------------------------------------
+# --- tables ----------------------------------------------------------------------------------------
 
 
-def _score(part: str) -> Callable[[Students], str]:
-    def cell(row: Students) -> str:
-        if row.reference:
-            return f"{statistics.mean(getattr(network, part) for network in networks(row)):.2f}"
-        return str(getattr(row, part))
+def _students(section: Section[DistillRecord]) -> list[Networks]:
+    return [Row(row.label, [record.student for record in row.records], row.planned) for row in section.rows]
+
+
+def _score(part: str) -> Callable[[Networks], str]:
+    def cell(row: Networks) -> str:
+        estimate = row.estimate(lambda network: getattr(network, part))
+        return f"{estimate.mean:.2f}" if row.reference else str(estimate)
 
     return cell
 
 
-def _seconds(of: Sequence[Network]) -> float:
-    return statistics.mean(network.seconds for network in of)
+def _seconds(row: Networks) -> float:
+    return row.mean(lambda network: network.seconds)
 
 
-def _peak(of: Sequence[Network]) -> float | None:
-    return max((n.peak_memory_mb for n in of if n.peak_memory_mb is not None), default=None)
+def _peak(row: Networks) -> float | None:
+    return max((n.peak_memory_mb for n in row.records if n.peak_memory_mb is not None), default=None)
 
 
-LABEL: Column[Students] = Column("network", lambda row: row.label, left=True, always=True)
+LABEL: Column[Network] = Column("network", lambda row: row.label, always=True)
 TEST = Column("test, %", _score("test"), missing="not yet run")
 VAL = Column("validation, %", _score("val"))
-PARAMETERS: Column[Students] = Column("parameters", lambda row: f"{networks(row)[0].parameters:,}")
+PARAMETERS: Column[Network] = Column("parameters", lambda row: f"{row.records[0].parameters:,}")
 
 
 def results(section: Section[DistillRecord]) -> Table:
     """For RESULTS.md."""
-    first = [Row("teacher", section.records[:1], reference=True)] if section.records else []
-    seeds: Column[Students] = Column("seeds", lambda row: row.seeds(always=True), always=True)
-    seconds: Column[Students] = Column("seconds", lambda row: f"{_seconds(networks(row)):.0f}")
-    columns = [replace(LABEL, heading=None), TEST, VAL, seeds, PARAMETERS, seconds]
-    return Table.of(columns, [*first, *section.rows], empty=lambda row: not row.records)
+    teacher = [Row("teacher", [record.teacher], reference=True) for record in section.records[:1]]
+    columns: list[Column[Network]] = [
+        replace(LABEL, heading=None),
+        TEST,
+        VAL,
+        Column("seeds", lambda row: row.seeds(always=True), always=True),
+        PARAMETERS,
+        Column("seconds", lambda row: f"{_seconds(row):.0f}"),
+    ]
+    return Table.of(columns, [*teacher, *_students(section)])
 
 
 def overview(section: Section[DistillRecord]) -> Table:
     """For the terminal."""
-    rows = {row.label: networks(row) for row in section.rows}
-    return trained(section.title, section.records[0].teacher, rows)
+    students = {row.label: row.records for row in _students(section)}
+    return trained(section.title, section.records[0].teacher, students)
 
 
 def trained(title: str, teacher: Network, students: Mapping[str, Sequence[Network]]) -> Table:
     """For the terminal: a teacher, and its students by their labels."""
-    Line = tuple[str, Sequence[Network]]
-    columns: list[Column[Line]] = [
-        Column("network", lambda line: line[0], left=True, always=True),
-        Column("test, %", lambda line: str(Estimate.of([n.test for n in line[1]])), missing="not run"),
-        Column("validation, %", lambda line: str(Estimate.of([n.val for n in line[1]]))),
-        Column("parameters", lambda line: f"{line[1][0].parameters:,}"),
-        Column("seconds", lambda line: f"{_seconds(line[1]):.1f}"),
-        Column("peak memory, MB", lambda line: "-" if (peak := _peak(line[1])) is None else f"{peak:.0f}"),
+    columns: list[Column[Network]] = [
+        LABEL,
+        replace(TEST, missing="not run"),
+        VAL,
+        PARAMETERS,
+        Column("seconds", lambda row: f"{_seconds(row):.1f}"),
+        Column("peak memory, MB", lambda row: "-" if (peak := _peak(row)) is None else f"{peak:.0f}"),
     ]
-    lines: list[Line] = [("teacher", [teacher]), *students.items()]
-    return Table.of(columns, lines, empty=lambda line: not line[1], title=title)
+    rows = [Row("teacher", [teacher]), *(Row(label, list(networks)) for label, networks in students.items())]
+    return Table.of(columns, rows, title=title)
 
 
 def report(section: Section[DistillRecord]) -> Table:
     """For the page."""
-    best = section.best
-    columns: list[Column[Students]] = [
+    columns: list[Column[Network]] = [
         replace(LABEL, heading=None),
-        TEST,
-        VAL,
-        Column("seeds", Row.seeds, always=True),
+        replace(TEST, heading="test,\xa0%"),
+        replace(VAL, heading="validation,\xa0%"),
+        Column("seeds", Row[Network].seeds, always=True),
         PARAMETERS,
-        Column("MACs, M", lambda row: short(costs(networks(row), "mmacs"))),
-        Column("latency, ms", lambda row: short(costs(networks(row), "latency_ms"))),
-        Column("peak memory, MB", lambda row: short(_peak(networks(row)))),
-        Column("training, s", lambda row: short(_seconds(networks(row)))),
+        Column("MACs,\xa0M", lambda row: short(costs(row.records, "mmacs"))),
+        Column("latency,\xa0ms", lambda row: short(costs(row.records, "latency_ms"))),
+        Column("peak memory,\xa0MB", lambda row: short(_peak(row))),
+        Column("training,\xa0s", lambda row: short(_seconds(row))),
     ]
-    return Table.of(
-        [replace(c, heading=c.heading and c.heading.replace(", ", ",\xa0")) for c in columns],
-        [*teachers(section), *section.rows],
-        kind=lambda row: "teacher" if row.reference else "best" if row is best else "",
-        empty=lambda row: not row.records,
-        note=NOTE,
-    )
+    return Table.of(columns, [*teachers(section), *_students(section)], section.best.label, note=NOTE)
 
 
 # --- words -----------------------------------------------------------------------------------------
@@ -160,7 +158,7 @@ def report(section: Section[DistillRecord]) -> Table:
 def summary(section: Section[DistillRecord]) -> str:
     """What the numbers say, and what they do not."""
     rows, best = section.done, section.best
-    alone = next((row for row in rows if row.plain), None)
+    alone = next((row for row in rows if row.records[0].plain), None)
     out = [*_teacher(section), *_compared(rows, best, alone)]
     near = [row.label for row in rows if row not in (best, alone) and row.test.overlaps(best.test)]
     if near and best is not alone:
@@ -176,16 +174,16 @@ def summary(section: Section[DistillRecord]) -> str:
 
 
 def _teacher(section: Section[DistillRecord]) -> list[str]:
-    references = teachers(section)
-    if len(references) > 1:
+    teacher, *others = teachers(section)
+    if others:
         return []
-    of = networks(references[0])
+    parameters = teacher.records[0].parameters
     sizes = sorted({row.records[0].student.parameters for row in section.done})
     size = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-    share = f" ({ratio(of[0].parameters / sizes[0])} of the teacher's)" if len(sizes) == 1 else ""
+    share = f" ({ratio(parameters / sizes[0])} of the teacher's)" if len(sizes) == 1 else ""
     return [
-        f"The teacher reaches {statistics.mean(n.test for n in of):.2f} % on the test part with "
-        f"{of[0].parameters:,} parameters; the students have {size}{share}."
+        f"The teacher reaches {teacher.test.mean:.2f} % on the test part with "
+        f"{parameters:,} parameters; the students have {size}{share}."
     ]
 
 
@@ -214,17 +212,12 @@ def _compared(rows: list[Students], best: Students, alone: Students | None) -> l
 
 
 def _result(row: Students, what: str) -> str:
-    n = len(row.records)
-    how = "a single seed" if n == 1 else f"mean and 95 % interval of {n} seeds"
-    return f"{what} is {row.label} with {row.test} % ({how})"
+    return f"{what} is {row.label} with {row.test} % ({row.sample})"
 
 
 def _verdict(a: Students, b: Students) -> str:
-    overlap = a.test.overlaps(b.test)
-    if overlap is None:
-        return "With a single seed there is no interval, so nothing can be said about chance."
-    return (
-        "The two 95 % intervals overlap: the difference may be chance."
-        if overlap
-        else "The two 95 % intervals are separated."
-    )
+    return {
+        None: "With a single seed there is no interval, so nothing can be said about chance.",
+        True: "The two 95 % intervals overlap: the difference may be chance.",
+        False: "The two 95 % intervals are separated.",
+    }[a.test.overlaps(b.test)]

@@ -4,15 +4,14 @@ Records are shortened to what tables and pictures need (:meth:`fastkd.lab.record
 
     {"row": "KD + LSP", "schema": 1, "seed": 0, "config": {...}, "student": {..., "history": {"epoch": [0, 1]}}}
 
-A line is appended whole, under a lock. Of two of the same row and seed the later one counts. Records of older versions,
-``cells/<experiment>/<row>/<seed>.json``, are read beside it, and written to it when they change.
+The file is exchanged as a whole, under a lock. Of two lines of the same row and seed the later one counts. Records of
+older versions, ``cells/<experiment>/<row>/<seed>.json``, are read beside it, and written to it when they change.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import time
 import warnings
@@ -60,8 +59,7 @@ class Cells:
         self._notices: list[str] = []
         self._names: dict[str, str] = {}
         self._found: dict[Key, Record] = {}
-        self._old: tuple[dict[Key, Record], list[str]] | None = None
-        self._stamp: tuple[int, int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None  # of the file when it was read last
 
     @property
     def notices(self) -> list[str]:
@@ -71,9 +69,9 @@ class Cells:
 
     def rows(self) -> dict[str, list[Record]]:
         """The records of every row, by seed, under the slug of its name."""
-        found, rows = self._read(), dict[str, list[Record]]()
-        for name, seed in sorted(found):
-            rows.setdefault(name, []).append(found[name, seed])
+        rows: dict[str, list[Record]] = {}
+        for (name, _), record in sorted(self._read().items(), key=lambda item: item[0]):
+            rows.setdefault(name, []).append(record)
         return rows
 
     def row(self, name: str) -> list[Record]:
@@ -95,88 +93,85 @@ class Cells:
             CheckpointError: it cannot be written; or another process holds the folder.
         """
         line = self._line(row, record)
-        with _alone(self.folder), _writing(self.file), open(self.file, "a+b") as file:
-            file.seek(0)
-            before = file.read()
-            kept, _ = _split(before)
-            file.truncate(len(kept))  # without what a crash has left
-            file.write((b"" if not kept or kept.endswith(b"\n") else b"\n") + line)
-            file.flush()
-            os.fsync(file.fileno())
+        with _alone(self.folder):
+            self._write([*self._lines()[0], line])
 
     def replace(self, row: str, record: Record) -> None:
-        """Writes a record in the place of the one of the same row and seed. The file is exchanged as a whole.
+        """Writes a record in the place of the one of the same row and seed.
 
         Raises:
             CheckpointError: as for :meth:`append`.
         """
-        key, line, lines, put = (slug(row), record.seed), self._line(row, record), list[bytes](), False
+        key, line = (slug(row), record.seed), self._line(row, record)
         with _alone(self.folder):
-            kept, _ = _split(self.file.read_bytes() if self.file.exists() else b"")
-            for before in filter(None, kept.split(b"\n")):
-                if _key(before) != key:
-                    lines.append(before + b"\n")
-                elif not put:
-                    lines.append(line)
-                    put = True
-            text = b"".join(lines if put else [*lines, line])
-            checkpoint.replace(self.file, lambda path: path.write_bytes(text))
+            lines, _ = self._lines()
+            place = next((k for k, other in enumerate(lines) if _key(other) == key), len(lines))
+            self._write([*lines[:place], line, *(other for other in lines[place:] if _key(other) != key)])
 
     def _line(self, row: str, record: Record) -> bytes:
         content = {"row": row, **record.shortened(self.row(row))}
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def _lines(self) -> tuple[list[bytes], bool]:
+        """Lines of the file, and whether a last one was left out that was cut."""
+        *lines, last = self.file.read_bytes().split(b"\n") if self.file.exists() else [b""]
+        try:
+            if last.strip():
+                records.decode(last)  # an editor may drop the last line's end
+                return [*lines, last], False
+        except DamagedError:
+            pass
+        return lines, bool(last)
+
+    def _write(self, lines: list[bytes]) -> None:
+        text = b"".join(line + b"\n" for line in lines)
+        checkpoint.replace(self.file, lambda path: path.write_bytes(text))
 
     def _read(self) -> dict[Key, Record]:
-        if self._old is None:
-            self._old = self._of_older()
-        try:
-            stat = self.file.stat()
-            stamp = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        except FileNotFoundError:
-            stamp = None
-        if stamp != self._stamp or not self._found:
-            known = set(self._notices)
-            found, notices = ({}, []) if stamp is None else self._of_lines()
-            self._found, self._stamp = {**self._old[0], **found}, stamp
-            self._notices = [*self._old[1], *notices]
+        """What is there; read anew if the file is another one than before."""
+        stat = self.file.stat() if self.file.exists() else None
+        stamp = () if stat is None else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if stamp != self._stamp:
+            known = self._notices
+            self._found, self._names, self._notices = {}, {}, []
+            self._read_older()
+            self._read_lines()
+            self._stamp = stamp  # not before: a record of another version is refused every time
             for notice in self._notices:
                 if notice not in known:
                     warnings.warn(notice, stacklevel=4)
         return self._found
 
-    def _of_lines(self) -> tuple[dict[Key, Record], list[str]]:
-        found, notices = dict[Key, Record](), list[str]()
-        kept, cut = _split(self.file.read_bytes())
-        for number, line in enumerate(kept.split(b"\n"), 1):
+    def _read_lines(self) -> None:
+        lines, cut = self._lines()
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
+            where = f"{self.file}, line {number},"
             try:
                 content = records.decode(line)
                 row = content.pop("row", None)
                 if not isinstance(row, str):
                     raise DamagedError("no row")
-                record = Record.parse(content, f"{self.file}, line {number},")
+                record = Record.parse(content, where)
             except DamagedError as error:
-                notices.append(left_out(f"{self.file}, line {number},", error, "delete the line and run it again"))
+                self._notices.append(left_out(where, error, "delete the line and run it again"))
                 continue
-            found[slug(row), record.seed] = record
+            self._found[slug(row), record.seed] = record
             self._names[slug(row)] = row
         if cut:
-            notices.append(
+            self._notices.append(
                 f"{self.file}: its last line is left out: it was cut, as by a crash. The next record takes its place."
             )
-        return found, notices
 
-    def _of_older(self) -> tuple[dict[Key, Record], list[str]]:
-        found, notices = dict[Key, Record](), list[str]()
+    def _read_older(self) -> None:
         for file in sorted(self.older.glob("*/*.json")):
             if not file.stem.isdigit():
                 continue
             try:
-                found[file.parent.name, int(file.stem)] = records.read(file)
+                self._found[file.parent.name, int(file.stem)] = records.read(file)
             except DamagedError as error:
-                notices.append(left_out(str(file), error))
-        return found, notices
+                self._notices.append(left_out(str(file), error))
 
 
 def left_out(name: str, error: DamagedError, remedy: str = records.REMEDY) -> str:
@@ -189,18 +184,6 @@ def _key(line: bytes) -> Key | None:
         return slug(content["row"]), content["seed"]
     except (DamagedError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _split(text: bytes) -> tuple[bytes, bytes]:
-    """Whole lines, and what is left of a last one that was cut."""
-    end = text.rfind(b"\n") + 1
-    try:
-        if text[end:].strip():
-            records.decode(text[end:])  # an editor may drop the last line's end
-            return text, b""
-    except DamagedError:
-        pass
-    return text[:end], text[end:]
 
 
 @contextlib.contextmanager
@@ -217,14 +200,3 @@ def _alone(folder: Path) -> Iterator[None]:
                     raise
                 time.sleep(0.02)
         yield
-
-
-@contextlib.contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise checkpoint.CheckpointError(
-            f"{file} could not be written ({error}); its lines from before are whole. When that is put right, the same "
-            "command goes on"
-        ) from error

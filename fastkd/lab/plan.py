@@ -33,7 +33,8 @@ from ..runtime import checkpoint
 from ..runtime.world import usable
 from . import settings
 from .cells import Cells
-from .record import Record, Row, Section
+from .record import Record
+from .rows import Row, Section
 from .settings import ConfigError, RowName, Strict, folder_name, merged
 from .study import STUDIES, Options, Study, study
 

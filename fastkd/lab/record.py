@@ -1,4 +1,4 @@
-"""Records of runs: what was run, on what, and what it reached; read, checked, and gathered in rows and sections.
+"""Records of runs: what was run, on what, and what it reached; read, and checked.
 
 A run writes its record in full, as ``result.json``. A study adds its own type, a subclass of :class:`Record`, which is
 found by the record's kind.
@@ -10,21 +10,18 @@ import json
 import math
 import reprlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from .estimate import Estimate
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
+    "LOOKS",
     "DamagedError",
     "Part",
     "Record",
-    "Row",
-    "Section",
+    "Scores",
     "UnknownSchemaError",
     "columns",
     "decode",
@@ -51,6 +48,13 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
+class Scores(Part):
+    """Of a network, in percent, by part of the data."""
+
+    test: float
+    val: float
+
+
 class Record(Part):
     """What all studies have in common."""
 
@@ -70,10 +74,8 @@ class Record(Part):
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, content: Any) -> Any:
+    def _named(cls, content: Json) -> Json:
         """A record that is made here is of this version and of its type's kind."""
-        if not isinstance(content, dict):
-            return content
         return {"schema": SCHEMA, **({} if cls.KIND is None else {"kind": cls.KIND}), **content}
 
     @model_validator(mode="after")
@@ -107,13 +109,16 @@ class Record(Part):
 
     @property
     @abstractmethod
-    def test(self) -> float:
-        """Score on the test part, in percent."""
+    def network(self) -> Scores:
+        """The one that was sought: the student, or the smaller network."""
 
     @property
-    @abstractmethod
+    def test(self) -> float:
+        return self.network.test
+
+    @property
     def val(self) -> float:
-        """Score on the validation part, in percent."""
+        return self.network.val
 
     def content(self) -> Json:
         """In full, as in result.json."""
@@ -128,7 +133,7 @@ class Record(Part):
         """
 
     @staticmethod
-    def parse(content: Any, name: object = "this") -> Record:
+    def parse(content: Json, name: object = "this") -> Record:
         """The record of the content of a JSON file, of the type that its kind names.
 
         Args:
@@ -138,8 +143,6 @@ class Record(Part):
             DamagedError: something is missing, or of another type; says what.
             UnknownSchemaError: it was written by another version.
         """
-        if not isinstance(content, dict):
-            raise DamagedError(f"a {type(content).__name__} instead of a mapping")
         if "schema" not in content:
             raise DamagedError("no schema")
         if content["schema"] != SCHEMA:
@@ -231,6 +234,10 @@ def looks(content: Any) -> Any:
     ]
 
 
+LOOKS = BeforeValidator(looks)
+"""Of a history: its looks one by one, or in columns."""
+
+
 def rounded(value: Any) -> Any:
     """Six digits of a number, more than a picture shows; None where it is not finite."""
     if not isinstance(value, float):
@@ -238,69 +245,3 @@ def rounded(value: Any) -> Any:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() and abs(value) < 1e15 else float(f"{value:.6g}")
-
-
-# --- rows and sections ---------------------------------------------------------------------------
-
-R = TypeVar("R", bound=Record)
-
-
-@dataclass
-class Row(Generic[R]):
-    """The records of one configuration, by seed."""
-
-    label: str
-    records: list[R]
-    planned: int | None = None
-    """Seeds of the plan, if there is one."""
-    reference: bool = False
-    """It stands for the networks that the records' own are compared with: teachers, full networks."""
-
-    @property
-    def plain(self) -> bool:
-        return bool(self.records) and self.records[0].plain
-
-    @property
-    def test(self) -> Estimate:
-        return self.estimate(lambda record: record.test)
-
-    @property
-    def val(self) -> Estimate:
-        return self.estimate(lambda record: record.val)
-
-    def estimate(self, value: Callable[[R], float]) -> Estimate:
-        return Estimate.of([value(record) for record in self.records])
-
-    def seeds(self, always: bool = False) -> str:
-        """How many there are, and of how many.
-
-        Args:
-            always: also say of how many where all are there.
-        """
-        n, planned = len(self.records), self.planned
-        if self.reference or planned is None or (n >= planned and not always):
-            return str(n)
-        return f"{n} of {max(n, planned)}"
-
-
-@dataclass
-class Section(Generic[R]):
-    """Rows that can be compared: of one experiment, or of one data set and reference."""
-
-    name: str
-    title: str
-    rows: list[Row[R]]
-    note: str = ""
-
-    @property
-    def done(self) -> list[Row[R]]:
-        return [row for row in self.rows if row.records]
-
-    @property
-    def records(self) -> list[R]:
-        return [record for row in self.rows for record in row.records]
-
-    @property
-    def best(self) -> Row[R]:
-        """By the mean test score."""
-        return max(self.done, key=lambda row: row.test.mean)

@@ -5,35 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from rich import table as rich
 from rich.text import Text
 
-__all__ = ["Column", "Table", "short"]
+from .rows import R, Row
 
-L = TypeVar("L")
+__all__ = ["Cell", "Column", "Table", "short"]
+
 Cell = str | None
 """None: there is nothing that could be said; in Markdown such a cell takes no room."""
 
 
 @dataclass(frozen=True)
-class Column(Generic[L]):
+class Column(Generic[R]):
     heading: Cell
-    cell: Callable[[L], Cell]
-    """Of a line: a row of records, a network, or whatever else the table is about."""
-    left: bool = False
-    whole: bool = False
-    """Not broken where the terminal is narrow."""
+    cell: Callable[[Row[R]], Cell]
     missing: Cell = None
-    """What is said of a line that has no records yet."""
+    """What is said of a row that has no records yet."""
     always: bool = False
-    """`cell` knows what to say of a line without records."""
+    """`cell` knows what to say of a row without records."""
 
 
 @dataclass
 class Table:
-    columns: Sequence[Column[Any]]
+    """Cells in lines. The first column is aligned at its left, the others, numbers, at their right."""
+
+    headings: Sequence[Cell]
     lines: list[tuple[str, Sequence[Cell]]] = field(default_factory=list)
     """Kind (the class in HTML) and cells."""
     title: str | None = None
@@ -43,31 +42,32 @@ class Table:
     @classmethod
     def of(
         cls,
-        columns: Sequence[Column[L]],
-        lines: Sequence[L],
-        *,
-        kind: Callable[[L], str] = lambda line: "",
-        empty: Callable[[L], bool] = lambda line: False,
+        columns: Sequence[Column[R]],
+        rows: Sequence[Row[R]],
+        best: str | None = None,
         title: str | None = None,
         note: str | None = None,
     ) -> Table:
-        """The table of lines.
+        """The table of rows.
 
         Args:
-            kind: of a line.
-            empty: whether a line has no records yet.
+            best: label of the row that is set off.
         """
-        cells = [[c.missing if empty(line) and not c.always else c.cell(line) for c in columns] for line in lines]
-        return cls(columns, list(zip(map(kind, lines), cells, strict=True)), title, note)
+        table = cls([c.heading for c in columns], title=title, note=note)
+        for row in rows:
+            kind = "teacher" if row.reference else "best" if row.label == best else ""
+            cells = [c.cell(row) if row.records or c.always else c.missing for c in columns]
+            table.lines.append((kind, cells))
+        return table
 
     def markdown(self) -> Iterator[str]:
-        yield _markdown([column.heading for column in self.columns])
-        yield "|" + "".join("---|" if column.left else "---:|" for column in self.columns)
+        yield _markdown(self.headings)
+        yield "|---|" + "---:|" * (len(self.headings) - 1)
         for _, cells in self.lines:
             yield _markdown(cells)
 
     def html(self) -> Iterator[str]:
-        headings = "".join(f"<th>{_html(column.heading)}</th>" for column in self.columns)
+        headings = "".join(f"<th>{_html(h)}</th>" for h in self.headings)
         yield f'<div class="wide"><table><thead><tr>{headings}</tr></thead><tbody>'
         for kind, cells in self.lines:
             start = f'<tr class="{kind}">' if kind else "<tr>"
@@ -87,8 +87,8 @@ class Table:
             caption=None if self.note is None else Text(self.note, "table.caption"),
             **style,
         )
-        for c in self.columns:
-            table.add_column(Text(c.heading or ""), justify="left" if c.left else "right", no_wrap=c.whole)
+        for k, heading in enumerate(self.headings):
+            table.add_column(Text(heading or ""), justify="right" if k else "left", no_wrap=k == 0)
         for _, cells in self.lines:
             table.add_row(*(Text(cell or "") for cell in cells))
         return table

@@ -50,13 +50,16 @@ def write(directory: str | Path, out: str | Path | None = None) -> Path:
             f"{folder} is a symbolic link, and nothing is written through it: delete it, or take another --out"
         )
     styles = plots.styles(saved.sections)
-    pictures = {}
+    figures: dict[str, list[str]] = {}
     for section in saved.sections:
         # One section's pictures need no name in front.
         prefix = f"{section.name}-" if len(saved.sections) > 1 else ""
-        pictures[section.name] = plots.draw(study_of(section).pictures, section, styles, prefix)
-        for picture in pictures[section.name]:
-            atomic.replace(folder / f"{picture.name}.png", partial(Path.write_bytes, data=picture.png))
+        figures[section.name] = []
+        with plots.settings():
+            for drawing in study_of(section).pictures(section, styles):
+                drawing.name = prefix + drawing.name
+                figures[section.name].append(html.figure(drawing))
+                atomic.replace(folder / f"{drawing.name}.png", partial(Path.write_bytes, data=drawing.png()))
     page = out / "report.html"
-    atomic.replace(page, lambda path: path.write_text(html.page(saved, pictures), encoding="utf-8"))
+    atomic.replace(page, lambda path: path.write_text(html.page(saved, figures), encoding="utf-8"))
     return page

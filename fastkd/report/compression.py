@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..compress.record import CONTROLS, CompressRecord, Search
 from ..compress.tables import Method, score
-from ..lab.record import Section
-from .plots import DASHED, GREY, INK, PALETTE, WIDTH, Drawing, Style
+from ..lab.rows import Section
+from .plots import DASHED, GREY, INK, PALETTE, RING, Drawing, Style, axes
 
 __all__ = ["pictures"]
 
 BLUE, RED, GREEN = PALETTE[:3]
+FULL: Style = {"color": GREY, "linewidth": 0.8, "linestyle": DASHED}
+LEGEND: Style = {"loc": "outside upper left", "ncols": 4, "handlelength": 1.5}
 LETTER = 0.009  # of a label of 7 points, in axes of this width
 
 
@@ -46,35 +47,24 @@ def _detailed(section: Section[CompressRecord]) -> Method:
 
 
 def _compared(section: Section[CompressRecord], styles: dict[str, Style]) -> Drawing:
-    figure = Figure(figsize=(WIDTH, 3.3))
-    left, right = figure.subplots(1, 2)
+    figure, [left, right] = axes(3.3, columns=2)
     for row in section.done:
         style = styles[row.label]
-        marker = "o" if style["linestyle"] == "-" else "s"  # as the dashes, where there are more rows than colours
+        # As the dashes, where there are more rows than colours.
+        mark: Style = {"marker": "o" if style["linestyle"] == "-" else "s", "alpha": 0.8}
         for k, record in enumerate(row.records):
             front, full = record.search.front, record.search.full_cost
             points = sorted(zip(front.cost, front.quality, strict=True), key=lambda point: point[0])
-            left.plot(
-                [100 * cost / full for cost, _ in points],
-                [100 * quality for _, quality in points],
-                marker=marker,
-                markersize=3,
-                alpha=0.8,
-                label=row.label if k == 0 else None,
-                linewidth=1,
-                **style,
-            )
-            right.plot(
-                [100 * record.left("macs")], [record.test], marker, markersize=4, alpha=0.8, color=style["color"]
-            )
+            x, y = [100 * cost / full for cost, _ in points], [100 * quality for _, quality in points]
+            left.plot(x, y, markersize=3, linewidth=1, label=row.label if k == 0 else None, **mark, **style)
+            kept = [100 * record.left("macs")]
+            right.plot(kept, [record.test], markersize=4, linestyle="", color=style["color"], **mark)
     search = section.records[0].search
-    left.set_xlabel(f"{_cost(search)} left (%)")
-    left.set_ylabel(f"{search.quality} on the fitness images (%)")
-    right.set_xlabel("MACs left (%)")
-    right.set_ylabel(f"{score(section)} (%)")
+    left.set(xlabel=f"{_cost(search)} left (%)", ylabel=f"{search.quality} on the fitness images (%)")
+    right.set(xlabel="MACs left (%)", ylabel=f"{score(section)} (%)")
     for record in section.records:
-        right.axhline(record.dense.test, color=GREY, linewidth=0.8, linestyle=DASHED)
-    figure.legend(loc="outside upper left", ncols=4, handlelength=1.5)
+        right.axhline(record.dense.test, **FULL)
+    figure.legend(**LEGEND)
     caption = (
         "Left: the fronts that were found, a line per seed. Right: the networks that were taken, as they "
         "are at the end, a mark per seed; dashed: the full network."
@@ -87,8 +77,7 @@ def _cost(search: Search) -> str:
 
 
 def _front(search: Search, whose: str) -> Drawing:
-    figure = Figure(figsize=(WIDTH, 3.6))
-    ax = figure.subplots()
+    figure, [ax] = axes(3.6)
     full, scale, ids = search.full_cost, 100 if search.share else 1, search.individuals.id or []
     cost = [100 * c / full for c in search.individuals.cost]
     quality = [scale * q for q in search.individuals.quality]
@@ -97,7 +86,7 @@ def _front(search: Search, whose: str) -> Drawing:
         points = sorted(zip(costs, qualities, strict=True))
         ax.plot([100 * c / full for c, _ in points], [scale * q for _, q in points], label=label, **style)
 
-    ax.scatter(cost, quality, s=9, color=BLUE, alpha=0.45, linewidths=0, label="individuals", gid="individuals")
+    ax.scatter(cost, quality, s=9, color=BLUE, alpha=0.45, linewidths=0, label="individuals", gid="points")
     line(search.front.cost, search.front.quality, "front", color=BLUE, linewidth=1.2)
     if tested := search.front.test:  # older records have none
         line(search.front.cost, tested, "front, on test images", color=BLUE, linewidth=1, linestyle=(0, (3, 2)))
@@ -105,11 +94,9 @@ def _front(search: Search, whose: str) -> Drawing:
     ax.plot([100], [scale * search.full_quality], "D", color=INK, markersize=5, label="full network")
     if search.chosen in ids:
         at = ids.index(search.chosen)
-        ring: Style = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": RED, "markeredgewidth": 1.8}
-        ax.plot([cost[at]], [quality[at]], "o", label="taken", **ring)
-    ax.set_xlabel(f"{_cost(search)} left (%)")
-    ax.set_ylabel(f"{search.quality} on the fitness images" + (" (%)" if search.share else ""))
-    ax.set_xlim(0, 103)
+        ax.plot([cost[at]], [quality[at]], "o", label="taken", **RING)
+    ylabel = f"{search.quality} on the fitness images" + (" (%)" if search.share else "")
+    ax.set(xlabel=f"{_cost(search)} left (%)", ylabel=ylabel, xlim=(0, 103))
     ax.legend(loc="lower right")
     caption = (
         f"{whose}: {len(cost):,} networks that were evaluated, those that no other one beats in both"
@@ -121,30 +108,26 @@ def _front(search: Search, whose: str) -> Drawing:
         f"{name}: {search.quality} {q:.4g}{' %' if search.share else ''}, {c:.1f} % of the {_cost(search)}"
         for name, q, c in zip(ids, quality, cost, strict=True)
     ]
-    return Drawing("front", "What the search looked at", figure, caption, {"individuals": texts})
+    return Drawing("front", "What the search looked at", figure, caption, texts)
 
 
 def _convergence(search: Search, whose: str) -> Drawing:
     history = search.history
-    volumes = [look.hypervolume for look in history]
-    panels = 2 + all(v is not None for v in volumes)
-    figure = Figure(figsize=(WIDTH, 2.5))
-    axes = figure.subplots(1, panels)
+    volumes = [look.hypervolume for look in history if look.hypervolume is not None]
+    of_volumes = len(volumes) == len(history)
+    figure, panels = axes(2.5, columns=3 if of_volumes else 2)
     x = [look.generation for look in history]
-    axes[0].plot(x, [look.best for look in history], color=BLUE, label="best so far")
-    axes[0].plot(x, [look.mean for look in history], color=RED, linestyle=(0, (5, 1.5)), label="mean")
-    axes[0].set_ylabel("score")
-    axes[0].legend()
-    axes[1].plot(x, [look.diversity for look in history], color=GREEN)
-    axes[1].set_ylabel("diversity")
-    axes[1].set_ylim(0, None)
-    if panels == 3:
-        axes[2].plot(x, volumes, color=BLUE)
-        axes[2].set_ylabel("hypervolume")
-    for ax in axes:
-        ax.set_xlabel("generation")
+    panels[0].plot(x, [look.best for look in history], color=BLUE, label="best so far")
+    panels[0].plot(x, [look.mean for look in history], color=RED, linestyle=(0, (5, 1.5)), label="mean")
+    panels[0].legend()
+    panels[1].plot(x, [look.diversity for look in history], color=GREEN)
+    panels[1].set_ylim(0, None)
+    if of_volumes:
+        panels[2].plot(x, volumes, color=BLUE)
+    for ax, label in zip(panels, ("score", "diversity", "hypervolume"), strict=False):
+        ax.set(xlabel="generation", ylabel=label)
     caption = f"{whose}. Diversity: how likely two individuals of a generation differ in a filter." + (
-        " Hypervolume: of all that no other individual beats." if panels == 3 else ""
+        " Hypervolume: of all that no other individual beats." if of_volumes else ""
     )
     return Drawing("convergence", "Convergence of the search", figure, caption)
 
@@ -156,20 +139,10 @@ def _masks(record: CompressRecord, whose: str) -> Drawing:
     for look in record.search.history:
         bits = bin(int(look.mask, 16))[2:].zfill(4 * len(look.mask))
         rows.append([int(bit) for bit in bits[:genes]])
-    figure = Figure(figsize=(WIDTH, min(5.0, 1.1 + 0.06 * len(rows))))
-    ax = figure.subplots()
-    ax.imshow(
-        rows,
-        aspect="auto",
-        cmap="Blues",
-        vmin=0,
-        vmax=1.3,
-        interpolation="nearest",
-        extent=(0, genes, len(rows) + 0.5, 0.5),
-    )
-    ends = [0]
-    for layer in layers:
-        ends.append(ends[-1] + layer.size)
+    figure, [ax] = axes(min(5.0, 1.1 + 0.06 * len(rows)))
+    extent = (0, genes, len(rows) + 0.5, 0.5)
+    ax.imshow(rows, aspect="auto", cmap="Blues", vmin=0, vmax=1.3, interpolation="nearest", extent=extent)
+    ends = [0, *itertools.accumulate(layer.size for layer in layers)]
     for end in ends[1:-1]:
         ax.axvline(end, color=RED, linewidth=0.6)
     named: list[tuple[float, float, str]] = []  # middle, half the text's width, text: no two overlap
@@ -189,17 +162,14 @@ def _masks(record: CompressRecord, whose: str) -> Drawing:
 def _layers(method: Method) -> Drawing:
     layers = method.records[0].layers
     kept = [statistics.mean(record.layers[k].kept for record in method.records) for k in range(len(layers))]
-    figure = Figure(figsize=(WIDTH, max(1.4, 0.6 + 0.19 * len(layers))))
-    ax = figure.subplots()
-    places = range(len(layers))
-    ax.barh(places, [layer.size for layer in layers], color=GREY, alpha=0.3, height=0.7)
+    figure, [ax] = axes(max(1.4, 0.6 + 0.19 * len(layers)))
+    places, sizes = range(len(layers)), [layer.size for layer in layers]
+    ax.barh(places, sizes, color=GREY, alpha=0.3, height=0.7)
     ax.barh(places, kept, color=BLUE, height=0.7)
-    for y, (layer, k) in enumerate(zip(layers, kept, strict=True)):
-        ax.text(layer.size, y, f" {k:.3g} of {layer.size}", va="center", fontsize=7)
+    for y, size, k in zip(places, sizes, kept, strict=True):
+        ax.text(size, y, f" {k:.3g} of {size}", va="center", fontsize=7)
     ax.set_yticks(places, [layer.name for layer in layers], fontsize=7)
-    ax.set_ylim(len(layers) - 0.5, -0.5)
-    ax.set_xlim(0, 1.15 * max(layer.size for layer in layers))
-    ax.set_xlabel("filters")
+    ax.set(xlabel="filters", xlim=(0, 1.15 * max(sizes)), ylim=(len(layers) - 0.5, -0.5))
     ax.grid(False, axis="y")
     n = len(method.records)
     several = f", mean of {n} seeds" if n > 1 else f", seed {method.records[0].seed}"
@@ -211,23 +181,17 @@ def _layers(method: Method) -> Drawing:
 
 
 def _tuning(section: Section[CompressRecord], method: Method, styles: dict[str, Style]) -> Drawing:
-    figure = Figure(figsize=(WIDTH, 2.8))
-    axes = figure.subplots(1, 2)
-    for ax, key, label in zip(axes, ("val", "loss"), ("validation score (%)", "loss"), strict=True):
-        _tuned(ax, section, styles, key)
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(label)
+    figure, [left, right] = axes(2.8, columns=2)
+    for ax, key, label in ((left, "val", "validation score (%)"), (right, "loss", "loss")):
+        ax.set(xlabel="epoch", ylabel=label)
+        for row in section.done:
+            for k, record in enumerate(row.records):
+                values = [(look.epoch + 1, getattr(look, key)) for look in record.compact.history]
+                looks = [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
+                if looks:
+                    x, y = zip(*looks, strict=True)
+                    ax.plot(x, y, alpha=0.8, linewidth=1.2, label=row.label if k == 0 else None, **styles[row.label])
     for record in method.records:
-        axes[0].axhline(record.dense.val, color=GREY, linewidth=0.8, linestyle=DASHED)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, handlelength=1.5)
+        left.axhline(record.dense.val, **FULL)
+    figure.legend(*left.get_legend_handles_labels(), **LEGEND)
     return Drawing("finetuning", "Fine-tuning", figure, "A line per seed; dashed: the full network.")
-
-
-def _tuned(ax: Axes, section: Section[CompressRecord], styles: dict[str, Style], key: str) -> None:
-    for row in section.done:
-        for k, record in enumerate(row.records):
-            values = [(look.epoch + 1, getattr(look, key)) for look in record.compact.history]
-            looks = [(epoch, value) for epoch, value in values if value is not None and math.isfinite(value)]
-            if looks:
-                x, y = zip(*looks, strict=True)
-                ax.plot(x, y, alpha=0.8, linewidth=1.2, label=row.label if k == 0 else None, **styles[row.label])

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from ..lab.record import Section
-from .plots import Picture
+from ..lab.rows import Section
+from .plots import Drawing
 from .records import Saved
 from .studies import study_of
 
-__all__ = ["page"]
+__all__ = ["figure", "page"]
 
 CSS = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1b1b1e; --soft: #5c5c66; --rule: #d9d9de; --tint: #f5f5f7; }
@@ -43,16 +43,24 @@ pre { background: var(--tint); padding: 1em; overflow-x: auto; font-size: .82rem
 """.strip()
 
 
-def page(saved: Saved, pictures: dict[str, list[Picture]]) -> str:
+def page(saved: Saved, figures: dict[str, list[str]]) -> str:
     """All of it.
 
     Args:
-        pictures: by the section's name.
+        figures: by the section's name.
     """
-    return "\n".join(_page(saved, pictures)) + "\n"
+    return "\n".join(_page(saved, figures)) + "\n"
 
 
-def _page(saved: Saved, pictures: dict[str, list[Picture]]) -> Iterator[str]:
+def figure(drawing: Drawing) -> str:
+    return (
+        f'<h3>{escape(drawing.title)}</h3>\n<figure><div class="wide{" paper" if drawing.on_paper else ""}">'
+        f"{drawing.svg()}</div>\n<figcaption>{escape(drawing.caption)} "
+        f"<code>pictures/{escape(drawing.name)}.png</code></figcaption></figure>"
+    )
+
+
+def _page(saved: Saved, figures: dict[str, list[str]]) -> Iterator[str]:
     title = saved.sections[0].title if len(saved.sections) == 1 else saved.name
     yield f"""<!doctype html>
 <html lang="en">
@@ -66,14 +74,8 @@ def _page(saved: Saved, pictures: dict[str, list[Picture]]) -> Iterator[str]:
     if saved.notices:
         yield '<div class="notice">' + "".join(f"<p>{escape(notice)}</p>" for notice in saved.notices) + "</div>"
     if len(saved.sections) > 1:
-        yield (
-            "<ul>"
-            + "".join(
-                f'<li><a href="#section{i}">{escape(section.title)}</a></li>'
-                for i, section in enumerate(saved.sections)
-            )
-            + "</ul>"
-        )
+        links = (f'<a href="#section{i}">{escape(section.title)}</a>' for i, section in enumerate(saved.sections))
+        yield "<ul>" + "".join(f"<li>{link}</li>" for link in links) + "</ul>"
     for i, section in enumerate(saved.sections):
         if len(saved.sections) > 1:
             yield f'<h2 id="section{i}">{escape(section.title)}</h2>'
@@ -82,19 +84,10 @@ def _page(saved: Saved, pictures: dict[str, list[Picture]]) -> Iterator[str]:
         study = study_of(section)
         yield f"<p>{escape(study.summary(section))}</p>"
         yield from study.table(section).html()
-        for picture in pictures[section.name]:
-            yield from _figure(picture)
+        yield from figures[section.name]
         yield from _configuration(section)
     yield from _environment(saved)
     yield "</html>"
-
-
-def _figure(picture: Picture) -> Iterator[str]:
-    yield (
-        f'<h3>{escape(picture.title)}</h3>\n<figure><div class="wide{" paper" if picture.on_paper else ""}">'
-        f"{picture.svg}</div>\n<figcaption>{escape(picture.caption)} "
-        f"<code>pictures/{escape(picture.name)}.png</code></figcaption></figure>"
-    )
 
 
 def _configuration(section: Section[Any]) -> Iterator[str]:
@@ -102,7 +95,7 @@ def _configuration(section: Section[Any]) -> Iterator[str]:
     for row in section.done:
         seeds = f"seed{'s' if len(row.records) > 1 else ''} {', '.join(str(record.seed) for record in row.records)}"
         text = yaml.safe_dump(row.records[0].config, sort_keys=False, default_flow_style=None, width=100)
-        yield (f"<details><summary>{escape(row.label)}, {seeds}</summary><pre>{escape(text)}</pre></details>")
+        yield f"<details><summary>{escape(row.label)}, {seeds}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _environment(saved: Saved) -> Iterator[str]:

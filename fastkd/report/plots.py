@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot nothing but Agg and SVG is ever used
 
-from ..lab.record import Section
+from ..lab.rows import Section
 
-__all__ = ["DASHED", "GREY", "INK", "PALETTE", "WIDTH", "Drawing", "Picture", "Style", "draw", "name_of", "styles"]
+__all__ = [
+    "DASHED",
+    "GREY",
+    "INK",
+    "PALETTE",
+    "RING",
+    "WIDTH",
+    "Drawing",
+    "Style",
+    "axes",
+    "name_of",
+    "settings",
+    "styles",
+]
 
 INK = "#1b1b1e"  # in the SVG: the page's own text colour
 GREY = "#858585"  # what the others are compared with; readable on light and on dark
@@ -53,71 +69,72 @@ SETTINGS: dict[Any, Any] = {
 }
 
 Style = dict[str, Any]
+RING: Style = {"markersize": 9, "markerfacecolor": "none", "markeredgecolor": PALETTE[1], "markeredgewidth": 1.8}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Drawing:
-    """What a study draws."""
+    """What a study draws; it is drawn, and rendered, under :func:`settings`."""
 
-    name: str
-    title: str
-    figure: Figure
-    caption: str
-    texts: dict[str, list[str]] = field(default_factory=dict)
-    """By the gid of a collection, what is said over its points."""
-    on_paper: bool = False
-    """Its colours are for a white ground, in dark mode too."""
-
-
-@dataclass(frozen=True)
-class Picture:
     name: str
     """Of its file, without .png."""
     title: str
+    figure: Figure
     caption: str
-    svg: str
-    png: bytes
+    texts: list[str] = field(default_factory=list)
+    """What is said over the points of the collection whose gid is "points"."""
     on_paper: bool = False
+    """Its colours are for a white ground, in dark mode too."""
+
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=300, facecolor="white")
+        return file.getvalue()
+
+    def svg(self) -> str:
+        """An element for an HTML page: no XML header, no name spaces, no fixed size, the text in its colour."""
+        # Ids of clip paths are unique on the page and the same in every run.
+        matplotlib.rcParams["svg.hashsalt"] = self.name
+        file = io.StringIO()
+        self.figure.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+        text = re.sub(r' id="(?:figure|axes|axis|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
+        if self.texts:
+            text = _titled(text, iter(self.texts))
+        head, body = text.split(">", 1)
+        box = re.search(r'viewBox="[^"]+"', head)
+        assert box is not None
+        text = f'<svg {box[0]} role="img" aria-label="{self.title}">{body}'
+        return re.sub(r"\n\s*\n+", "\n", text).replace(INK, "currentColor").strip()
 
 
-class Pictures(Protocol):
-    """Of a study: all for which a section has data."""
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """The report's, whatever the user's are."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(SETTINGS)
+        yield
 
-    def __call__(self, section: Section[Any], styles: dict[str, Style], /) -> Iterator[Drawing]: ...
+
+def axes(
+    height: float, lines: int = 1, columns: int = 1, width: float = WIDTH, sharex: bool = False, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A new figure, and its axes line by line."""
+    figure = Figure(figsize=(width, height))
+    return figure, list(figure.subplots(lines, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
 
 
 def styles(sections: Sequence[Section[Any]]) -> dict[str, Style]:
     """Colour and dashes of every row, by its label: the same in all pictures."""
     out: dict[str, Style] = {}
-    count = 0
+    unused = ({"color": color, "linestyle": dashes} for dashes in itertools.cycle(DASHES) for color in PALETTE)
     for row in (row for section in sections for row in section.rows):
-        if row.label in out:
-            continue
-        if row.plain:
-            out[row.label] = {"color": GREY, "linestyle": "-"}
-        else:
-            turn, index = divmod(count, len(PALETTE))
-            out[row.label] = {"color": PALETTE[index], "linestyle": DASHES[turn % len(DASHES)]}
-            count += 1
-    return out
-
-
-def draw(pictures: Pictures, section: Section[Any], styles: dict[str, Style], prefix: str = "") -> list[Picture]:
-    """All pictures of a section.
-
-    Args:
-        prefix: of the file names.
-    """
-    out = []
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own settings are
-        matplotlib.rcParams.update(SETTINGS)
-        for drawing in pictures(section, styles):
-            name = prefix + drawing.name
-            # Ids of clip paths are unique on the page and the same in every run.
-            matplotlib.rcParams["svg.hashsalt"] = name
-            svg, png = _svg(drawing), _png(drawing.figure)
-            out.append(Picture(name, drawing.title, drawing.caption, svg, png, drawing.on_paper))
+        if row.label not in out:
+            plain = row.records and row.records[0].plain
+            out[row.label] = {"color": GREY, "linestyle": "-"} if plain else next(unused)
     return out
 
 
@@ -126,34 +143,11 @@ def name_of(label: str) -> str:
     return (label if len(label) <= 28 else f"{label[:17]}…{label[-10:]}").replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=300, facecolor="white")
-    return file.getvalue()
-
-
-def _svg(drawing: Drawing) -> str:
-    """An element for an HTML page: no XML header, no name spaces, no fixed size, the text in its colour."""
-    file = io.StringIO()
-    drawing.figure.savefig(file, format="svg", dpi=200, transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="(?:figure|axes|axis|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
-    for gid, titles in drawing.texts.items():
-        text = _titled(text, gid, iter(titles))
-    head, body = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]+"', head)
-    assert box is not None
-    text = f'<svg {box[0]} role="img" aria-label="{drawing.title}">{body}'
-    return re.sub(r"\n\s*\n+", "\n", text).replace(INK, "currentColor").strip()
-
-
-def _titled(text: str, gid: str, titles: Iterator[str]) -> str:
-    """Every point of the group gets a title, which a browser shows when it is hovered over."""
-    start = text.index(f'<g id="{gid}">')
+def _titled(text: str, titles: Iterator[str]) -> str:
+    """Every point of the collection gets a title, which a browser shows when it is hovered over."""
+    start = text.index('<g id="points">')
     end = text.index("</g>\n   </g>", start) if "</g>\n   </g>" in text[start:] else text.index("</g>", start)
     points = re.sub(
         r"(<use [^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(titles))}</title></use>", text[start:end]
     )
-    return text[:start] + points.replace(f' id="{gid}"', "") + text[end:]
+    return text[:start] + points.replace(' id="points"', "") + text[end:]

@@ -9,15 +9,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .._text import slug
 from ..lab import record as lab
 from ..lab import settings
 from ..lab.cells import Cells, experiments, left_out
-from ..lab.record import DamagedError, Record, Row, Section
+from ..lab.record import DamagedError, Record
+from ..lab.rows import Row, Section
 
 __all__ = ["Saved", "read"]
+
+D = TypeVar("D")
 
 
 @dataclass
@@ -85,22 +88,24 @@ def _from_cells(saved: Saved, directory: Path, names: Sequence[str]) -> None:
         if any(type(record) is not kind for of in found.values() for record in of):
             saved.notices.append(f"{name}: its records are of two studies; those of the second are left out.")
             found = {row: [record for record in of if type(record) is kind] for row, of in found.items()}
-        labels = {slug(str(label)): str(label) for label in _mapping(plan.get("rows"))}
+        rows_of_plan: dict[Any, Any] = _get(plan, "rows", {})
+        labels = {slug(str(label)): str(label) for label in rows_of_plan}
         rows: list[Row[Record]] = []
         for row in (*labels, *sorted(set(found) - set(labels))):
             label = labels.get(row, cells.name(row))
             split = _rows(label, found.get(row, []), saved) or [Row[Record](label, [])]
-            rows += [replace(r, planned=_whole(plan.get("seeds"), 3)) for r in split] if row in labels else split
+            rows += [replace(r, planned=_get(plan, "seeds", 3)) for r in split] if row in labels else split
         if not plan:
             rows.sort(key=_by_name)
-        saved.sections.append(Section(name, _words(plan.get("title")) or name, rows, _words(plan.get("note")).strip()))
+        saved.sections.append(Section(name, _get(plan, "title", "") or name, rows, _get(plan, "note", "").strip()))
     if missing := [name for name in plans if name not in names]:
         saved.notices.append(f"Not yet run: {', '.join(missing)}.")
 
 
 def _by_name(row: Row[Record]) -> tuple[bool, list[str | int]]:
     """The plain one first; numbers in names by their values."""
-    return not row.plain, [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", row.label)]
+    plain = bool(row.records) and row.records[0].plain
+    return not plain, [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", row.label)]
 
 
 def _rows(label: str, records: list[Record], saved: Saved) -> list[Row[Record]]:
@@ -128,18 +133,12 @@ def _plans(directory: Path, saved: Saved) -> dict[str, dict[str, Any]]:
         except (OSError, settings.ConfigError) as error:
             saved.notices.append(f"{file.name} is no plan, so titles and names of rows in it are not known ({error}).")
             continue
-        experiments = _mapping(content.get("experiments"))
-        out |= {str(name): plan for name, plan in experiments.items() if isinstance(plan, dict)}
-    return dict(sorted(out.items(), key=lambda item: _whole(item[1].get("priority"), 1)))
+        found: dict[Any, Any] = _get(content, "experiments", {})
+        out |= {str(name): plan for name, plan in found.items() if isinstance(plan, dict)}
+    return dict(sorted(out.items(), key=lambda item: _get(item[1], "priority", 1)))
 
 
-def _whole(x: Any, default: int) -> int:
-    return x if isinstance(x, int) else default
-
-
-def _words(x: Any) -> str:
-    return x if isinstance(x, str) else ""
-
-
-def _mapping(x: Any) -> dict[Any, Any]:
-    return x if isinstance(x, dict) else {}
+def _get(content: Any, key: str, default: D) -> D:
+    """Of a plan, which nobody has checked: the default where there is nothing of its type."""
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, type(default)) else default

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..compress import tables as of_compression
 from ..compress.record import CompressRecord
 from ..distill import tables as of_distillation
 from ..distill.record import DistillRecord
-from ..lab.record import Record, Section
+from ..lab.record import Record
+from ..lab.rows import Section
 from ..lab.table import Table
 from . import compression, distillation
-from .plots import Pictures
+from .plots import Drawing, Style
 
 __all__ = ["Study", "study_of"]
 
@@ -20,7 +21,8 @@ __all__ = ["Study", "study_of"]
 class Study(NamedTuple):
     summary: Callable[[Section[Any]], str]
     table: Callable[[Section[Any]], Table]
-    pictures: Pictures
+    pictures: Callable[[Section[Any], dict[str, Style]], Iterator[Drawing]]
+    """All for which the section has data."""
 
 
 STUDIES: dict[type[Record], Study] = {

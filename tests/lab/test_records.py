@@ -16,7 +16,8 @@ from fastkd.distill.record import DistillRecord
 from fastkd.lab import cells as cells_module
 from fastkd.lab import record as records
 from fastkd.lab.cells import Cells, experiments
-from fastkd.lab.record import DamagedError, Record, Row, Section, UnknownSchemaError
+from fastkd.lab.record import DamagedError, Record, Scores, UnknownSchemaError
+from fastkd.lab.rows import Row, Section
 from fastkd.lab.settings import ConfigError
 from fastkd.lab.table import Column, Table, short
 from fastkd.runtime.checkpoint import CheckpointError, alone
@@ -65,7 +66,7 @@ def test_what_tables_and_pictures_need_is_kept(content):
         ]
         assert short.picture == full.picture and not short.teacher.history
         one, other = (of_distillation.results(Section("a", "A", [Row("r", [r])])) for r in (short, full))
-        assert one.lines == other.lines
+        assert one == other
         assert "seconds" not in json.dumps(full.shortened()["student"]["history"])
         later = Record.parse({**content, "seed": 4})
         assert "picture" in full.shortened([later]) and "picture" not in later.shortened([full])
@@ -134,6 +135,15 @@ def test_another_version():
         UnknownSchemaError, match=r"a\.json is a record of schema 2, and this version of fastkd knows 1"
     ):
         Record.parse({**record(80.0, 0, {}), "schema": 2}, "a.json")
+
+
+def test_another_version_is_refused_every_time(tmp_path):
+    file = tmp_path / "cora.jsonl"
+    file.write_text("".join(json.dumps({"row": "a", **record(80.0, k, {}), "schema": k + 1}) + "\n" for k in range(2)))
+    cells = Cells(tmp_path, "cora")
+    for _ in range(2):
+        with pytest.raises(UnknownSchemaError, match=r"cora\.jsonl, line 2, is a record of schema 2"):
+            cells.rows()
 
 
 # --- the file of an experiment -----------------------------------------------------------------------
@@ -282,16 +292,16 @@ def test_a_full_disk(tmp_path, monkeypatch):
 # --- tables ------------------------------------------------------------------------------------------
 
 COLUMNS = [
-    Column(None, lambda line: line[0], left=True, always=True),
-    Column("score, %", lambda line: f"{line[1]:.1f}", missing="not yet run"),
-    Column("note", lambda line: ""),
-    Column("more", lambda line: None),
+    Column(None, lambda row: row.label, always=True),
+    Column("score, %", lambda row: f"{row.test.mean:.1f}", missing="not yet run"),
+    Column("note", lambda row: ""),
+    Column("more", lambda row: None),
 ]
-LINES = [("a & <b>", 1.0), ("c", None)]
+ROWS = [Row("a & <b>", [Scores(test=1.0, val=1.0)]), Row("c", [])]
 
 
-def table(lines=LINES, **options):
-    return Table.of(COLUMNS, lines, empty=lambda line: line[1] is None, **options)
+def table(rows=ROWS, **options):
+    return Table.of(COLUMNS, rows, **options)
 
 
 def shown(terminal, width=80):
@@ -307,7 +317,7 @@ def test_three_renderings():
         "| a & <b> | 1.0 |  | |",
         "| c | not yet run | | |",
     ]
-    html = "\n".join(table(kind=lambda line: "best" if line[1] else "", note="Student's <t>").html())
+    html = "\n".join(table(best="a & <b>", note="Student's <t>").html())
     assert '<tr class="best"><td>a &amp; &lt;b&gt;</td><td>1.0</td><td></td><td></td></tr>' in html
     assert "<tr><td>c</td><td>not yet run</td>" in html and "Student's &lt;t&gt;</p>" in html
     text = shown(table(title="T").terminal())
@@ -317,8 +327,8 @@ def test_three_renderings():
 @pytest.mark.parametrize("name", ["lsp [/x]", "[bold]", "[link=x]a[/link]", ":warning:", "[/]", "\\[red]"])
 def test_markup_in_names_is_text(name):
     """In every table for the terminal: in cells, headings, titles and captions."""
-    assert shown(table([(name, 1.0)], title=name, note=name).terminal()).count(name) == 3
-    assert name in shown(Table([Column(name, lambda line: line)]).terminal())
+    assert shown(table([Row(name, ROWS[0].records)], title=name, note=name).terminal()).count(name) == 3
+    assert name in shown(Table([name], [], title=None).terminal())
     row = Row(name, [Record.parse(record(90.0, 0, {}))], 1)
     assert shown(of_distillation.overview(Section("a", name, [row])).terminal(), 120).count(name) == 2
     content = compressed()
@@ -329,7 +339,7 @@ def test_markup_in_names_is_text(name):
 
 
 def test_a_name_is_one_cell_of_markdown():
-    lines = list(table([("a|b\nc", 1.0)]).markdown())
+    lines = list(table([Row("a|b\nc", ROWS[0].records)]).markdown())
     assert lines[2] == r"| a\|b c | 1.0 |  | |"
 
 

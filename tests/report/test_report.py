@@ -20,8 +20,8 @@ from fastkd._text import slug
 from fastkd.compress.record import CompressRecord
 from fastkd.distill.tables import summary
 from fastkd.lab.cells import Cells
-from fastkd.lab.estimate import Estimate
 from fastkd.lab.record import Record
+from fastkd.lab.rows import Estimate
 from fastkd.report import records
 
 TESTS = {"student-alone": [90.1, 90.4, 89.7], "lsp": [92.0, 92.3, 91.9], "kd + lsp": [91.25]}
@@ -348,6 +348,7 @@ def test_methods_of_a_plan(tmp_path):
     assert rows["ECS"][4:] == ["25.0", "25.0", "4.00x / 4.00x", "40", "12.5"]
     assert rows["uniform L1"][3] == "2 of 3" and rows["uniform L1"][-2] == "1"
     assert rows["Torch-Pruning"][0] == "not yet run" and rows["Torch-Pruning"][3] == "0 of 3"
+    assert rows["Torch-Pruning"] == ["not yet run", "", "", "0 of 3", "", "", "", "", ""]
     assert rows["full network"][:2] == ["94.25 ± 2.48"] * 2
     assert re.findall(r'<tr class="best"><td>(.*?)</td>', text)[0] == "uniform L1"
     assert "Best of 3 methods is uniform L1, with 91.15" in text and "It overlaps with ECS" in text
@@ -480,3 +481,11 @@ assert not [m for m in sys.modules if m.startswith(("fastkd.distill", "fastkd.co
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_records_of_two_studies_without_a_plan(tmp_path):
+    cells = Cells(tmp_path / "cells", "mixed")
+    for row, content in {"kd": record(80.0, 0, {}), "small": compressed()}.items():
+        cells.append(row, Record.parse(content))
+    assert "mixed: its records are of two studies; those of the second are left out." in records.read(tmp_path).notices
+    assert rows_of(fastkd.report.write(tmp_path).read_text())["small"][0] == "not yet run"
