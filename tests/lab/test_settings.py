@@ -153,6 +153,7 @@ def test_overrides_that_are_right():
         ("losses.lsp.args.shuffle=1", ["losses.lsp.args.shuffle", "true or false"]),
         ("losses.lsp.args.kernel_args.sigma=x", ["losses.lsp.args.kernel_args.sigma", "a number", "'x'"]),
         ("losses.lsp.args.kernel_args.sigma=-1", ["losses.lsp.args", "sigma must be finite", "-1"]),
+        ("losses.lsp.args.kernel_args.sigma=0", ["losses.lsp.args.kernel_args = {'scale'", "sigma must be finite"]),
         ("losses.lsp.args.kernel_args.sigam=1", ["losses.lsp.args.kernel_args", "'sigam' (did you mean 'sigma'?)", "rbf"]),
         ("losses.lsp.args.kernel=poly", ["losses.lsp.args.kernel_args", "unknown key 'sigma'", "degree"]),
         ("losses.kd.args.temperature=0", ["losses.kd.args", "temperature must be a number in (0, inf), got 0"]),
