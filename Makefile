@@ -37,12 +37,13 @@ $(BIN)/python:
 	$(PIP) install --upgrade "pip>=24"
 
 # Few and small: what the builds below need.
-$(VENV)/.tools: constraints.txt pyproject.toml | $(BIN)/python
-	$(PIP) install -c constraints.txt pybind11 cmake ninja "scikit-build-core>=0.10" "setuptools>=64" wheel
+$(VENV)/.tools: constraints.txt pyproject.toml scripts/requirements.py | $(BIN)/python
+	$(BIN)/python scripts/requirements.py build > $(VENV)/build.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/build.txt cmake
 	@touch $@
 
 # torch first and by itself, so that the constraint decides which one.
-$(VENV)/.packages: constraints.txt pyproject.toml scripts/requirements.py $(VENV)/.tools
+$(VENV)/.packages: $(VENV)/.tools
 	$(PIP) install -c constraints.txt torch numpy
 	$(BIN)/python scripts/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
