@@ -15,7 +15,9 @@ EXTRAS := distill compress test bench lint
 # What an installation depends on: a change of any of these builds the package anew.
 SOURCES := $(shell find csrc fastkd -type f -not -name '*.so' -not -path '*/__pycache__/*') \
            CMakeLists.txt pyproject.toml setup.py
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Make's job server cannot be passed on through Python, and ninja would look for it.
+RUN := env -u MAKEFLAGS $(BIN)/python
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc tests/simt bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 export FASTKD_SIMT_DIR := $(CURDIR)/$(BUILD)/simt
 # For this machine's GPUs alone; without any, one architecture in whole, and the branches for older ones as PTX: of all
@@ -63,13 +65,13 @@ setup: $(VENV)/.fastkd
 
 # The CUDA sources, built for the host.
 $(BUILD)/simt/.built: $(SOURCES) $(wildcard tests/simt/*) scripts/build_simt.py $(VENV)/.tools
-	$(BIN)/python scripts/build_simt.py $(BUILD)/simt
+	$(RUN) scripts/build_simt.py $(BUILD)/simt
 	@touch $@
 
 simt: $(BUILD)/simt/.built
 
 $(BUILD)/sanitize/.built: $(SOURCES) $(wildcard tests/simt/*) scripts/build_simt.py $(VENV)/.tools
-	$(BIN)/python scripts/build_simt.py $(BUILD)/sanitize --sanitize address,undefined
+	$(RUN) scripts/build_simt.py $(BUILD)/sanitize --sanitize address,undefined
 	@touch $@
 
 lint: $(VENV)/.packages

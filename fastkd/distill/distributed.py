@@ -27,8 +27,13 @@ __all__ = ["LSPPart"]
 class LSPPart:
     """A rank's part of an LSP loss over a static graph: some destinations, with all their sources.
 
-    >>> part = LSPPart(losses.LSP(), teacher, graph, world.range(graph.num_dst), generator)
-    >>> part(student)                     # its sum over ranks is the loss
+    >>> import torch
+    >>> from fastkd import Graph
+    >>> graph = Graph.from_edge_index(torch.tensor([[0, 1, 2, 3, 0], [1, 1, 2, 2, 3]]), 4)
+    >>> student, teacher = torch.randn(4, 2), torch.randn(4, 8)
+    >>> parts = [LSPPart(LSP(), teacher, graph, rows, torch.Generator()) for rows in (slice(0, 2), slice(2, 4))]
+    >>> torch.allclose(sum(part(student) for part in parts), LSP()(student, teacher, graph))
+    True
     """
 
     def __init__(self, loss: LSP, teacher: Tensor, graph: Graph, rows: slice, generator: torch.Generator) -> None:

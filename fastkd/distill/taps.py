@@ -19,10 +19,14 @@ class _Enough(Exception):
 class Taps:
     """Forward hooks that keep what named modules return.
 
-    >>> taps = Taps(model, ["layers.1"], role="student")
-    >>> logits = model(x, adj)
-    >>> taps["layers.1"]                  # what that module returned, with its graph for autograd
-    >>> print(taps)                       # layers.1: GATConv -> [2708, 136] float32
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> taps = Taps(model, ["1"], role="student")
+    >>> logits = model(torch.randn(5, 3))
+    >>> taps["1"].shape  # of what that module returned, with its graph for autograd
+    torch.Size([5, 4])
+    >>> print(taps)
+    1: ReLU -> [5, 4] float32
 
     Args:
         model: any module.

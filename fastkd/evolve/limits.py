@@ -44,6 +44,7 @@ class Limits:
     A budget is stated here and nowhere else. One of these serves a search, what it starts from, its controls and what
     is reported of it.
 
+    >>> import fastkd.population, torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
     >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
     >>> limits = Limits(space, {"macs": 0.5})

@@ -16,6 +16,7 @@ def uniform_l1(space: GeneSpace, density: float | Tensor, k_min: int = 1) -> Ten
 
     At a budget: ``Limits(space, {"macs": 0.4}).repair(space.ones(1))`` removes in the same order, to the budget.
 
+    >>> import fastkd.population, torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
     >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
     >>> uniform_l1(space, torch.tensor([0.5, 1.0])).sum(1)
@@ -45,6 +46,7 @@ def global_norm(space: GeneSpace, density: float | Tensor, k_min: int = 1, *, co
     (as their output and as their input), of the sum of squares, relative to the mean of its group. Unlike that
     package's, it also ranks the filters that an option-A shortcut couples.
 
+    >>> import fastkd.population, torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
     >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
     >>> global_norm(space, torch.tensor([0.25, 1.0])).sum(1)

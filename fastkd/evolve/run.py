@@ -45,6 +45,8 @@ def evolve(
 ) -> Result:
     """Searches for the masks of the largest fitness.
 
+    >>> import fastkd, torch
+    >>> from fastkd.evolve import Fitness, evolve
     >>> model = torch.nn.Sequential(
     ...     torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 3)
     ... ).eval()

@@ -52,6 +52,7 @@ def compact(model: nn.Module, mask: Tensor, example_input: Tensor | GeneSpace) -
     of channels (a view to a stated width, a slice or shuffle of channels; an option-A shortcut that is not a module by
     itself), it is an fx.GraphModule with the same names of parameters instead, and then has no dropout.
 
+    >>> import torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
     >>> compact(model, torch.tensor([True, False, True, False]), torch.zeros(1, 1, 6, 6))
     Sequential(
@@ -198,6 +199,7 @@ def save(
     """Writes a compact network as safetensors with a checksum, whole or not at all.
 
     >>> import tempfile
+    >>> import fastkd.population, torch
     >>> from fastkd.models import build_cnn
     >>> full, image = build_cnn("lenet").eval(), torch.randn(1, 1, 28, 28)
     >>> space = fastkd.population.trace(full, image)

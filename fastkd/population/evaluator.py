@@ -44,6 +44,7 @@ class PopulationEvaluator:
     are in float32, the classes' scores are rounded to the model's dtype). There, float32 uses TF32 where torch's own
     convolutions may (``torch.backends.cudnn.allow_tf32``).
 
+    >>> import fastkd, torch
     >>> model = torch.nn.Sequential(
     ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 3)
     ... ).eval()

@@ -140,6 +140,7 @@ class GeneSpace:
 
     A population is a mask bool [P, num_genes]; where one individual makes sense, [num_genes] does too.
 
+    >>> import fastkd.population, torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(64, 3)).eval()
     >>> space = fastkd.population.trace(model, torch.zeros(1, 1, 6, 6))
     >>> masks = space.repair(space.random(5, 0.5), k_min=2)
