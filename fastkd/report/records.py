@@ -17,6 +17,7 @@ from ..lab import settings
 from ..lab.cells import Cells, experiments, left_out
 from ..lab.record import DamagedError, Record
 from ..lab.rows import Row, Section
+from . import studies  # noqa: F401  # so that the types of all records are known
 
 __all__ = ["Saved", "read"]
 

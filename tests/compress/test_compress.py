@@ -18,8 +18,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fastkd import cli, models, report
-from fastkd.compress import CheckpointError, ConfigError, Stopped, compress, controls, load_config, recipes, run, train
+from fastkd.compress import (
+    CheckpointError,
+    ConfigError,
+    Stopped,
+    compress,
+    controls,
+    load_config,
+    recipes,
+    run,
+    tables,
+    train,
+)
 from fastkd.compress import search as searching
+from fastkd.compress.record import CompressRecord
 from fastkd.evolve import Fitness, Limits, global_norm, mask_id
 from fastkd.lab import plan as grid
 from fastkd.population import load, trace
@@ -352,7 +364,8 @@ def test_a_front_on_test_images(tmp_path):
             [q for q, c in zip(front["test"], front["cost"], strict=True) if c <= x * search["full_cost"]], default=0.0
         )
         volume += best * 0.001
-    assert grid._volume(search) == pytest.approx(100 * volume, abs=0.2) and volume > 0.2
+    found = tables._volume(CompressRecord.model_validate(r).search)
+    assert found == pytest.approx(100 * volume, abs=0.2) and volume > 0.2
 
 
 def test_depgraph_removes_what_torch_pruning_removes():
