@@ -82,7 +82,7 @@ lint: $(VENV)/.packages
 
 # The package's examples are those of its docstrings.
 test: setup simt sanitize lint
-	$(BIN)/pytest -m "not large" $(PARALLEL) --doctest-modules tests $(VENV)/lib/python*/site-packages/fastkd
+	$(BIN)/pytest -m "not large" $(PARALLEL) --durations=30 --doctest-modules tests $(VENV)/lib/python*/site-packages/fastkd
 
 test-large: setup simt
 	$(BIN)/pytest -m large tests

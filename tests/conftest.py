@@ -7,6 +7,7 @@ so that one build with sanitizers (``make sanitize``) covers both.
 import importlib
 import os
 import sys
+import tempfile
 
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Before torch is loaded: tests in several processes at a time have two threads each, which do not spin as they wait.
@@ -18,7 +19,10 @@ import torch
 
 from fastkd import _ops
 
-# Processes that tests start import the tests' modules, too.
+# Tests are not run in the source folder, from which a process would import fastkd without its core; and processes that
+# they start import the tests' modules, too.
+ELSEWHERE = tempfile.TemporaryDirectory(prefix="fastkd-tests-")
+os.chdir(ELSEWHERE.name)
 FOLDERS = [path for path in sys.path if path.startswith(os.path.dirname(__file__))]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 SIMT_DIR = os.environ.get("FASTKD_SIMT_DIR")
