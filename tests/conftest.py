@@ -7,7 +7,6 @@ so that one build with sanitizers (``make sanitize``) covers both.
 import importlib
 import os
 import sys
-import tempfile
 
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     # Before torch is loaded: tests in several processes at a time have two threads each, which do not spin as they wait.
@@ -19,10 +18,7 @@ import torch
 
 from fastkd import _ops
 
-# Tests are not run in the source folder, from which a process would import fastkd without its core; and processes that
-# they start import the tests' modules, too.
-ELSEWHERE = tempfile.TemporaryDirectory(prefix="fastkd-tests-")
-os.chdir(ELSEWHERE.name)
+# Processes that tests start import the tests' modules, too.
 FOLDERS = [path for path in sys.path if path.startswith(os.path.dirname(__file__))]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*FOLDERS, os.environ.get("PYTHONPATH")]))
 SIMT_DIR = os.environ.get("FASTKD_SIMT_DIR")
@@ -37,6 +33,15 @@ def simt_module():
     module = importlib.import_module("_simt")
     _ops.structs.compare(module.fields)  # it must be of the same sources
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    """Not the source folder, from which a process that a test starts would import fastkd without its core."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(scope="module")
