@@ -81,23 +81,22 @@ def _inverse_norm(launch: Launch, x: Tensor) -> Tensor:
 
 def _similarity(
     launch: Launch, src: Tensor, dst: Tensor | None, graph: structs.Csr, reverse: Tensor | None, metric: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The raw reduction [E] of every edge, and the inverse norms of src and dst that went into it: empty unless the
-    metric needs them, and for dst None those of src serve both ends. Rows have unit column stride."""
-    src_norm = src.new_empty(0, dtype=acc_dtype(src))
-    dst_norm = torch.empty_like(src_norm)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The raw reduction [E] of every edge, and the inverse norms of src and dst that went into it: None where the
+    metric needs none, or those of src serve both ends. Rows have unit column stride."""
+    src_norm = dst_norm = None
     if metric == _COSINE:
         src_norm = _inverse_norm(launch, src)
-        dst_norm = dst_norm if dst is None else _inverse_norm(launch, dst)
-    r = native.empty((graph.edges,), src_norm.dtype, src.device)
+        dst_norm = None if dst is None else _inverse_norm(launch, dst)
+    r = native.empty(src, (graph.edges,), acc_dtype(src))
     side = features(src)
     launch.native.similarity(
         _similarity_op(
             graph=graph,
             src=side,
             dst=side if dst is None else features(dst),
-            src_inv_norm=src_norm.data_ptr(),
-            dst_inv_norm=(src_norm if dst is None else dst_norm).data_ptr(),
+            src_inv_norm=address(src_norm),
+            dst_inv_norm=address(src_norm if dst is None else dst_norm),
             metric=metric,
             reverse=address(reverse),
             r=r.data_ptr(),
@@ -127,7 +126,7 @@ def _kernel_values(
     dst = None if dst is None else unit_columns(dst)
     with Launch(src.device) as launch:
         r, _, _ = _similarity(launch, src, dst, csr(rowptr, col, num_src), reverse, native_kernel.metric)
-        values = native.empty(r.shape, r.dtype, r.device)
+        values = native.empty(r, r.shape, r.dtype)
         launch.native.kernel_values(
             _values_op(
                 edges=r.shape[0], kernel=native_kernel, acc=DTYPES[r.dtype], r=r.data_ptr(), values=values.data_ptr()
@@ -251,8 +250,8 @@ def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef:
             r_s=r_s.data_ptr(),
             r_t=r_t.data_ptr(),
             weight=address(weight),
-            src_inv_norm=src_norm.data_ptr() if metric == _COSINE else 0,
-            dst_inv_norm=(src_norm if student_dst is None else dst_norm).data_ptr() if metric == _COSINE else 0,
+            src_inv_norm=address(src_norm),
+            dst_inv_norm=address(src_norm if student_dst is None else dst_norm),
             coef=coef.data_ptr() if want_coef else 0,
             rows=rows.data_ptr(),
             loss=0 if per_row else loss.data_ptr(),
@@ -264,7 +263,8 @@ def _forward(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef:
             workspace = launch.workspace(launch.native.divergences_bytes(op))
             op = op._replace(workspace=workspace.data_ptr())
         launch.native.divergences(op, launch.where)
-    return loss, coef, src_norm, dst_norm, diagnostics
+    src_norm, dst_norm = (rows.new_empty(0) if norm is None else norm for norm in (src_norm, dst_norm))
+    return loss, coef, src_norm, dst_norm, diagnostics  # an operator returns tensors, never None
 
 
 def _forward_fake(student: Tensor, student_dst: Tensor | None, p: Problem, want_coef: bool) -> _Results:
@@ -348,7 +348,7 @@ def _backward(b: Backward) -> tuple[Tensor, Tensor]:
     def product(
         launch: Launch, like: Tensor, ends: structs.Features, inv_norm: Tensor, *lists: structs.Incidence
     ) -> Tensor:
-        out = native.empty(like.shape, like.dtype, like.device)
+        out = native.empty(like, like.shape, like.dtype)
         op = _gradient_op(
             self=ends,
             lists=lists,

@@ -172,7 +172,7 @@ class Network:
         shares what individuals with equal beginnings have in common.
         """
         shape = (masks.shape[0], x.shape[-4], *self.shapes[self.output])
-        out = native.empty(shape, out_dtype or self.dtype, x.device)
+        out = native.empty(x, shape, out_dtype or self.dtype)
         rows, kept = [], []
         for pair in affines or ():
             if pair is None:
