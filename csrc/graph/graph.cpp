@@ -19,13 +19,14 @@ int bits_for(std::int64_t count) {  // of the values 0 .. count - 1
     return bits;
 }
 
-// f(x) for the part of 0 .. n - 1 that thread t of `threads` does.
-template <class F> void for_chunk(std::int64_t n, int threads, std::int64_t t, F f) {
+// f(b, e) for the pieces of the part of 0 .. n - 1 that thread t of `threads` does. A piece is the loop of
+// f itself: what f captures by value then stays in registers.
+template <class F> void for_pieces(std::int64_t n, int threads, std::int64_t t, F f) {
     constexpr std::int64_t piece = 1 << 16;
     const std::int64_t end = n * (t + 1) / threads;
-    for (std::int64_t x = n * t / threads; x < end;) {
+    for (std::int64_t b = n * t / threads; b < end; b += piece) {
         poll();
-        for (const std::int64_t last = std::min(end, x + piece); x < last; ++x) f(x);
+        f(b, std::min(end, b + piece));
     }
 }
 
@@ -49,10 +50,16 @@ template <class Key, class I> struct Sorter {
     void sort_digit(int shift, int bits) {
         const std::int64_t digits = std::int64_t(1) << bits;
         const Key mask = Key(digits - 1);
+        const Key* keys = key.get();
+        const I* values = value.get();
+        Key* keys_to = key_next.get();
+        I* values_to = value_next.get();
         std::vector<std::int64_t> offset(std::size_t(digits * threads), 0);
         parallel_for(threads, threads, [&](std::int64_t t) {
             std::int64_t* count = &offset[std::size_t(t * digits)];
-            for_chunk(n, threads, t, [&](std::int64_t x) { ++count[(key[x] >> shift) & mask]; });
+            for_pieces(n, threads, t, [=](std::int64_t b, std::int64_t e) {
+                for (std::int64_t x = b; x < e; ++x) ++count[(keys[x] >> shift) & mask];
+            });
         });
         std::int64_t sum = 0;
         for (std::int64_t d = 0; d < digits; ++d)
@@ -62,10 +69,12 @@ template <class Key, class I> struct Sorter {
             }
         parallel_for(threads, threads, [&](std::int64_t t) {
             std::int64_t* next = &offset[std::size_t(t * digits)];
-            for_chunk(n, threads, t, [&](std::int64_t x) {
-                const std::int64_t to = next[(key[x] >> shift) & mask]++;
-                key_next[to] = key[x];
-                value_next[to] = value[x];
+            for_pieces(n, threads, t, [=](std::int64_t b, std::int64_t e) {
+                for (std::int64_t x = b; x < e; ++x) {
+                    const std::int64_t to = next[(keys[x] >> shift) & mask]++;
+                    keys_to[to] = keys[x];
+                    values_to[to] = values[x];
+                }
             });
         });
         std::swap(key, key_next);
@@ -75,14 +84,18 @@ template <class Key, class I> struct Sorter {
     // The sorted keys as compressed rows: the row in the high bits, the column in the low ones.
     void write(int col_bits, std::int64_t rows, I* rowptr, I* col, I* perm) const {
         const Key mask = Key((Key(1) << col_bits) - 1);
-        auto row = [&](std::int64_t x) {
-            return x < 0 ? std::int64_t(-1) : (x == n ? rows : std::int64_t(key[x] >> col_bits));
+        const Key* keys = key.get();
+        const I* values = value.get();
+        auto row = [=, n = n](std::int64_t x) {
+            return x < 0 ? std::int64_t(-1) : (x == n ? rows : std::int64_t(keys[x] >> col_bits));
         };
         parallel_for(threads, threads, [&](std::int64_t t) {
-            for_chunk(n, threads, t, [&](std::int64_t x) {
-                for (std::int64_t i = row(x - 1) + 1; i <= row(x); ++i) rowptr[i] = I(x);
-                col[x] = I(key[x] & mask);
-                perm[x] = value[x];
+            for_pieces(n, threads, t, [=](std::int64_t b, std::int64_t e) {
+                for (std::int64_t x = b; x < e; ++x) {
+                    for (std::int64_t i = row(x - 1) + 1; i <= row(x); ++i) rowptr[i] = I(x);
+                    col[x] = I(keys[x] & mask);
+                    perm[x] = values[x];
+                }
             });
         });
         for (std::int64_t i = row(n - 1) + 1; i <= rows; ++i) rowptr[i] = I(n);
@@ -112,12 +125,13 @@ template <class In> Scan scan(const Edges<In>& edges, int threads) {
     std::vector<Scan> parts(std::size_t(threads), Scan{});
     parallel_for(threads, threads, [&](std::int64_t t) {
         Scan& part = parts[std::size_t(t)];
-        for_chunk(edges.count, threads, t, [&](std::int64_t x) {
-            if (!edges.valid(x)) {
-                if (part.bad < 0) part.bad = x;
-                return;
+        for_pieces(edges.count, threads, t, [&part, edges](std::int64_t b, std::int64_t e) {
+            bool by_src = true;
+            for (std::int64_t x = b; x < e && part.bad < 0; ++x) {
+                if (!edges.valid(x)) part.bad = x;
+                else by_src &= x == 0 || edges.src[x] >= edges.src[x - 1];
             }
-            if (x > 0 && edges.src[x] < edges.src[x - 1]) part.by_src = false;
+            part.by_src = part.by_src && by_src;
         });
     });
     Scan all;
@@ -135,9 +149,13 @@ void sort_edges(const Edges<In>& edges, bool by_src, I* rowptr, I* col, I* perm,
         using Key = typename decltype(tag)::type;
         Sorter<Key, I> sorter{edges.count, threads};
         parallel_for(threads, threads, [&](std::int64_t t) {
-            for_chunk(edges.count, threads, t, [&](std::int64_t x) {
-                sorter.key[x] = Key(Key(edges.dst[x]) << src_bits) | Key(edges.src[x]);
-                sorter.value[x] = I(x);
+            Key* keys = sorter.key.get();
+            I* values = sorter.value.get();
+            for_pieces(edges.count, threads, t, [=](std::int64_t b, std::int64_t e) {
+                for (std::int64_t x = b; x < e; ++x) {
+                    keys[x] = Key(Key(edges.dst[x]) << src_bits) | Key(edges.src[x]);
+                    values[x] = I(x);
+                }
             });
         });
         if (!by_src) sorter.sort(0, src_bits);
@@ -200,12 +218,14 @@ void csr_transpose(const Csr& in, void* rowptr_out, void* col_out, void* perm_ou
         dispatch_key(bits, [&](auto key) {
             using Key = typename decltype(key)::type;
             Sorter<Key, I> sorter{in.edges, threads};
+            Key* keys = sorter.key.get();
+            I* values = sorter.value.get();
             parallel_for(num_blocks(in.rows, in.edges), threads, [&](std::int64_t block) {
                 for_edges(RowPointers<I>{rowptr}, in.rows, block,
-                          [&](std::int64_t i, std::int64_t b, std::int64_t e) {
+                          [=](std::int64_t i, std::int64_t b, std::int64_t e) {
                               for (std::int64_t x = b; x < e; ++x) {
-                                  sorter.key[x] = Key(Key(col[x]) << row_bits) | Key(i);
-                                  sorter.value[x] = I(x);
+                                  keys[x] = Key(Key(col[x]) << row_bits) | Key(i);
+                                  values[x] = I(x);
                               }
                           });
             });
