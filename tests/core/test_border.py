@@ -173,7 +173,8 @@ def test_geometry_that_would_wrap():
 # --- signals ------------------------------------------------------------------------------------------
 
 LONG = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
 import fastkd
 from fastkd import Graph, lsp_loss, _ops
 threads, what = int(sys.argv[1]), sys.argv[2]
