@@ -153,8 +153,8 @@ def report(section: Section[CompressRecord]) -> Table:
 
 def _chosen_by(search: Search) -> float:
     """What the network that was taken had on the images of the search; percent, where it is a share."""
-    own = search.individuals
-    quality = own.quality[(own.id or []).index(search.chosen)]
+    individuals = search.individuals
+    quality = individuals.quality[(individuals.id or []).index(search.chosen)]
     return 100 * quality if search.share else quality
 
 
