@@ -225,15 +225,16 @@ def gat_student(
 class _Simple(_Network):
     """Layers of one width."""
 
+    layer: Callable[[int, int], nn.Module]
+
     def __init__(
         self,
-        make: Callable[[int, int], nn.Module],
         in_dim: int,
         out_dim: int,
-        hidden: int,
-        num_layers: int,
-        dropout: float,
-        norm: str | None,
+        hidden: int = 256,
+        num_layers: int = 2,
+        dropout: float = 0.5,
+        norm: str | None = None,
     ) -> None:
         super().__init__(in_dim, out_dim, hidden, dropout)
         integer("num_layers", num_layers, 1)
@@ -242,7 +243,7 @@ class _Simple(_Network):
             raise ValueError(f"norm must be None, 'batch' or 'layer', got {norm!r}")
         self.dims = [hidden] * (num_layers - 1) + [out_dim]
         for a, b in zip([in_dim, *self.dims[:-1]], self.dims, strict=True):
-            self.layers.append(make(a, b))
+            self.layers.append(self.layer(a, b))
         if norm is not None:
             self.norms.extend(norms[norm](width) for width in self.dims[:-1])
 
@@ -266,46 +267,19 @@ class GCN(_Simple):
     torch.Size([5, 2])
     """
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        hidden: int = 256,
-        num_layers: int = 2,
-        dropout: float = 0.5,
-        norm: str | None = None,
-    ) -> None:
-        super().__init__(GCNLayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
+    layer = GCNLayer
 
 
 class GraphSAGE(_Simple):
     """GraphSAGE (arXiv:1706.02216) with the mean over in-neighbours; arguments as for :class:`GCN`."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        hidden: int = 256,
-        num_layers: int = 2,
-        dropout: float = 0.5,
-        norm: str | None = None,
-    ) -> None:
-        super().__init__(SAGELayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
+    layer = SAGELayer
 
 
 class MLP(_Simple):
     """The network that sees no graph, as a control; arguments as for :class:`GCN`. adj may be left out."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        hidden: int = 256,
-        num_layers: int = 2,
-        dropout: float = 0.5,
-        norm: str | None = None,
-    ) -> None:
-        super().__init__(LinearLayer, in_dim, out_dim, hidden, num_layers, dropout, norm)
+    layer = LinearLayer
 
 
 def check_dropout(value: object) -> None:
